@@ -1,0 +1,242 @@
+"""Processes: who am I in a launcher's environment, start ranks with torchrun's API, and the few collectives we need.
+
+Without a launcher every function works for a world of one, without a process group.
+"""
+
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+DEFAULT_PORT = 29500
+
+# Variables of (global rank, world size, rank on this node), by launcher, in the order in which they are tried.
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),                        # accelerate launch sets the same
+    "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """Place of this process: 0 <= rank < size, 0 <= local_rank < processes on this node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+
+def detect(env: Mapping[str, str] = os.environ) -> World | None:
+    """The world that a launcher put into ``env``; None when there is no launcher.
+
+    A batch script run by sbatch itself (no srun step) also carries SLURM_PROCID; it is not a rank.
+    """
+    for name, (rank, size, local_rank) in LAUNCHERS.items():
+        if name == "srun" and "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env:
+            continue
+        if rank in env and size in env:
+            return World(int(env[rank]), int(env[size]), int(env.get(local_rank, 0)))
+    return None
+
+
+def master_address(env: Mapping[str, str], given: str | None) -> str:
+    """Flag, then MASTER_ADDR, then the first host of the Slurm node list, then this machine."""
+    nodes = re.match(r"([^\[,]+)(?:\[(\d+))?", env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
+    first_node = (nodes[1] + (nodes[2] or "")) if nodes else None
+    return given or env.get("MASTER_ADDR") or first_node or "127.0.0.1"
+
+
+def restarted() -> bool:
+    """True in a rank that torchrun started again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def pick_device(name: str, world: World) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` for this rank.
+
+    Raises:
+        UserError: CUDA asked for but absent, or more processes on this node than GPUs.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda was given, but this machine has no usable CUDA GPU; use --device cpu or auto")
+    check_gpus(world.local_rank + 1)
+    return torch.device("cuda", world.local_rank)
+
+
+def check_gpus(processes: int) -> None:
+    if processes > torch.cuda.device_count():
+        raise UserError(f"{processes} processes on a node with {torch.cuda.device_count()} GPU(s); "
+                        "lower --num_process_per_node, or use --device cpu")
+
+
+@contextmanager
+def process_group(world: World | None, device: torch.device, address: str | None = None, port: int | None = None):
+    """Join the other ranks for the duration of a ``with`` block; nothing happens without a launcher."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world is None or world.size == 1:
+        yield
+        return
+    if device.type == "cpu":                                                # share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // _processes_on_this_node(world)))
+    if "MASTER_PORT" in os.environ and "MASTER_ADDR" in os.environ:
+        init_method = "env://"
+        os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    else:
+        init_method = f"tcp://{master_address(os.environ, address)}:{port or DEFAULT_PORT}"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=init_method, rank=world.rank, world_size=world.size,
+                            timeout=timedelta(minutes=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _processes_on_this_node(world: World) -> int:
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
+        if name in os.environ:
+            return int(os.environ[name])
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(tasks[0]) if tasks else world.size
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))              # on the CPU, through gloo: waits without touching a GPU
+
+
+def gather_objects(value) -> list:
+    """The plain Python values of all ranks, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_cpu_group())
+    return values
+
+
+def on_rank_zero(function: Callable):
+    """Call ``function()`` on rank 0 alone and return its result on every rank; its UserErrors are raised on all."""
+    outcome = None
+    if rank() == 0:
+        try:
+            outcome = (function(), None)
+        except UserError as error:
+            outcome = (None, error)
+    if dist.is_initialized():
+        box = [outcome]
+        dist.broadcast_object_list(box, group=_cpu_group())
+        outcome = box[0]
+    result, error = outcome
+    if error:
+        raise error
+    return result
+
+
+_group = None
+
+
+def _cpu_group():
+    """A gloo group beside NCCL, so that Python objects never pass through GPU memory."""
+    global _group
+    if dist.get_backend() == "gloo":
+        return None
+    if _group is None or _group[0] is not dist.group.WORLD:
+        _group = (dist.group.WORLD, dist.new_group(backend="gloo"))
+    return _group[1]
+
+
+class StopFlag:
+    """Lets all ranks stop after the same step once any of them got a signal.
+
+    The vote of one step is collected during the next, so nobody waits for it; without ranks it is instant.
+    """
+
+    def __init__(self):
+        self.signum = 0
+        self._pending = None
+
+    def should_stop(self) -> int:
+        """Signal number that ends training after this step, else 0. Call once per step on every rank."""
+        if not dist.is_initialized():
+            return self.signum
+        decided = 0
+        if self._pending:
+            work, vote = self._pending
+            work.wait()
+            decided = int(vote)
+        vote = torch.tensor(self.signum)
+        self._pending = dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True), vote
+        return decided
+
+    @contextmanager
+    def listening(self, signals=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
+        """Note the first signal; the second ends the process at once."""
+        def handle(signum, frame):
+            if self.signum:
+                os._exit(128 + signum)
+            self.signum = signum
+            log.warning("%s: finishing this step, then saving; once more ends at once", signal.Signals(signum).name)
+
+        before = {s: signal.signal(s, handle) for s in signals}
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+def launch(script: str, argv: list[str], *, processes: int, nodes: int = 1, node_rank: int = 0,
+           address: str | None = None, port: int | None = None) -> int:
+    """Run ``python script argv`` in ``processes`` ranks on this node under torchrun's agent.
+
+    Returns:
+        0, the exit code of the first rank that failed, or 128 + the signal that ended this launcher.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def forward(signum, frame):
+        raise SignalException(f"got {signum}", signal.Signals(signum))
+
+    several = nodes > 1
+    config = LaunchConfig(
+        min_nodes=nodes, max_nodes=nodes, nproc_per_node=processes, max_restarts=0, run_id="sa-ddim",
+        rdzv_backend="static" if several else "c10d",
+        rdzv_endpoint=f"{address or '127.0.0.1'}:{port or (DEFAULT_PORT if several else 0)}",
+        rdzv_configs={"rank": node_rank, "timeout": 900} if several else {},
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGUSR1, forward)
+    try:
+        elastic_launch(config, sys.executable)(script, *argv)
+    except SignalException as received:
+        return 128 + received.sigval
+    except ChildFailedError as failed:
+        _, failure = failed.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0

@@ -1,0 +1,38 @@
+"""Errors that are the user's to mend: scripts print them as one line and exit with their ``code``."""
+
+
+class UserError(Exception):
+    """A wrong request: what was given, what is allowed, what to do. Exit code 2."""
+
+    code = 2
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used. Exit code 2."""
+
+
+class DataError(UserError):
+    """A data set or file that is missing, broken or foreign. Exit code 3."""
+
+    code = 3
+
+
+class DivergedError(UserError):
+    """Training produced too many non-finite steps in a row. Exit code 4."""
+
+    code = 4
+
+
+class Interrupted(UserError):
+    """Stopped by a signal after saving. Exit code 128 + signal number."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.code = 128 + signum
+
+
+def choose(registry, name, what: str):
+    """``registry[name]``, or a UserError that names the sorted known ones."""
+    if name not in registry:
+        raise UserError(f"{what} {name!r} is unknown; known: {', '.join(sorted(registry))}")
+    return registry[name]
