@@ -134,7 +134,7 @@ def gather_objects(value) -> list:
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_cpu_group())
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -148,25 +148,12 @@ def on_rank_zero(function: Callable):
             outcome = (None, error)
     if dist.is_initialized():
         box = [outcome]
-        dist.broadcast_object_list(box, group=_cpu_group())
+        dist.broadcast_object_list(box)
         outcome = box[0]
     result, error = outcome
     if error:
         raise error
     return result
-
-
-_group = None
-
-
-def _cpu_group():
-    """A gloo group beside NCCL, so that Python objects never pass through GPU memory."""
-    global _group
-    if dist.get_backend() == "gloo":
-        return None
-    if _group is None or _group[0] is not dist.group.WORLD:
-        _group = (dist.group.WORLD, dist.new_group(backend="gloo"))
-    return _group[1]
 
 
 class StopFlag:
