@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,5 +71,6 @@ def load_torch(path: str | Path, map_location="cpu"):
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:                # torch wraps nothing: RuntimeError, UnpicklingError, EOFError, ...
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path}: not a readable checkpoint of tensors and plain values: {reason}") from None
+        refused = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        reason = f"it asks for {refused[1]}" if refused else "it is truncated, or no torch file"
+        raise DataError(f"{path}: not loaded, only tensors and plain values are: {reason}") from None
