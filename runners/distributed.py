@@ -152,6 +152,7 @@ def on_rank_zero(function: Callable):
         outcome = box[0]
     result, error = outcome
     if error:
+        error.on_all_ranks = True                    # so that one rank prints it, not all
         raise error
     return result
 

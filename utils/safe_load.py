@@ -71,6 +71,6 @@ def load_torch(path: str | Path, map_location="cpu"):
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:                # torch wraps nothing: RuntimeError, UnpicklingError, EOFError, ...
-        refused = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        refused = re.search(r"(?i)unsupported (?:global|class):? (?:GLOBAL )?(\S+)", str(error))
         reason = f"it asks for {refused[1]}" if refused else "it is truncated, or no torch file"
         raise DataError(f"{path}: not loaded, only tensors and plain values are: {reason}") from None

@@ -1,0 +1,145 @@
+"""What all scripts share: flags, overrides, one-line errors with exit codes, and starting or joining processes."""
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from utils.errors import UserError
+
+log = logging.getLogger("sa-ddim")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as UserError, defaults in the help and no guessing of abbreviated flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse flags; ``--section.key value`` pairs end up in ``args.overrides`` as "section.key=value"."""
+        argv, overrides = split_overrides(argv)
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            raise UserError(f"unknown argument {unknown[0]!r}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+        args.overrides = overrides
+        return args
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--a.b value`` and ``--a.b=value`` out of ``argv``."""
+    rest, overrides, tokens = [], [], iter(argv)
+    for token in tokens:
+        match = re.fullmatch(r"--([A-Za-z_]\w*\.[A-Za-z_]\w*)(?:=(.*))?", token, re.DOTALL)
+        if not match:
+            rest.append(token)
+            continue
+        value = match[2] if match[2] is not None else next(tokens, None)
+        if value is None:
+            raise UserError(f"{token}: a value must follow")
+        overrides.append(f"{match[1]}={value}")
+    return rest, overrides
+
+
+def add_common(parser: argparse.ArgumentParser, *, config: bool = True) -> None:
+    """Flags of every script; ``config=False`` leaves out those that name a configuration and a run."""
+    if config:
+        parser.add_argument("--config", metavar="NAME.yml", help="file, or a name in configs/; any key of it can be "
+                                                                 "overridden: --training.batch_size 64")
+        parser.add_argument("--doc", help="name of the run: exp/logs/DOC (default: the name of the config)")
+        parser.add_argument("--comment", default="", help="free text, kept in the log")
+    parser.add_argument("--exp", default="exp", help="folder of runs, images and data sets")
+    parser.add_argument("--verbose", default="info", choices=["debug", "info", "warning", "critical"])
+    parser.add_argument("--ni", action="store_true", help="accepted for compatibility: nothing is ever asked")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    group = parser.add_argument_group("processes")
+    group.add_argument("--num_process_per_node", type=positive, default=1, metavar="N",
+                       help="ranks to start on this node; not used under torchrun, accelerate, srun or mpirun")
+    group.add_argument("--num_proc_node", type=positive, default=1, metavar="N", help="number of nodes")
+    group.add_argument("--node_rank", type=int, default=0, help="index of this node")
+    group.add_argument("--master_address", default=None, help="host of rank 0")
+    group.add_argument("--master_port", type=int, default=None, help="default: free on one node, 29500 on several")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, given {text}")
+    return value
+
+
+positive.__name__ = "whole number"             # argparse puts it into its messages
+
+
+def safe_name(flag: str, name: str) -> str:
+    """A relative path that stays below the folder it is joined to."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{flag} {name!r} must be a relative name without '..'")
+    return name
+
+
+def run_folder(args) -> Path:
+    """exp/logs/DOC; DOC defaults to the stem of --config."""
+    if not (args.doc or args.config):
+        raise UserError("--doc is required: the name of a run under exp/logs/")
+    return Path(args.exp) / "logs" / safe_name("--doc", args.doc or Path(args.config).stem)
+
+
+def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: Callable, work: Callable) -> int:
+    """The life of a script.
+
+    ``parse(argv) -> args``; ``check(args)`` validates all that can be without processes; ``work(args, device)`` does
+    the job on each rank. Without a launcher and with several processes asked for, this process checks and then starts
+    the ranks.
+
+    Returns:
+        Exit code. A UserError is printed as one line on standard error.
+    """
+    from runners import distributed
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    world = None
+    try:
+        args = parse(argv)
+        world = distributed.detect()
+        setup_logging(args.verbose, world.rank if world else 0)
+        check(args)
+        processes = args.num_process_per_node * args.num_proc_node
+        if world is None and processes > 1:
+            if args.device != "cpu" and distributed.pick_device(args.device, distributed.World()).type == "cuda":
+                distributed.check_gpus(args.num_process_per_node)
+            return distributed.launch(script, argv, processes=args.num_process_per_node, nodes=args.num_proc_node,
+                                      node_rank=args.node_rank, address=args.master_address, port=args.master_port)
+        device = distributed.pick_device(args.device, world or distributed.World())
+        with distributed.process_group(world, device, args.master_address, args.master_port):
+            return work(args, device) or 0
+    except SystemExit as done:                     # --help
+        return done.code or 0
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        if not (world and world.rank and getattr(error, "on_all_ranks", False)):
+            print(f"{Path(script).name}: {error}", file=sys.stderr)
+        return error.code
+
+
+def setup_logging(level: str, rank: int = 0) -> None:
+    """Log to standard error on rank 0; other ranks report errors only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    for old in [h for h in root.handlers if type(h) is logging.StreamHandler]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.ERROR if rank else level.upper())
+    for noisy in ("PIL", "matplotlib", "torch.distributed", "torch._dynamo", "torch._inductor"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
