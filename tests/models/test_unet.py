@@ -1,0 +1,133 @@
+"""The network against the published implementation's numbers, and against itself in every form it is run in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.schema import Config
+from models import MODELS, build_model
+from models.unet import sinusoidal_embedding
+from utils.errors import UserError
+
+GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
+
+
+def make_config(image_size=16, **model) -> Config:
+    settings = dict(in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[8], dropout=0.0)
+    settings |= model
+    return Config(data={"dataset": "DIGITS", "image_size": image_size, "channels": settings["in_channels"]},
+                  model=settings)
+
+
+def make_model(**settings) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_model(make_config(**settings)).eval()
+
+
+def relative_error(given, expected) -> float:
+    return ((given - expected).abs().max() / expected.abs().mean()).item()
+
+
+@pytest.fixture(params=["unet_a", "unet_grey"])
+def golden(request):
+    path = GOLDEN / f"{request.param}.pt"
+    if not path.is_file():
+        pytest.skip(f"golden values not found: {path}")
+    values = torch.load(path, weights_only=True)
+    model = build_model(make_config(dropout=0.0, **values["config"])).eval()
+    return model, values
+
+
+@torch.no_grad()
+def test_reproduces_the_published_implementation(golden):
+    model, values = golden
+    assert list(model.state_dict()) == list(values["state_dict"])        # order too: SA-DPM's EMA goes by index
+    model.load_state_dict(values["state_dict"])
+    assert relative_error(model(values["x"], values["t"]), values["out"]) < 1e-5
+
+
+@torch.no_grad()
+def test_integer_steps_and_channels_last_and_batch_composition_do_not_matter(golden):
+    model, values = golden
+    model.load_state_dict(values["state_dict"])
+    x, t = values["x"], values["t"]
+    assert torch.equal(model(x, t.long()), model(x, t))
+    single = torch.cat([model(x[i:i + 1], t[i:i + 1]) for i in range(len(x))])
+    assert relative_error(single, values["out"]) < 1e-5
+    out = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t)
+    assert relative_error(out, values["out"]) < 1e-5
+
+
+@pytest.mark.parametrize(("ch_mult", "image_size", "count"), [
+    ([1, 2, 2, 2], 32, 35_746_307),             # DDPM: 35.7 M
+    ([1, 1, 2, 2, 4, 4], 256, 113_673_219),     # DDPM: 114 M
+])
+def test_published_parameter_counts(ch_mult, image_size, count):
+    config = make_config(image_size, ch=128, ch_mult=ch_mult, num_res_blocks=2, attn_resolutions=[16])
+    with torch.device("meta"):
+        model = build_model(config)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_every_parameter_gets_a_gradient():
+    model = make_model().train()
+    model(torch.randn(2, 3, 16, 16), torch.tensor([3, 700])).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_dropout_acts_in_training_only():
+    model = make_model(dropout=0.5)
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
+    assert torch.equal(model(x, t), model(x, t))
+    model.train()
+    assert not torch.equal(model(x, t), model(x, t))
+
+
+@pytest.mark.parametrize("size", [(16, 8), (8, 16)])
+def test_longer_side_decides_where_attention_is(size):
+    model = make_model(image_size=size, attn_resolutions=[8])
+    assert [len(level.attn) for level in model.down] == [0, 1]           # 16 -> 8 on the longer side
+    assert model(torch.randn(2, 3, *size), torch.tensor([0, 999])).shape == (2, 3, *size)
+
+
+def test_bf16_autocast_keeps_the_steps_apart_and_stays_close():
+    model, x = make_model(), torch.randn(2, 3, 16, 16)
+    t = torch.tensor([998, 999])                                         # the same number in bf16
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        temb, out = model.temb(t), model(x, t)
+    assert temb.dtype == torch.float32
+    assert torch.equal(temb, model.temb(t))
+    assert not torch.equal(temb[0], temb[1])
+    with torch.no_grad():
+        assert relative_error(out.float(), model(x, t)) < 0.1
+
+
+def test_whole_network_in_bf16():
+    out = make_model().bfloat16()(torch.randn(1, 3, 16, 16, dtype=torch.bfloat16), torch.tensor([7]))
+    assert out.dtype == torch.bfloat16
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(dropout=0.3).train()
+        model.checkpointing = checkpointing
+        torch.manual_seed(1)
+        model(x, t).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_sinusoidal_embedding_closed_form():
+    out = sinusoidal_embedding(torch.tensor([0, 100]), 4)                # frequencies 1 and 1/10000
+    expected = torch.tensor([[0, 0, 1, 1], [100, 0.01, 100, 0.01]])
+    expected[1] = torch.cat([expected[1, :2].sin(), expected[1, 2:].cos()])
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_unknown_architecture_names_the_known_ones():
+    with pytest.raises(UserError, match=r"model.arch 'dit' is unknown; known: unet"):
+        build_model(make_config(arch="dit"))
+    assert list(MODELS) == ["unet"]
