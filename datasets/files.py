@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from datasets.handles import PerProcess
-from datasets.images import SUFFIXES, decode
+from datasets.images import SUFFIXES, UnreadableImage, decode
 from utils.errors import DataError
 
 LABELS = "dataset.json"
@@ -36,7 +36,7 @@ class ImageFiles:
     @cached_property
     def _listing(self) -> tuple[list[str], int]:
         names, ignored = [], 0
-        for name in self.container.list():
+        for name in self.container.listing():
             if name == LABELS:
                 continue
             visible = not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
@@ -82,7 +82,7 @@ class _Folder:
     def __init__(self, path: Path):
         self.path = path
 
-    def list(self) -> Iterator[str]:
+    def listing(self) -> Iterator[str]:
         """All files, following links to folders once; folders that start with a dot are not entered."""
         seen, waiting = set(), [""]
         while waiting:
@@ -131,11 +131,11 @@ class _Zip(PerProcess):
             raise DataError(f"{self.path}: not a usable zip archive: {error}") from None
         for info in archive.infolist():
             inside = PurePosixPath(info.filename.replace("\\", "/"))
-            if inside.is_absolute() or ".." in inside.parts or ":" in inside.parts[0]:
+            if inside.is_absolute() or ".." in inside.parts or ":" in "".join(inside.parts[:1]):
                 raise DataError(f"{self.path}: refused, it holds a name that leaves its folder: {info.filename!r}")
         return archive
 
-    def list(self) -> list[str]:
+    def listing(self) -> list[str]:
         names = [info.filename for info in self.handle.infolist() if not info.is_dir()]
         if len(set(names)) < len(names):
             raise DataError(f"{self.path}: holds two files of the same name")
@@ -145,8 +145,6 @@ class _Zip(PerProcess):
         return name in self.handle.NameToInfo
 
     def read(self, name: str) -> bytes:
-        from datasets.images import UnreadableImage
-
         try:
             return self.handle.read(name)
         except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
@@ -172,9 +170,9 @@ def read_labels(text: bytes, where: str, names: list[str]) -> np.ndarray:
         raise DataError(f'{where}: must be {{"labels": [[name, number], ...]}}') from None
     if not labels:
         return np.full(len(names), -1, np.int64)
-    for kind, odd in (("has no label for", set(names) - set(labels)), ("labels a missing image,", set(labels) - set(names))):
-        if odd:
-            raise DataError(f"{where}: {kind} {min(odd)} ({len(odd)} such names in all)")
+    if odd := set(names) ^ set(labels):
+        problem = "labels an image that is not there," if min(odd) in labels else "has no label for"
+        raise DataError(f"{where}: {problem} {min(odd)} ({len(odd)} names disagree)")
     if any(type(label) is not int or label < 0 for label in labels.values()):
         return np.full(len(names), -1, np.int64)
     return np.array([labels[name] for name in names], np.int64)

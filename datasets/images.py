@@ -26,7 +26,7 @@ def decode(data: bytes, name: str, channels: int = 3, strict: bool = False) -> n
     Args:
         data: A file in one of ``FORMATS``.
         name: What to call it in an error.
-        channels: 1 (grey) or 3 (RGB); other modes (palette, alpha, CMYK, ...) are converted, as torchvision's loader does.
+        channels: 1 (grey) or 3 (RGB); other modes (palette, alpha, ...) are converted, as torchvision's loader does.
         strict: Refuse a file whose stored channels differ from ``channels`` instead of converting.
 
     Returns:
@@ -44,7 +44,7 @@ def decode(data: bytes, name: str, channels: int = 3, strict: bool = False) -> n
                 raise ValueError(f"mode {image.mode}: more than 8 bits per channel")
             stored = 3 if image.mode == "P" else len(image.getbands())
             pixels = np.array(image.convert(MODES[channels]))
-    except Exception as error:                # PIL raises OSError, SyntaxError, struct.error, zlib.error, ... for bad bytes
+    except Exception as error:                # PIL raises OSError, SyntaxError, struct.error, ... for bad bytes
         raise UnreadableImage(f"{name}: unreadable image: {_reason(error)}") from None
     if strict and stored != channels:
         raise DataError(f"{name}: the image has {stored} channel(s), data.channels is {channels}")
@@ -84,8 +84,8 @@ def transform(pixels: np.ndarray, size: tuple[int, int], how: str, name: str, re
 def keep(pixels, size, name, resample):
     """No change; the size must be right already."""
     if pixels.shape[:2] != tuple(size):
-        raise DataError(f"{name}: the image is {_times(pixels.shape)}, data.image_size asks for {_times(size)} and this "
-                        "data set is not resized; change data.image_size, or resize with dataset_tool.py convert")
+        raise DataError(f"{name}: the image is {_times(pixels.shape)}, data.image_size asks for {_times(size)} and "
+                        "this data set is not resized; change data.image_size, or use dataset_tool.py convert")
     return pixels
 
 
