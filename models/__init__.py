@@ -7,9 +7,10 @@ from torch import nn
 from configs.schema import Config
 from models.ema import EMA, make_ema
 from models.unet import UNet
+from models.weights import WeightsInfo, load_weights, weights_fingerprint
 from utils.errors import choose
 
-__all__ = ["EMA", "MODELS", "build_model", "make_ema"]
+__all__ = ["EMA", "MODELS", "WeightsInfo", "build_model", "load_weights", "make_ema", "weights_fingerprint"]
 
 
 def _unet(config: Config) -> UNet:
