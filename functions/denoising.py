@@ -98,6 +98,7 @@ def ddpm_steps(model, schedule, x: Tensor, timesteps: Sequence[int], *, var_type
 
 
 SAMPLERS = {"generalized": generalized_steps, "ddpm_noisy": ddpm_steps}
+OPTIONS = {"generalized": {"eta"}, "ddpm_noisy": {"var_type"}}               # what each reads beside the common ones
 
 
 def chain(schedule, timesteps: Sequence[int], eps_scaler) -> Iterator[tuple[int, int, int, float]]:

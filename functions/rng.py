@@ -1,7 +1,8 @@
 """Randomness that can be repeated: one stream for each image when sampling, one for each (seed, step, shard) in training."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -53,6 +54,13 @@ class SeededNoise:
         return noise.to(self.device, non_blocking=True)
 
 
+def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """Spherical interpolation between two latents of one shape, which keeps their norm (DDIM, appendix D.5)."""
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = torch.acos(cosine.clamp(-1, 1))
+    return (torch.sin((1 - alpha) * angle) * a + torch.sin(alpha * angle) * b) / torch.sin(angle)
+
+
 def derive_seed(*key: int) -> int:
     """A well mixed 63-bit seed for a tuple of non-negative integers (NumPy's SeedSequence)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
@@ -67,3 +75,11 @@ def shard_generator(seed: int, step: int, shard: int, device="cpu") -> torch.Gen
     """
     torch.manual_seed(derive_seed(seed, step, shard, 1))
     return torch.Generator(device).manual_seed(derive_seed(seed, step, shard, 0))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block, such as the initialisation of weights, from ``seed``; the caller's CPU stream is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed))
+        yield

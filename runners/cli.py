@@ -103,12 +103,12 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
     Returns:
         Exit code. A UserError is printed as one line on standard error.
     """
-    from runners import distributed
-
     argv = list(sys.argv[1:] if argv is None else argv)
-    world = None
+    world, told_by_rank_zero = None, True
     try:
         args = parse(argv)
+        from runners import distributed                # imports torch, which --help and a wrong flag need not wait for
+
         world = distributed.detect()
         setup_logging(args.verbose, world.rank if world else 0)
         check(args)
@@ -119,6 +119,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
             return distributed.launch(script, argv, processes=args.num_process_per_node, nodes=args.num_proc_node,
                                       node_rank=args.node_rank, address=args.master_address, port=args.master_port)
         device = distributed.pick_device(args.device, world or distributed.World())
+        told_by_rank_zero = False
         with distributed.process_group(world, device, args.master_address, args.master_port):
             return work(args, device) or 0
     except SystemExit as done:                     # --help
@@ -126,7 +127,8 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        if not (world and world.rank and getattr(error, "on_all_ranks", False)):
+        told_by_rank_zero = told_by_rank_zero or getattr(error, "on_all_ranks", False)
+        if not (world and world.rank and told_by_rank_zero):
             print(f"{Path(script).name}: {error}", file=sys.stderr)
         return error.code
 

@@ -157,26 +157,29 @@ def on_rank_zero(function: Callable):
     return result
 
 
-class StopFlag:
-    """Lets all ranks stop after the same step once any of them got a signal.
+class Signals:
+    """Lets all ranks save or stop after the same step once any of them wants to.
 
     The vote of one step is collected during the next, so nobody waits for it; without ranks it is instant.
     """
+
+    SAVE = 1                                         # smaller than every signal that is listened to
 
     def __init__(self):
         self.signum = 0
         self._pending = None
 
-    def should_stop(self) -> int:
-        """Signal number that ends training after this step, else 0. Call once per step on every rank."""
+    def vote(self, save: bool = False) -> int:
+        """0, SAVE, or the signal that ends training after this step. Call once per step on every rank."""
+        mine = self.signum or (self.SAVE if save else 0)
         if not dist.is_initialized():
-            return self.signum
+            return mine
         decided = 0
         if self._pending:
             work, vote = self._pending
             work.wait()
             decided = int(vote)
-        vote = torch.tensor(self.signum)
+        vote = torch.tensor(mine)
         self._pending = dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True), vote
         return decided
 

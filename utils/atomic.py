@@ -9,10 +9,11 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success it becomes ``path``, on error it is removed.
 
     The folder is created. The temporary name starts with a dot and ends in ``.tmp``, so no reader takes it for data.
+    ``durable=False`` skips waiting for the disk: a power cut may then lose the file, a killed process does not.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,17 +23,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            _fsync(temporary)
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        if durable:
+            _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def atomic_write(path: str | Path, write: Callable) -> None:
+def atomic_write(path: str | Path, write: Callable, durable: bool = True) -> None:
     """Call ``write(binary_file)`` and publish the result under ``path`` in one step."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path, durable) as temporary, open(temporary, "wb") as file:
         write(file)
 
 
@@ -50,8 +52,8 @@ def _umask() -> int:
     return mask
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,0 +1,92 @@
+"""Train a diffusion model with the sequence-aware loss and input perturbation, on any number of processes."""
+
+import sys
+from contextlib import ExitStack
+
+from runners.cli import Parser, add_common, positive, run_folder, run_script
+
+
+def parse(argv):
+    parser = Parser(prog="train_ddp.py", description=__doc__)
+    add_common(parser)
+    parser.add_argument("--num_consecutive_steps", type=int, metavar="K",
+                        help="steps of the sequence-aware loss (default: loss.num_consecutive_steps of the config)")
+    parser.add_argument("--lamda", type=float, metavar="L", help="weight of its sequence term (default: loss.lamda)")
+    parser.add_argument("--input_perturbation", "--input_pertub", type=float, metavar="GAMMA",
+                        help="perturb the network input (default: loss.input_perturbation)")
+    parser.add_argument("--seed", type=int, help="weights, data order and noise (default: training.seed, 1024)")
+    parser.add_argument("--resume_training", action="store_true",
+                        help="continue from the newest checkpoint; in an empty run folder start fresh")
+    parser.add_argument("--overwrite", action="store_true", help="move an existing run folder aside and start anew")
+    parser.add_argument("--init_from", metavar="FILE", help="start from these weights, in any format generate.py reads")
+    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], help="precision (default: training.amp)")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], help="torch.compile (default: training.compile)")
+    parser.add_argument("--max_steps", type=positive, metavar="N", help="stop after so many steps of the run")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, take one step with one image, print sizes; write nothing")
+    return parser.parse(argv)
+
+
+FLAG_KEYS = {"num_consecutive_steps": "loss.num_consecutive_steps", "lamda": "loss.lamda",
+             "input_perturbation": "loss.input_perturbation", "seed": "training.seed", "amp": "training.amp",
+             "compile": "training.compile"}
+
+
+def configure(args):
+    """The configuration that the file, the overrides and the flags describe; flags win."""
+    from configs.schema import load_config
+    from runners.checkpoint import RunFolder
+    from utils.errors import UserError
+
+    folder = run_folder(args)
+    source = args.config or (args.resume_training and (folder / "config.yml").exists() and folder / "config.yml")
+    if not source:
+        raise UserError("--config is required: a file, or a name in configs/ such as digits.yml")
+    flags = [f"{key}={getattr(args, flag)}" for flag, key in FLAG_KEYS.items() if getattr(args, flag) is not None]
+    return load_config(source, [*args.overrides, *flags]), RunFolder(folder, f"{args.exp}/datasets")
+
+
+def check(args):
+    """Everything that can be refused before a process starts or a file is touched."""
+    from datasets import find_dataset
+    from runners.dry_run import check_training
+
+    config, run = configure(args)
+    check_training(config, args)
+    if not args.dry_run:
+        run.check(config, resume=args.resume_training or restarted(), overwrite=args.overwrite)
+        find_dataset(config, run.datasets)
+
+
+def restarted():
+    from runners.distributed import restarted
+
+    return restarted()
+
+
+def work(args, device):
+    from runners.diffusion import Diffusion
+    from runners.distributed import on_rank_zero
+    from runners.dry_run import dry_run_training
+    from utils.locks import lock_folder
+
+    config, run = configure(args)
+    if args.dry_run:
+        return dry_run_training(config, run, device, args.init_from)
+    resume = args.resume_training or restarted()
+    with ExitStack() as held:
+        on_rank_zero(lambda: held.enter_context(lock_folder(run.path)))
+        on_rank_zero(lambda: run.prepare(config, resume=resume, overwrite=args.overwrite))
+        diffusion = Diffusion(config, device)
+        if args.init_from:
+            diffusion.load(args.init_from)
+        result = diffusion.train(run, resume=resume, max_steps=args.max_steps)
+    on_rank_zero(lambda: print(f"step {result.step}, epoch {result.epoch}: {result.checkpoint}"))
+
+
+def main(argv=None) -> int:
+    return run_script(__file__, argv, parse, check, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
