@@ -53,6 +53,8 @@ class FeatureNet:
         has_classifier: Whether ``logits`` works.
     """
 
+    dim = 2048
+
     def __init__(self, network: nn.Module, classifier: Tensor | None, *, source: str, fingerprint: str, preprocess: str,
                  device="cpu"):
         self.device = torch.device(device)
@@ -96,11 +98,7 @@ class FeatureNet:
 
     def compile(self) -> "FeatureNet":
         """Compile with frozen weights: half a minute to start, a few per cent faster after that."""
-        import torch._inductor.config as inductor
-
-        with inductor.patch(freezing=True):
-            compiled = torch.compile(self.network, dynamic=True)
-        self.network = compiled
+        self.network = torch.compile(self.network, dynamic=True, options={"freezing": True})
         return self
 
 
@@ -129,7 +127,8 @@ def load_inception(weights=None, device="cpu", preprocess: str = "pytorch-fid") 
 
 def _build() -> nn.Module:
     """The graph on the meta device: nothing is initialised, no random number drawn; images in, 2048 features out."""
-    if importlib.util.find_spec("pytorch_fid.inception") is None:       # the folder pytorch_fid/ imports, emptily
+    package = importlib.util.find_spec("pytorch_fid")
+    if package is None or package.origin is None:                       # this project's folder imports, emptily
         raise UserError("FID needs the package pytorch-fid, which is not installed: pip install pytorch-fid")
     import pytorch_fid.inception as blocks
     from torchvision.models import inception_v3

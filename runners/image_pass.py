@@ -1,0 +1,208 @@
+"""One pass over images, shared by the ranks: decode in threads while the network works, keep features on request."""
+
+import hashlib
+import io
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.schema import Config
+from datasets.files import ImageFiles
+from datasets.specs import read_any
+from runners.distributed import on_rank_zero, rank, world_size
+from runners.references import config_provenance
+from utils.atomic import atomic_write
+from utils.errors import DataError, UserError
+
+log = logging.getLogger(__name__)
+WORKERS = min(16, os.cpu_count() or 1)                       # threads: PIL decodes without the interpreter's lock
+
+
+class ImageSource(Protocol):
+    """Images by index, all of one size."""
+
+    name: str
+    provenance: dict                                          # what a reference made of it says about itself
+
+    def __len__(self) -> int: ...
+
+    def check(self) -> None: ...                              # DataError early, before the network has worked
+
+    def batches(self, index_lists: Iterable[Sequence[int]]) -> Iterator[Tensor]: ...      # uint8 (B, C, H, W)
+
+
+class FileSource:
+    """A folder of images, a zip archive of them, or an npz or npy array (N, H, W, C) uint8.
+
+    Raises:
+        UserError: No such path, or of no known kind.
+        DataError: No images in it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.exists():
+            raise UserError(f"{self.path}: no such folder or file of images")
+        self.reader = read_any(self.path, _Channels(), "train")
+        self.name = self.path.name
+        if not len(self.reader):
+            raise DataError(f"{self.path}: holds no images")
+        if isinstance(self.reader, ImageFiles) and self.reader.ignored:
+            log.info("%s: %d files are no images and are left out", self.path, self.reader.ignored)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    @property
+    def provenance(self) -> dict:
+        height, width = self._size(0)
+        return {"images": self.name, "image_size": [height, width], "channels": 3}
+
+    def check(self) -> None:
+        """Every image can be opened and has the size of the first; pixels are decoded later."""
+        if not isinstance(self.reader, ImageFiles):
+            return                                            # one array
+        first = self._size(0)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for i, size in enumerate(pool.map(self._size, range(len(self)), chunksize=64)):
+                if size != first:
+                    raise DataError(f"{self.reader.name(i)}: {size[0]}x{size[1]}, but {self.reader.name(0)} is "
+                                    f"{first[0]}x{first[1]}; the images of one FID must have one size")
+
+    def _size(self, i: int) -> tuple[int, int]:
+        if not isinstance(self.reader, ImageFiles):
+            return self.reader.read(i).shape[:2]
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(self.reader.container.read(self.reader.names[i]))) as image:
+                return image.height, image.width
+        except OSError as error:                              # PIL's UnidentifiedImageError is one
+            raise DataError(f"{self.reader.name(i)}: unreadable image: {error}") from None
+
+    def batches(self, index_lists: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            waiting = deque()
+            for indices in index_lists:
+                waiting.append([pool.submit(self.reader.read, int(i)) for i in indices])
+                if len(waiting) > 2:
+                    yield _stack(waiting.popleft())
+            while waiting:
+                yield _stack(waiting.popleft())
+
+    def fingerprint(self) -> str:
+        """Changes with the name, size or time of any file."""
+        return self.reader.stamp()
+
+
+class _Channels:
+    channels = 3
+
+
+def _stack(futures) -> Tensor:
+    pixels = [future.result() for future in futures]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)          # (B, H, W, C) -> (B, C, H, W)
+
+
+class DatasetSource:
+    """The training images of a configuration, transformed as for training, unflipped."""
+
+    def __init__(self, config: Config, root: str | Path | None = None):
+        from datasets.packed import open_images
+
+        self.store = open_images(config, root=root)
+        self.name = config.data.dataset
+        self.provenance = {**config_provenance(config), "data_fingerprint": self.store.fingerprint}
+
+    def __len__(self) -> int:
+        return self.store.num_images
+
+    def check(self) -> None:
+        """Opening it has checked it."""
+
+    def batches(self, index_lists: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        return self.store.batches(torch.as_tensor(indices) for indices in index_lists)
+
+
+def choose_subset(total: int, num: int | None, seed: int, name: str) -> np.ndarray:
+    """Indices, ascending: all, or ``num`` distinct ones drawn with ``seed``.
+
+    Raises:
+        UserError: There are fewer.
+    """
+    if num is None:
+        return np.arange(total)
+    if num > total:
+        raise UserError(f"--num {num} images asked for, but {name} has {total}")
+    return np.sort(np.random.default_rng(seed).choice(total, num, replace=False))
+
+
+def evaluate_images(images, evaluation, batch_size: int = 64, *, indices: Sequence[int] | None = None,
+                    cache: str | Path | None = None) -> None:
+    """Feed images to an ``Evaluation`` or ``Collector``; batches are dealt to the ranks in turn. Collective.
+
+    Args:
+        images: An ``ImageSource``, or the path of a folder, zip or npz.
+        indices: Which images; None: all.
+        cache: File of features that is used if it fits these images and this network, and else written.
+
+    Raises:
+        DataError: An unreadable image, or images of several sizes.
+    """
+    source = FileSource(images) if isinstance(images, (str, Path)) else images
+    indices = np.arange(len(source)) if indices is None else np.asarray(indices)
+    collector = getattr(evaluation, "collector", evaluation)
+    key = _cache_key(source, collector.net) if cache else ""
+    mine = slice(rank(), None, world_size())
+    cached = on_rank_zero(lambda: _read_cache(cache, key, indices)) if cache else None
+    if cached is not None:
+        log.info("features of %d images are taken from %s", len(indices), cache)
+        collector.add(torch.from_numpy(cached[mine]), indices[mine])
+        return
+    on_rank_zero(source.check)
+    collector.keep_features = collector.keep_features or bool(cache)
+    batches = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)][mine]
+    for chosen, pixels in _progress(zip(batches, source.batches(batches), strict=True), len(indices), source.name):
+        collector.update(pixels, chosen)
+    if cache:
+        _, features, order = collector.gather()
+        on_rank_zero(lambda: _write_cache(cache, key, features, order))
+
+
+def _progress(pairs, total: int, name: str):
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=name, unit=" images", disable=rank() > 0, leave=False) as bar:
+        for chosen, pixels in pairs:
+            yield chosen, pixels
+            bar.update(min(len(chosen) * world_size(), total - bar.n))
+
+
+def _cache_key(source, net) -> str:
+    return hashlib.sha256(f"{source.fingerprint()} {net.fingerprint} {net.preprocess}".encode()).hexdigest()
+
+
+def _read_cache(path, key: str, indices: np.ndarray) -> np.ndarray | None:
+    """Features of ``indices``, or None when the file is absent, of other images or of another network."""
+    if not Path(path).is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if str(archive["key"]) != key or not np.isin(indices, archive["indices"]).all():
+                return None
+            return archive["features"][np.searchsorted(archive["indices"], indices)]
+    except Exception as error:                                # numpy raises anything for a broken file
+        log.warning("%s is no usable cache of features and is made again: %s", path, error)
+        return None
+
+
+def _write_cache(path, key: str, features: np.ndarray, indices: np.ndarray) -> None:
+    atomic_write(path, lambda file: np.savez(file, key=np.array(key), features=features, indices=indices))
