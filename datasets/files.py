@@ -29,6 +29,8 @@ class ImageFiles:
     Safe in worker processes: handles are opened lazily, once in each process, and never pickled.
     """
 
+    parallel = True                                        # decoding pays for worker processes
+
     def __init__(self, path: str | Path, channels: int = 3, strict: bool = False):
         self.path, self.channels, self.strict = Path(path), channels, strict
         self.container = _Folder(self.path) if self.path.is_dir() else _Zip(self.path)
@@ -75,7 +77,7 @@ class ImageFiles:
 
     def stamp(self) -> str:
         """Changes with any file's name, size or modification time."""
-        return self.container.stamp(self.names)
+        return self.container.stamp(self)
 
 
 class _Folder:
@@ -111,9 +113,9 @@ class _Folder:
         except OSError as error:
             raise DataError(f"{self.path / name}: cannot be read: {error.strerror}") from None
 
-    def stamp(self, names: list[str]) -> str:
+    def stamp(self, files: ImageFiles) -> str:
         digest = hashlib.sha256()
-        for name in [*names, LABELS] if self.has(LABELS) else names:
+        for name in [*files.names, LABELS] if self.has(LABELS) else files.names:
             digest.update(file_stamp(self.path / name).encode())
         return digest.hexdigest()
 
@@ -150,8 +152,8 @@ class _Zip(PerProcess):
         except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
             raise UnreadableImage(f"{self.path}/{name}: unreadable in the archive: {error}") from None
 
-    def stamp(self, names) -> str:
-        return file_stamp(self.path)
+    def stamp(self, files: ImageFiles) -> str:
+        return file_stamp(self.path)                       # of the archive: its 50,000 names need not be listed
 
 
 def read_labels(text: bytes, where: str, names: list[str]) -> np.ndarray:

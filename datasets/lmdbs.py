@@ -1,0 +1,144 @@
+"""Images in LMDB: one value for each image, encoded like a file or as raw RGB pixels."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from datasets.files import file_stamp
+from datasets.images import UnreadableImage, decode, encoded
+from utils.errors import DataError
+
+_OPEN = {}          # real path -> (process id, stamp, environment): LMDB allows one for each file and process
+
+
+class LmdbImages:
+    """The images of an LMDB folder or file, read-only and without lock.
+
+    Args:
+        path: The LMDB; not opened before it is asked for something.
+        channels: What ``read`` returns: 1 (grey) or 3 (RGB).
+        find_keys: ``(environment, path) -> keys``, in the order of the images.
+
+    Safe under fork and spawn: the environment belongs to the process that opened it, and is never pickled.
+    """
+
+    parallel = True                                        # decoding pays for worker processes
+
+    def __init__(self, path: str | Path, channels: int, find_keys: Callable):
+        self.path, self.channels, self.find_keys = Path(path), channels, find_keys
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """Byte strings, (N,)."""
+        return np.array(self.find_keys(environment(self.path), self.path), np.bytes_)
+
+    @cached_property
+    def raw_length(self) -> int | None:
+        """Bytes of every record if they are raw pixels; None if they are encoded. The first record decides."""
+        first = self.value(0)
+        if encoded(first):
+            return None
+        side = math.isqrt(len(first) // 3)
+        if not first or 3 * side * side != len(first):
+            raise UnreadableImage(f"{self.name(0)}: neither an encoded image nor 3 x side x side raw bytes "
+                                  f"({len(first)} bytes)")
+        return len(first)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return np.full(len(self), -1, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def name(self, i: int) -> str:
+        return f"{self.path}, key {self.keys[i].decode(errors='replace')}"
+
+    def value(self, i: int) -> bytes:
+        with environment(self.path).begin() as transaction:
+            value = transaction.get(bytes(self.keys[i]))
+        if value is None:
+            raise DataError(f"{self.name(i)}: missing")
+        return value
+
+    def read(self, i: int) -> np.ndarray:
+        """Pixels of image ``i``: uint8, (H, W, channels). Raises DataError naming the key."""
+        if self.raw_length is None:
+            return decode(self.value(i), self.name(i), self.channels)
+        return self._read_raw(self.value(i), i)
+
+    def _read_raw(self, value: bytes, i: int) -> np.ndarray:
+        if self.channels != 3:
+            raise DataError(f"{self.path}: holds raw RGB pixels (3 channels), data.channels is {self.channels}")
+        if len(value) != self.raw_length:
+            raise UnreadableImage(f"{self.name(i)}: wrong record length: {len(value)} bytes, "
+                                  f"the others have {self.raw_length}")
+        side = math.isqrt(len(value) // 3)
+        return np.frombuffer(value, np.uint8).reshape(side, side, 3)
+
+    def stamp(self) -> str:
+        return file_stamp(_data_file(self.path))
+
+
+def environment(path: Path):
+    """The read-only LMDB environment of this process for ``path``.
+
+    Raises:
+        DataError: Missing, truncated or no LMDB.
+    """
+    import lmdb
+
+    file = _data_file(path)
+    key, stamp = os.path.realpath(file), file_stamp(file)
+    owner, opened_stamp, found = _OPEN.get(key, (None, None, None))
+    if owner == os.getpid() and opened_stamp == stamp:
+        return found
+    if found is not None:            # a parent's, seen after a fork, or of a file since replaced: let go of it
+        found.close()
+    try:
+        found = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error as error:
+        raise DataError(f"{path}: not a usable LMDB: {error}") from None
+    if (found.info()["last_pgno"] + 1) * found.stat()["psize"] > os.path.getsize(file):
+        found.close()                # reading past the end of a mapped file would kill the process
+        raise DataError(f"{file}: truncated: shorter than its own index says")
+    _OPEN[key] = os.getpid(), stamp, found
+    return found
+
+
+def all_keys(env, path: Path) -> list[bytes]:
+    """Every key, in LMDB's order: LSUN."""
+    with env.begin() as transaction:
+        return list(transaction.cursor().iternext(values=False))
+
+
+def numbered_keys(env, path: Path) -> list[bytes]:
+    """``b"0"``, ``b"1"``, ... without a gap; other keys (``length``) are not images: CelebA-HQ."""
+    found = {int(key) for key in all_keys(env, path) if key.isdigit()}
+    missing = set(range(len(found))) - found
+    if missing:
+        raise DataError(f"{path}: key {min(missing)} is missing, though {max(found)} is there")
+    return [b"%d" % i for i in range(len(found))]
+
+
+def resolution_keys(resolution: int, env, path: Path) -> list[bytes]:
+    """``{resolution}-{i:05d}`` for i < ``length``: the FFHQ of DDIM, as StyleGAN 2's prepare_data writes it."""
+    with env.begin() as transaction:
+        length = transaction.get(b"length")
+        if length is None or not length.isdigit():
+            raise DataError(f"{path}: the key 'length' is {'missing' if length is None else 'not a number'}")
+        keys = [b"%d-%05d" % (resolution, i) for i in range(int(length))]
+        if keys and transaction.get(keys[0]) is None:
+            sizes = {int(m[1]) for k in all_keys(env, path) if (m := re.fullmatch(rb"(\d+)-0+", k))}
+            raise DataError(f"{path}: has no images of side {resolution}, only of {sorted(sizes)}; "
+                            "change data.image_size, or convert the images")
+    return keys
+
+
+def _data_file(path: Path) -> Path:
+    return path / "data.mdb" if path.is_dir() else path

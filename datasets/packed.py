@@ -1,0 +1,184 @@
+"""Training images as whole batches: gathered by index from a pack, without any per-image Python.
+
+    store = open_images(config)
+    for batch in store.batches(index_lists):               # uint8 (B, C, H, W) on the device, channels_last in memory
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datasets import DATASETS, DEFAULT_ROOT, open_dataset
+from datasets.items import DecodedBatches
+from datasets.packing import TooLarge, open_pack
+from utils.errors import DataError
+
+log = logging.getLogger(__name__)
+GPU_SHARE = 4               # auto puts a pack into GPU memory if it takes no more than a quarter of what is free
+UPLOAD_BYTES = 1 << 28
+
+
+class ImageStore:
+    """Images that can be asked for by index. ``batches`` is lazy: an endless ``index_lists`` is fine.
+
+    Args:
+        name: Data set and split, for messages.
+        fingerprint: Of source, transform and image size.
+        labels: int64 (N,), -1 where there is none.
+        device: Where batches go.
+    """
+
+    def __init__(self, name: str, fingerprint: str, labels: np.ndarray, device: torch.device):
+        self.name, self.fingerprint, self.labels, self.device = name, fingerprint, labels, device
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
+
+    def batches(self, index_lists: Iterable[Tensor]) -> Iterator[Tensor]:
+        """long (B,) -> uint8 (B, C, H, W) on the device, in the order given."""
+        raise NotImplementedError
+
+
+class ResidentStore(ImageStore):
+    """The whole array in the memory of the device that trains: ``device``, and ``ram`` on a CPU."""
+
+    def __init__(self, array: np.ndarray, **about):
+        super().__init__(**about)
+        self.images = torch.empty(array.shape, dtype=torch.uint8, device=self.device)        # (N, H, W, C)
+        rows = max(1, UPLOAD_BYTES // max(1, array[0].nbytes))
+        for start in range(0, len(array), rows):                                             # not all twice in RAM
+            self.images[start:start + rows] = torch.tensor(array[start:start + rows])
+
+    def batches(self, index_lists):
+        for indices in index_lists:
+            yield self.images.index_select(0, indices.to(self.device, non_blocking=True)).permute(0, 3, 1, 2)
+
+
+class HostStore(ImageStore):
+    """The array on the host, in RAM or memory-mapped; for a GPU the next batch is gathered and pinned meanwhile."""
+
+    def __init__(self, array: np.ndarray, **about):
+        super().__init__(**about)
+        self.array = array                                                                   # (N, H, W, C)
+
+    def gather(self, indices: Tensor) -> Tensor:
+        rows = indices.numpy()
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self.array):
+            raise IndexError(f"{self.name}: image indices must be in [0, {len(self.array)})")
+        pinned = self.device.type == "cuda"
+        batch = torch.empty((len(rows), *self.array.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+        self.array.take(rows, 0, out=batch.numpy(), mode="clip")          # "raise" would copy once more
+        return batch.permute(0, 3, 1, 2)                                  # (B, C, H, W)
+
+    def batches(self, index_lists):
+        if self.device.type == "cpu":
+            yield from map(self.gather, index_lists)
+            return
+        with ThreadPoolExecutor(1) as background:
+            waiting = None
+            for indices in index_lists:
+                coming = background.submit(self.gather, indices)
+                if waiting is not None:
+                    yield waiting.result().to(self.device, non_blocking=True)
+                waiting = coming
+            if waiting is not None:
+                yield waiting.result().to(self.device, non_blocking=True)
+
+
+class DecodingStore(ImageStore):
+    """Nothing is kept: worker processes decode each batch when it is needed (``data.cache: off``)."""
+
+    def __init__(self, images, workers: int, skip_bad: int, **about):
+        super().__init__(**about)
+        self.images, self.workers, self.skip_bad, self.bad = images, workers, skip_bad, {}
+
+    def batches(self, index_lists):
+        cuda = self.device.type == "cuda"
+        loader = DataLoader(DecodedBatches(self.images), batch_size=None, sampler=index_lists, num_workers=self.workers,
+                            pin_memory=cuda, generator=torch.Generator())   # its own: the global one stays untouched
+        for batch, bad in loader:
+            self._note(bad)
+            yield batch.permute(0, 3, 1, 2).to(self.device, non_blocking=True)
+
+    def _note(self, bad: list) -> None:
+        for i, reason in bad:
+            if i not in self.bad:
+                self.bad[i] = reason
+                log.warning("replaced by the next image: %s", reason)
+        if len(self.bad) > self.skip_bad:
+            raise DataError(f"{next(iter(self.bad.values()))} ({len(self.bad)} unreadable so far, "
+                            f"data.skip_bad allows {self.skip_bad})")
+
+
+class RepeatedStore(HostStore):
+    """A few images that stand for many."""
+
+    def gather(self, indices):
+        return super().gather(indices % len(self.array))
+
+
+STORES = {"device": ResidentStore, "mmap": HostStore,
+          "ram": lambda array, **about: HostStore(np.array(array), **about)}
+
+
+def open_images(config, root=None, split: str = "train", device="cpu") -> ImageStore:
+    """The data set as ``data.cache`` says, packed on first use; ranks and jobs that come meanwhile wait.
+
+    ``auto`` is ``device`` on a GPU with room for it, else ``mmap``; it is ``off`` where packing would take more than a
+    quarter of the free disk, or where the pack cannot be written.
+
+    Raises:
+        DataError: Missing or bad data, or no space for a pack that was explicitly asked for.
+        UserError: As ``datasets.find_dataset``.
+    """
+    data, device = config.data, torch.device(device)
+    images = open_dataset(config, root, split)
+    about = {"name": images.name, "fingerprint": images.fingerprint, "device": device}
+    if data.cache != "off":
+        try:
+            pack = open_pack(images, packs_folder(root), data.num_workers, data.skip_bad)
+            cache = _choose_cache(pack.array.nbytes, device) if data.cache == "auto" else data.cache
+            log.info("%s: %d images, data.cache %s", images.name, len(pack.array), cache)
+            return STORES[cache](pack.array, labels=pack.labels, **about)
+        except (TooLarge, PermissionError) as error:
+            if data.cache != "auto":
+                raise DataError(str(error)) from None
+            log.warning("decoding on the fly (data.cache off): %s", error)
+    return DecodingStore(images, data.num_workers, data.skip_bad, labels=_labels(images), **about)
+
+
+def packs_folder(root=None) -> Path:
+    """``.packed`` in the folder that holds data sets."""
+    base = Path(root or DEFAULT_ROOT)
+    return (base.parent if base.is_file() else base) / ".packed"
+
+
+def synthetic_images(config, device="cpu") -> ImageStore:
+    """64 seeded noise images of the right shape that answer for every index: what a dry run uses without the data.
+
+    ``num_images`` is that of the published data set, and at least one global batch on one process.
+    """
+    channels, height, width = config.data.shape
+    training, spec = config.training, DATASETS.get(config.data.dataset)
+    count = max(spec.usual_size if spec else 0, training.global_batch_size or training.batch_size)
+    images = np.random.RandomState(0).randint(0, 256, (64, height, width, channels), np.uint8)
+    return RepeatedStore(images, name="synthetic", fingerprint="synthetic", labels=np.full(count, -1, np.int64),
+                         device=torch.device(device))
+
+
+def _labels(images) -> np.ndarray:
+    len(images)                                            # an empty data set is reported as such
+    return images.labels
+
+
+def _choose_cache(num_bytes: int, device: torch.device) -> str:
+    if device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(device)[0] // GPU_SHARE:
+        return "device"
+    return "mmap"

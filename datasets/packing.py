@@ -1,0 +1,220 @@
+"""Decode a data set once into one uint8 array (N, H, W, C) on disk, whole or not at all, by one process."""
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.images import UnreadableImage
+from datasets.locking import exclusive
+from datasets.source import Images
+from utils.atomic import atomic_path, write_json
+from utils.errors import DataError
+
+log = logging.getLogger(__name__)
+CHUNK = 256                 # images for each task of a worker
+FEW = 1000                  # fewer are decoded in this process: starting workers takes longer
+DISK_SHARE = 4              # a pack may take a quarter of the free disk
+
+
+class TooLarge(DataError):
+    """The pack would take more of the disk than it may."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    array: np.ndarray       # memory-mapped, read-only, uint8 (N, H, W, C)
+    labels: np.ndarray      # int64 (N,)
+    bad: list               # [[name, reason], ...]: images left out
+
+
+def open_pack(images: Images, folder: Path, workers: int, skip_bad: int) -> Pack:
+    """The pack of ``images`` in ``folder``; made first if there is none of these very files and this transform.
+
+    Args:
+        images: What to decode.
+        folder: Where packs lie (``exp/datasets/.packed``).
+        workers: Processes that decode; 0: this one.
+        skip_bad: Number of unreadable images that are left out and listed before packing fails.
+
+    Raises:
+        DataError: A bad image, an empty data set, no space.
+        TooLarge: More than a quarter of the free disk.
+    """
+    path = folder / f"{images.name}-{images.fingerprint}.npy"
+    found = _load(path)
+    if found is None:
+        lock = folder / f"{images.name.partition('-')[0]}.lock"
+        with exclusive(lock, f"packing {images.name}") as descriptor:
+            found = _load(path) or _build(images, path, workers, skip_bad, descriptor)
+    _check_bad(found.bad, skip_bad)
+    return found
+
+
+def _load(path: Path) -> Pack | None:
+    try:
+        about = json.loads(path.with_suffix(".json").read_text())
+        array = np.load(path, mmap_mode="r")
+        labels = np.full(len(array), -1) if about["labels"] is None else np.array(about["labels"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("%s: damaged, it is made again: %s", path, error)
+        return None
+    return Pack(array, labels.astype(np.int64), about["bad"])
+
+
+def _build(images: Images, path: Path, workers: int, skip_bad: int, lock: int) -> Pack:
+    for left_over in path.parent.glob(f".{images.name.partition('-')[0]}-*.tmp"):
+        left_over.unlink()                                 # of a killed process: we hold the lock
+    channels, height, width = images.shape
+    shape = len(images), height, width, channels
+    _check_space(images, shape, path.parent)
+    start = time.perf_counter()
+    with atomic_path(path) as temporary:
+        _allocate(temporary, shape)
+        bad = _decode_all(images, temporary, workers, skip_bad, lock)
+        kept = np.delete(np.arange(len(images)), list(bad))
+        _drop_rows(temporary, kept)
+        labels = images.labels[kept]
+        write_json(path.with_suffix(".json"), {
+            "identity": images.identity, "source": images.description, "count": len(kept),
+            "bad": [[images.source.name(i), reason] for i, reason in sorted(bad.items())],
+            "labels": labels.tolist() if (labels >= 0).any() else None})
+    log.info("packed %d images of %s in %.1f s", len(kept), images.name, time.perf_counter() - start)
+    _remove_stale(images, path)
+    return _load(path)
+
+
+def _check_space(images: Images, shape: tuple, folder: Path) -> None:
+    size, free = math.prod(shape), shutil.disk_usage(folder).free
+    log.info("packing %s: %d images of %dx%d into %.1f MB at %s", images.name, *shape[:3], size / 1e6, folder)
+    if size > free / DISK_SHARE:
+        raise TooLarge(f"packing {images.name} would take {size / 1e9:.1f} GB, more than a quarter of the "
+                       f"{free / 1e9:.1f} GB that are free in {folder}; set data.cache off, or free some disk")
+
+
+def _allocate(path: Path, shape: tuple) -> None:
+    """Reserve the disk space, because running out of it in a mapped file kills the process."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": "|u1"})
+        file.flush()
+        try:
+            os.posix_fallocate(file.fileno(), 0, file.tell() + math.prod(shape))
+        except OSError as error:
+            raise DataError(f"{path.parent}: no room for a pack of {math.prod(shape) / 1e6:.1f} MB: "
+                            f"{error.strerror}") from None
+
+
+def _decode_all(images: Images, path: Path, workers: int, skip_bad: int, lock: int) -> dict[int, str]:
+    """Fill the array in ``path``. Returns {index: reason} of unreadable images, at most ``skip_bad``."""
+    chunks = [(i, min(i + CHUNK, len(images))) for i in range(0, len(images), CHUNK)]
+    bad = {}
+    with tqdm(total=len(images), desc=f"packing {images.name}", unit="img", disable=None) as progress:
+        for done, unreadable in _results(images, path, chunks, workers, lock):
+            bad |= unreadable
+            progress.update(done)
+            _check_bad([[images.source.name(i), reason] for i, reason in sorted(bad.items())], skip_bad)
+    return bad
+
+
+def _results(images: Images, path: Path, chunks: list, workers: int, lock: int):
+    """Yield what ``_decode`` returns for each chunk, in any order."""
+    if not (workers and images.source.parallel and len(images) >= FEW):
+        array = np.lib.format.open_memmap(path, "r+")
+        yield from (_decode(images, array, *chunk) for chunk in chunks)
+        return
+    fork = multiprocessing.get_context("fork")             # inherits the listing of the source
+    pool = ProcessPoolExecutor(workers, fork, _start_worker, (images, path, lock, os.getpid()))
+    try:
+        for future in as_completed([pool.submit(_work, *chunk) for chunk in chunks]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise DataError(f"packing {images.name}: a worker process was killed (out of memory?); "
+                        "lower data.num_workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_job = None                 # in a worker: (images, array)
+
+
+def _work(start: int, stop: int):
+    return _decode(*_job, start, stop)
+
+
+def _start_worker(images: Images, path: Path, lock: int, parent: int) -> None:
+    """Leave signals to the parent; neither outlive it nor hold its lock."""
+    global _job
+    os.close(lock)
+    _job = images, np.lib.format.open_memmap(path, "r+")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _decode(images: Images, array: np.ndarray, start: int, stop: int) -> tuple[int, dict[int, str]]:
+    """Decode images [start, stop) into their rows. Returns how many, and {index: reason} of the unreadable ones."""
+    bad = {}
+    for i in range(start, stop):
+        try:
+            array[i] = images.read(i)
+        except UnreadableImage as error:
+            bad[i] = str(error)
+    return stop - start, bad
+
+
+def _check_bad(bad: list, skip_bad: int) -> None:
+    if len(bad) > skip_bad:
+        allowed = f"data.skip_bad allows {skip_bad}" if skip_bad else "set data.skip_bad to tolerate some"
+        raise DataError(f"{bad[0][1]} ({len(bad)} unreadable so far; {allowed})")
+    for _, reason in bad:
+        log.warning("left out: %s", reason)
+
+
+def _drop_rows(path: Path, kept: np.ndarray) -> None:
+    """Close the gaps of unreadable images: move rows up, then shorten the file."""
+    array = np.lib.format.open_memmap(path, "r+")
+    shape = (len(kept), *array.shape[1:])
+    if len(kept) == len(array):
+        return
+    if not len(kept):
+        raise DataError(f"{path.parent}: every image of the data set is unreadable")
+    for to, row in enumerate(kept):
+        array[to] = array[row]
+    offset = array.offset
+    del array
+    with open(path, "rb+") as file:                        # numpy pads headers so that the length may change in place
+        np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": "|u1"})
+        file.truncate(offset + math.prod(shape))
+
+
+def _remove_stale(images: Images, path: Path) -> None:
+    """Delete packs of the same request whose source has changed since."""
+    for about in path.parent.glob(f"{images.name}-*.json"):
+        try:
+            stale = about.stem != path.stem and json.loads(about.read_text())["identity"] == images.identity
+        except (OSError, ValueError, KeyError):
+            continue
+        if stale:
+            log.info("removing %s: its source has changed", about.with_suffix(".npy"))
+            about.with_suffix(".npy").unlink(missing_ok=True)
+            about.unlink(missing_ok=True)
