@@ -127,7 +127,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        told_by_rank_zero = told_by_rank_zero or getattr(error, "on_all_ranks", False)
+        told_by_rank_zero = told_by_rank_zero or error.on_all_ranks
         if not (world and world.rank and told_by_rank_zero):
             print(f"{Path(script).name}: {error}", file=sys.stderr)
         return error.code

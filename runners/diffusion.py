@@ -285,11 +285,15 @@ class Diffusion:
             shape = (len(chunk), *self.config.data.shape)
             yield Batch(chunk, chain(noise.randn(shape), noise, callback))
 
+    def steps(self, timesteps: int | str, skip_type: str = "uniform") -> list[int]:
+        """The steps that a chain visits, ascending."""
+        return sampling_timesteps(self.schedule.num_timesteps, timesteps, skip_type)
+
     def chain(self, *, timesteps, eta=0.0, sample_type="generalized", skip_type="uniform", var_type="fixedlarge",
               eps_scaler=None, clip_denoised=None):
         """A function (x, SeededNoise, callback=None) -> images in [0, 1], both (B, C, H, W), with these settings."""
         sampler = choose(SAMPLERS, sample_type, "sample_type")
-        steps = sampling_timesteps(self.schedule.num_timesteps, timesteps, skip_type)
+        steps = self.steps(timesteps, skip_type)
         own = {key: value for key, value in {"eta": eta, "var_type": var_type}.items() if key in OPTIONS[sample_type]}
         clip = sample_type == "ddpm_noisy" if clip_denoised is None else clip_denoised
         network = Network(self._sampling_model(), self.device, self.amp, compiled=self.compiled)

@@ -5,6 +5,7 @@ class UserError(Exception):
     """A wrong request: what was given, what is allowed, what to do. Exit code 2."""
 
     code = 2
+    on_all_ranks = False             # raised by every rank alike, so that one of them prints it
 
 
 class ConfigError(UserError):
@@ -21,10 +22,13 @@ class DivergedError(UserError):
     """Training produced too many non-finite steps in a row. Exit code 4."""
 
     code = 4
+    on_all_ranks = True
 
 
 class Interrupted(UserError):
     """Stopped by a signal after saving. Exit code 128 + signal number."""
+
+    on_all_ranks = True
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)

@@ -1,0 +1,54 @@
+"""Shared by all tests: golden numbers where they are at hand, tiny configurations, scripts run in this process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """``golden("unet_a")`` loads numbers of the published reference implementation; skips where they are absent."""
+    def load(name):
+        path = SHARED / "golden" / f"{name}.pt"
+        if not path.exists():
+            pytest.skip(f"{path} is not on this machine")
+        return torch.load(path, weights_only=True)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def golden_unet(golden):
+    """The network of the golden files, with its weights."""
+    from configs.schema import Config
+    from models import build_model
+
+    stored = golden("unet_a")
+    keys = dict(stored["config"])
+    config = Config.model_validate({"data": {"dataset": "ZIP", "image_size": keys.pop("image_size")},
+                                    "model": {**keys, "dropout": 0.0}})
+    model = build_model(config)
+    model.load_state_dict(stored["state_dict"])
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_overrides():
+    """digits.yml cut down to a network that trains in milliseconds."""
+    return ["--model.ch", "32", "--model.ch_mult", "[1]", "--model.attn_resolutions", "[]", "--data.image_size", "8",
+            "--training.batch_size", "8", "--training.sample_num", "4", "--training.sample_timesteps", "2",
+            "--data.cache", "ram"]
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    """Tests run as if nobody had started them with torchrun, srun or mpirun."""
+    import os
+
+    for name in list(os.environ):
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(("SLURM_", "OMPI_", "PMI_")):
+            monkeypatch.delenv(name)

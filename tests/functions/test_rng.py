@@ -1,0 +1,72 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from functions.rng import SeededNoise, derive_seed, parse_seeds, seeded, shard_generator, slerp
+
+
+@pytest.mark.parametrize(("text", "seeds"), [
+    ("0-3", [0, 1, 2, 3]), ("1,2,5-7", [1, 2, 5, 6, 7]), ("7", [7]), (" 3 , 1-2", [3, 1, 2])])
+def test_parse_seeds(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "5-1", "1,1", "0-3,2", "-1", "a", "1-", "1,,2", "1.5"])
+def test_parse_seeds_refuses(text):
+    with pytest.raises(ValueError, match="seeds"):
+        parse_seeds(text)
+
+
+@given(st.lists(st.integers(0, 50), unique=True, min_size=1))
+def test_parse_seeds_round_trip(seeds):
+    assert parse_seeds(",".join(map(str, seeds))) == seeds
+
+
+def test_an_image_has_the_same_noise_in_any_batch():
+    together = SeededNoise([3, 2**32 + 5, 9])
+    first, second = together.randn((3, 1, 2, 2)), together.randn((3, 1, 2, 2))
+    for row, seed in enumerate([3, 5, 9]):                                          # seeds count modulo 2^32
+        alone, generator = SeededNoise([seed]), torch.Generator().manual_seed(seed)
+        for draw in (first, second):
+            assert torch.equal(alone.randn((1, 1, 2, 2))[0], draw[row])
+            assert torch.equal(torch.randn((1, 2, 2), generator=generator), draw[row])
+
+
+def test_a_wrong_batch_is_refused():
+    with pytest.raises(ValueError, match="2 seeds"):
+        SeededNoise([0, 1]).randn((3, 1, 2, 2))
+
+
+def test_shards_have_their_own_repeatable_streams():
+    def draw(*key):
+        generator = shard_generator(*key)
+        return torch.cat([torch.randn(4, generator=generator), torch.rand(4)])      # own stream, then dropout's
+
+    streams = {key: draw(*key) for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]}
+    assert all(torch.equal(draw(*key), stream) for key, stream in streams.items())
+    values = torch.stack(list(streams.values()))
+    assert len(values[:, 0].unique()) == len(values[:, 4].unique()) == 4
+
+
+def test_seeded_leaves_the_callers_stream_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    with seeded(1):
+        inside = torch.rand(1)
+    assert torch.equal(torch.rand(1), expected)
+    with seeded(1):
+        assert torch.equal(torch.rand(1), inside)
+
+
+def test_derived_seeds_fit_and_differ():
+    seeds = {derive_seed(0, step, shard) for step in range(50) for shard in range(4)}
+    assert len(seeds) == 200 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_slerp_runs_along_the_circle():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+    torch.testing.assert_close(slerp(a, b, 0.5), torch.tensor([0.5, 0.5]).sqrt())
