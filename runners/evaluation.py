@@ -19,16 +19,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from configs.schema import Config
 from functions import metrics as formulas
 from functions.frechet import FeatureStats, frechet_distance
 from models.inception import FeatureNet
 from runners.distributed import gather_objects, on_rank_zero, rank, world_size
 from runners.image_pass import DatasetSource, FileSource, choose_subset, evaluate_images
-from runners.references import Reference, default_name, find_reference, load_reference
+from runners.references import (
+    FOLDER,
+    MissingReference,
+    Reference,
+    default_name,
+    find_reference,
+    holds_images,
+    load_reference,
+)
 from utils.errors import UserError, choose
 
-__all__ = ["Collector", "DatasetSource", "Evaluation", "FileSource", "Reference", "append_log", "choose_subset",
-           "count_name", "default_name", "evaluate_images", "find_reference", "load_reference", "make_reference"]
+__all__ = ["Collector", "DatasetSource", "Evaluation", "FileSource", "MissingReference", "Reference", "append_log",
+           "choose_subset", "count_name", "default_name", "evaluate_images", "find_reference", "holds_images",
+           "load_reference", "make_reference"]
 
 log = logging.getLogger(__name__)
 
@@ -169,13 +179,14 @@ class Evaluation:
                 "inception_fingerprint": self.net.fingerprint, "inception_source": self.net.source}
 
 
-def make_reference(source, net: FeatureNet, out: str | Path | None = None, *, num: int | None = None, seed: int = 0,
-                   batch_size: int = 64, keep_features: bool = False) -> Reference:
+def make_reference(images, net: FeatureNet, out: str | Path | None = None, *, root=None, num: int | None = None,
+                   seed: int = 0, batch_size: int = 64, keep_features: bool = False) -> Reference:
     """Statistics of images, with a note of how they were made. Collective over ranks.
 
     Args:
-        source: ``DatasetSource(config)`` (the training transform, no flips) or ``FileSource(path)``.
-        out: File to write, npz; None: none.
+        images: A ``Config`` (its training images through the training transform, unflipped) or a ``FileSource``.
+        out: File to write, npz; None: the default place of a ``Config``, nothing for a ``FileSource``.
+        root: Where the data set lies, see ``datasets.packed.open_images``.
         num: Size of a random subset drawn with ``seed``; None: all images.
         keep_features: Keep the features too, for KID, precision and recall.
 
@@ -183,6 +194,10 @@ def make_reference(source, net: FeatureNet, out: str | Path | None = None, *, nu
         UserError: Fewer images than ``num``.
         DataError: Unreadable images, or images of several sizes.
     """
+    source = images
+    if isinstance(images, Config):
+        source = DatasetSource(images, root)
+        out = out or (FOLDER / default_name(images, net.preprocess)).with_suffix(".npz")
     indices = choose_subset(len(source), num, seed, source.name)
     if len(indices) < 2:
         raise UserError(f"{source.name}: {len(indices)} image(s); statistics need at least 2")

@@ -7,7 +7,9 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -51,12 +53,25 @@ class FileSource:
         self.path = Path(path)
         if not self.path.exists():
             raise UserError(f"{self.path}: no such folder or file of images")
-        self.reader = read_any(self.path, _Channels(), "train")
+        self.reader = self._open()
         self.name = self.path.name
         if not len(self.reader):
             raise DataError(f"{self.path}: holds no images")
         if isinstance(self.reader, ImageFiles) and self.reader.ignored:
             log.info("%s: %d files are no images and are left out", self.path, self.reader.ignored)
+
+    def _open(self):
+        """RGB, except that an array of grey images stays grey, which the network takes too."""
+        grey, rgb = (read_any(self.path, SimpleNamespace(channels=channels), "train") for channels in (1, 3))
+        if isinstance(rgb, ImageFiles):
+            return rgb
+        try:
+            len(rgb)
+        except DataError:
+            with suppress(DataError):
+                len(grey)
+                return grey
+        return rgb
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -64,7 +79,7 @@ class FileSource:
     @property
     def provenance(self) -> dict:
         height, width = self._size(0)
-        return {"images": self.name, "image_size": [height, width], "channels": 3}
+        return {"images": self.name, "image_size": [height, width]}
 
     def check(self) -> None:
         """Every image can be opened and has the size of the first; pixels are decoded later."""
@@ -101,10 +116,6 @@ class FileSource:
     def fingerprint(self) -> str:
         """Changes with the name, size or time of any file."""
         return self.reader.stamp()
-
-
-class _Channels:
-    channels = 3
 
 
 def _stack(futures) -> Tensor:

