@@ -1,6 +1,7 @@
 """YAML in, plain dictionary out: numbers as people write them, no duplicate keys, and the forms of DDIM and SA-DPM."""
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -44,16 +45,18 @@ def parse_yaml(text: str, where: str):
     """
     try:
         return yaml.load(text, Loader)  # noqa: S506  (Loader is a SafeLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:      # beside YAMLError, PyYAML lets through what int(), a regex or recursion raise
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not usable YAML: {getattr(error, 'problem', None) or error}") from None
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{where}{line}: not usable YAML: {reason}") from None
 
 
 def find_config(name: str | Path) -> Path:
     """A path as given, or a file name looked up in configs/ (the ending .yml may be left out)."""
     path = Path(name)
-    candidates = [path] if path.parent != Path(".") else [CONFIG_FOLDER / path, CONFIG_FOLDER / f"{path}.yml", path]
+    is_bare = os.path.basename(name) == str(name)           # "./cifar10.yml" is a path, "cifar10.yml" a name
+    candidates = [CONFIG_FOLDER / path, CONFIG_FOLDER / f"{path}.yml", path] if is_bare else [path]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -64,7 +67,7 @@ def find_config(name: str | Path) -> Path:
 def read_config_file(path: Path) -> dict:
     """The file's sections as nested dictionaries, without the keys that no program of this family reads."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     raw = parse_yaml(text, str(path))
@@ -92,7 +95,7 @@ def drop_unread_keys(raw: dict, path: Path) -> dict:
 
 
 def convert_ddim_form(raw: dict, path: Path) -> dict:
-    """DDIM's files are known by ``model.type: simple``: their batch is global, they count steps, their loss is plain."""
+    """DDIM's files have ``model.type: simple``: their batch is global, they count steps, their loss is plain."""
     model = raw.get("model", {})
     if "type" not in model:
         return raw

@@ -23,7 +23,8 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False,
+                              use_attribute_docstrings=True)
 
 
 class Data(Section):
@@ -270,7 +271,11 @@ def validate(raw: dict, where: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors(include_url=False)]
+        by_key = {}                                                 # a union reports each of its members: keep one
+        for problem in error.errors(include_url=False):
+            by_key.setdefault(problem["loc"][:2], problem)
+        # Unknown keys first: a misspelt one is often why another is missing.
+        problems = [_describe(p) for p in sorted(by_key.values(), key=lambda p: p["type"] != "extra_forbidden")]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{where}: {problems[0]}{more}") from None
 
@@ -288,16 +293,30 @@ def dotted_keys() -> dict[str, tuple]:
 
 
 def _describe(problem: dict) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and not part.startswith(("tuple", "int", "constr")))
-    known = list(dotted_keys()) if "." in key else list(Config.model_fields)
+    key = ".".join(str(part) for part in problem["loc"][:2])        # deeper parts name items and union members
     match problem["type"]:
         case "extra_forbidden":
-            close = difflib.get_close_matches(key, known, n=1)
-            siblings = [k for k in known if k.startswith(key.partition(".")[0] + ".")] or known
-            return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(siblings)}")
+            return f"{key}: unknown key; {_suggest(key)}"
         case "missing":
             return f"{key}: required, but not given"
         case "value_error":
             return f"{key}: " * bool(key) + str(problem["ctx"]["error"])
         case _:
             return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, given {problem['input']!r}"
+
+
+def _suggest(key: str) -> str:
+    """What ``key`` may have been meant to be: a similar key beside it, the same name in another section, or a list."""
+    prefix = key.rpartition(".")[0]
+    beside = [k for k in (dotted_keys() if prefix else Config.model_fields) if k.rpartition(".")[0] == prefix]
+    name = key.removeprefix(f"{prefix}.")
+    close = difflib.get_close_matches(name, [k.removeprefix(f"{prefix}.") for k in beside], n=1)
+    if close:
+        return f"did you mean {prefix + '.' * bool(prefix)}{close[0]}?"
+    elsewhere = [k for k in dotted_keys() if k.endswith(f".{name}")]
+    return f"did you mean {elsewhere[0]}?" if elsewhere else f"known: {', '.join(beside)}"
+
+
+if __name__ == "__main__":
+    for dotted, (_, default, description) in dotted_keys().items():
+        print(f"{dotted:36} {default!s:20} {description}")

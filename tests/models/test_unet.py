@@ -1,7 +1,5 @@
 """The network against the published implementation's numbers, and against itself in every form it is run in."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,8 +7,6 @@ from configs.schema import Config
 from models import MODELS, build_model
 from models.unet import sinusoidal_embedding
 from utils.errors import UserError
-
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
 
 
 def make_config(image_size=16, **model) -> Config:
@@ -30,26 +26,23 @@ def relative_error(given, expected) -> float:
 
 
 @pytest.fixture(params=["unet_a", "unet_grey"])
-def golden(request):
-    path = GOLDEN / f"{request.param}.pt"
-    if not path.is_file():
-        pytest.skip(f"golden values not found: {path}")
-    values = torch.load(path, weights_only=True)
-    model = build_model(make_config(dropout=0.0, **values["config"])).eval()
-    return model, values
+def published(request, golden):
+    """A fresh network and the published implementation's ``{config, state_dict, x, t, out}``."""
+    values = golden(request.param)
+    return build_model(make_config(**values["config"])).eval(), values
 
 
 @torch.no_grad()
-def test_reproduces_the_published_implementation(golden):
-    model, values = golden
+def test_reproduces_the_published_implementation(published):
+    model, values = published
     assert list(model.state_dict()) == list(values["state_dict"])        # order too: SA-DPM's EMA goes by index
     model.load_state_dict(values["state_dict"])
     assert relative_error(model(values["x"], values["t"]), values["out"]) < 1e-5
 
 
 @torch.no_grad()
-def test_integer_steps_and_channels_last_and_batch_composition_do_not_matter(golden):
-    model, values = golden
+def test_integer_steps_and_channels_last_and_batch_composition_do_not_matter(published):
+    model, values = published
     model.load_state_dict(values["state_dict"])
     x, t = values["x"], values["t"]
     assert torch.equal(model(x, t.long()), model(x, t))

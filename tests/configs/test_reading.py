@@ -1,0 +1,227 @@
+"""YAML as people and the programs of this family write it."""
+
+import logging
+
+import pytest
+
+from configs.reading import parse_yaml
+from configs.schema import Config, load_config, save_config
+from utils.errors import ConfigError
+
+SMALL = """\
+data: {dataset: DIGITS, image_size: 16}
+model: {ch: 32, ch_mult: [1, 2], attn_resolutions: [8]}
+"""
+
+# DDIM's cifar10.yml, key for key.
+DDIM = """\
+data:
+    dataset: "CIFAR10"
+    image_size: 32
+    channels: 3
+    logit_transform: false
+    uniform_dequantization: false
+    gaussian_dequantization: false
+    random_flip: true
+    rescaled: true
+    num_workers: 4
+model:
+    type: "simple"
+    in_channels: 3
+    out_ch: 3
+    ch: 128
+    ch_mult: [1, 2, 2, 2]
+    num_res_blocks: 2
+    attn_resolutions: [16, ]
+    dropout: 0.1
+    var_type: fixedlarge
+    ema_rate: 0.9999
+    ema: True
+    resamp_with_conv: True
+diffusion:
+    beta_schedule: linear
+    beta_start: 0.0001
+    beta_end: 0.02
+    num_diffusion_timesteps: 1000
+training:
+    batch_size: 128
+    n_epochs: 10000
+    n_iters: 5000000
+    snapshot_freq: 5000
+    validation_freq: 2000
+sampling:
+    batch_size: 64
+    last_only: True
+optim:
+    weight_decay: 0.000
+    optimizer: "Adam"
+    lr: 0.0002
+    beta1: 0.9
+    amsgrad: false
+    eps: 0.00000001
+    grad_clip: 1.0
+"""
+# SA-DPM's form: epochs, a batch per process, a checkpoint to sample from.
+SA_DPM = (DDIM.replace('    type: "simple"\n', "").replace("batch_size: 128", "batch_size: 32")
+          .replace("n_epochs: 10000", "n_epochs: 1200").replace("snapshot_freq: 5000", "snapshot_freq: 100")
+          .replace("    last_only: True\n", "    last_only: True\n    ckpt_id: 1200\n")
+          .replace("    beta1: 0.9\n", "    beta1: 0.9\n    beta2: 0.999\n"))
+
+
+def load(text, tmp_path, overrides=(), name="c.yml") -> Config:
+    (tmp_path / name).write_text(text)
+    return load_config(tmp_path / name, overrides)
+
+
+def as_namespace_dump(text: str, runtime: bool = True) -> str:
+    """What ``yaml.dump`` writes for nested argparse.Namespaces, with a SummaryWriter and a torch.device among them."""
+    lines = ["!!python/object:argparse.Namespace"]
+    for line in text.splitlines():
+        section = not line.startswith(" ")
+        lines.append(f"{line} !!python/object:argparse.Namespace" if section else line.replace("    ", "  ", 1))
+    if runtime:
+        lines += ["device: !!python/object/apply:torch.device", "- cuda",
+                  "tb_logger: &id001 !!python/object:torch.utils.tensorboard.writer.SummaryWriter",
+                  "  all_writers:", "    exp/tensorboard/c: &id002 !!python/object:tensorboard.FileWriter",
+                  "      event_writer: !!python/object/apply:os.system", "      - touch owned",
+                  "  default_bins: [1, 2]", "  file_writer: *id002", "  me: *id001"]
+    return "\n".join(lines) + "\n"
+
+
+# Numbers and files
+
+@pytest.mark.parametrize("text", ["1e-4", "0.0001", "1.0e-4", "1E-4", "+1e-4", ".1e-3", "10e-5"])
+def test_one_number_however_it_is_written(text, tmp_path):
+    assert load(f"{SMALL}optim: {{lr: {text}}}\n", tmp_path).optim.lr == 0.0001
+    assert load(SMALL, tmp_path, [f"optim.lr={text}"]).optim.lr == 0.0001
+
+
+@pytest.mark.parametrize("text", ["1e", "e4", "1e4x", "1e-4-"])
+def test_what_only_looks_like_a_number_stays_text(text):
+    assert parse_yaml(text, "here") == text
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "must hold sections"),
+    ("# nothing but a comment\n", "must hold sections"),
+    ("just text\n", "must hold sections"),
+    ("- a\n- list\n", "must hold sections"),
+    ("data: 3\n", "must hold sections"),
+    ("data:\n", "must hold sections"),
+    ("data: {a: 1\nmodel: ]", "line 2: not usable YAML"),
+    ("data:\n  image_size: 16\n  image_size: 32\n", "line 3: not usable YAML: duplicate key 'image_size'"),
+    ("data: {}\ndata: {}\n", "line 2: not usable YAML: duplicate key 'data'"),
+    ("data: {x: !!int ''}\n", "not usable YAML"),
+    ("data: {x: !!timestamp x}\n", "not usable YAML"),
+    ("data: {x: 2001-99-99}\n", "not usable YAML: month must be"),
+    ("data: " + "[" * 5000 + "\n", "not usable YAML"),
+    ("data: {x: \0}\n", "not usable YAML: unacceptable character"),
+])
+def test_files_that_are_no_configuration(text, message, tmp_path):
+    with pytest.raises(ConfigError, match=message) as error:
+        load(text, tmp_path)
+    assert str(tmp_path / "c.yml") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_binary_file(tmp_path):
+    (tmp_path / "c.yml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "c.yml")
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch owned']", "!!python/name:os.system",
+                                 "!!python/object/new:os.system ['touch owned']", "!!python/object:os.PathLike {}"])
+def test_no_tag_builds_an_object(tag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="could not determine a constructor"):
+        load(f"{SMALL}optim:\n  lr: {tag}\n", tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+# Where files are found
+
+def test_names_are_looked_up_in_configs_and_paths_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10.yml").write_text(SMALL)
+    (tmp_path / "mine.yml").write_text(SMALL)
+    assert load_config("cifar10") == load_config("cifar10.yml")
+    assert load_config("cifar10.yml").data.dataset == "CIFAR10"
+    assert load_config("./cifar10.yml").data.dataset == "DIGITS"
+    assert load_config("mine.yml").data.dataset == "DIGITS"
+
+
+@pytest.mark.parametrize("name", ["cifar11.yml", "no/such/cifar10.yml"])
+def test_absent_file_names_the_shipped_ones(name):
+    with pytest.raises(ConfigError, match=rf"'{name}' not found; .*afhq.yml, bedroom.yml"):
+        load_config(name)
+
+
+# The forms of DDIM and SA-DPM
+
+def test_ddim_form_is_converted_once(tmp_path):
+    config = load(DDIM, tmp_path)
+    assert (config.loss.num_consecutive_steps, config.loss.lamda) == (0, 0.0)
+    assert config.training.global_batch_size == 128
+    assert (config.training.snapshot_freq, config.training.snapshot_unit) == (5000, "steps")
+    assert config.training.validation_freq == 0
+    assert config.optim.beta2 == 0.999
+    save_config(config, tmp_path / "effective.yml")
+    assert load_config(tmp_path / "effective.yml") == config
+    assert "simple" not in (tmp_path / "effective.yml").read_text()
+
+
+def test_ddim_form_with_overrides(tmp_path):
+    config = load(DDIM, tmp_path, ["loss.num_consecutive_steps=2", "loss.lamda=0.5", "training.batch_size=64"])
+    assert (config.loss.num_consecutive_steps, config.loss.lamda) == (2, 0.5)
+    assert config.training.global_batch_size == 64                  # the file's own meaning of the key
+
+
+def test_sa_dpm_form(tmp_path):
+    config = load(SA_DPM, tmp_path)
+    assert (config.loss.num_consecutive_steps, config.loss.lamda) == (2, 1.0)       # SA-DPM's command-line defaults
+    assert (config.training.batch_size, config.training.global_batch_size) == (32, None)
+    assert (config.training.snapshot_freq, config.training.snapshot_unit) == (100, "epochs")
+    assert (config.training.validation_freq, config.sampling.ckpt_id) == (0, 1200)
+
+
+def test_keys_that_the_seeds_never_read_are_named_once(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        load(SA_DPM, tmp_path)
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
+        "training.n_iters, sampling.last_only, training.validation_freq"]
+
+
+def test_validation_freq_of_our_own_files_is_kept(tmp_path):
+    assert load(SMALL + "training: {validation_freq: 500}\n", tmp_path).training.validation_freq == 500
+
+
+def test_other_types_and_chain_output_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="model.type 'adm' is not supported; allowed: simple"):
+        load(DDIM.replace("simple", "adm"), tmp_path)
+    with pytest.raises(ConfigError, match="last_only: false is not possible"):
+        load(DDIM.replace("last_only: True", "last_only: false"), tmp_path)
+
+
+@pytest.mark.parametrize("text", [DDIM, SA_DPM], ids=["ddim", "sa-dpm"])
+@pytest.mark.parametrize("runtime", [True, False])
+def test_config_dumped_with_namespaces(text, runtime, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load(as_namespace_dump(text, runtime), tmp_path, name="dump.yml") == load(text, tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_namespace_dump_of_pyyaml_itself(tmp_path):
+    """The tags above are what PyYAML writes."""
+    import argparse
+
+    import yaml
+
+    sections = yaml.safe_load(DDIM)
+    namespace = argparse.Namespace(**{name: argparse.Namespace(**section) for name, section in sections.items()})
+    assert load(yaml.dump(namespace, default_flow_style=False), tmp_path, name="dump.yml") == load(DDIM, tmp_path)
+
+
+def test_runtime_objects_elsewhere_are_not_dropped_silently(tmp_path):
+    with pytest.raises(ConfigError, match="could not determine a constructor"):
+        load(as_namespace_dump(DDIM) + "other: !!python/object/apply:torch.device [cpu]\n", tmp_path)
