@@ -16,6 +16,8 @@ from datasets.files import file_stamp
 from utils.errors import DataError
 from utils.safe_load import load_pickle
 
+CIFAR10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+
 
 class ArrayImages:
     """Images that need no decoding.
@@ -105,8 +107,8 @@ def cifar10_batch(path: Path):
 
 
 def cifar10_tar(path: Path):
-    """All 60,000 images of ``cifar-10-python.tar.gz``, training batches first."""
-    wanted = [f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
+    """The 50,000 training images of ``cifar-10-python.tar.gz``, as EDM's tool takes them."""
+    wanted = [f"cifar-10-batches-py/{name}" for name in CIFAR10_BATCHES]
     images, labels = [], []
     try:
         with tarfile.open(path) as archive, tempfile.NamedTemporaryFile() as copy:

@@ -20,6 +20,10 @@ class UnreadableImage(DataError):
     """Bytes that are no image, or not all of one; ``data.skip_bad`` tolerates some of these."""
 
 
+class Unfit(DataError):
+    """An image of the wrong shape for ``center-crop-wide``, which is meant to sort such images out."""
+
+
 def decode(data: bytes, name: str, channels: int = 3, strict: bool = False) -> np.ndarray:
     """Pixels of an encoded image.
 
@@ -121,11 +125,14 @@ def center_crop(pixels, size, name, resample):
 
 
 def center_crop_wide(pixels, size, name, resample):
-    """A ``size`` window over the full width, on a black square: EDM's ``--transform center-crop-wide``."""
+    """The middle window of ``size``'s proportions over the full width, resized, on a black square.
+
+    EDM's ``--transform center-crop-wide``; that one takes a window of the source's own proportions and so squeezes it.
+    """
     (height, width), (h, w) = size, pixels.shape[:2]
     rows = round(w * height / width)
     if w < width or rows > h or height > width:
-        raise DataError(f"{name}: the image is {_times(pixels.shape)}: no {_times(size)} window over its full width")
+        raise Unfit(f"{name}: the image is {_times(pixels.shape)}: no {_times(size)} window over its full width")
     top = (h - rows) // 2
     canvas = np.zeros((width, width, pixels.shape[-1]), np.uint8)
     canvas[(width - height) // 2:][:height] = resize(pixels[top:top + rows], size, name, resample)

@@ -140,5 +140,11 @@ def resolution_keys(resolution: int, env, path: Path) -> list[bytes]:
     return keys
 
 
+def any_keys(env, path: Path) -> list[bytes]:
+    """The images of an LMDB of unknown origin: every key but ``length``, in numerical order where all are numbers."""
+    keys = [key for key in all_keys(env, path) if key != b"length"]
+    return sorted(keys, key=int) if all(key.isdigit() for key in keys) else keys
+
+
 def _data_file(path: Path) -> Path:
     return path / "data.mdb" if path.is_dir() else path

@@ -46,10 +46,14 @@ class DatasetSpec:
 
 def read_any(path: Path, data: Data, split: str, strict: bool = False) -> Source:
     """A folder, zip, npz, npy, LMDB or CIFAR-10 archive, by what it looks like."""
+    return open_any(path, data.channels, strict)
+
+
+def open_any(path: Path, channels: int, strict: bool = False) -> Source:
     kind = "lmdb" if (path / "data.mdb").is_file() else "folder" if path.is_dir() else path.suffix.lower()
     if kind not in READERS:
         raise DataError(f"{path}: unknown kind of source; known: {', '.join(sorted(READERS))}")
-    return READERS[kind](path, data.channels, strict)
+    return READERS[kind](path, channels, strict)
 
 
 READERS = {
@@ -58,13 +62,13 @@ READERS = {
     ".npz": lambda path, channels, strict: arrays.ArrayImages([path], arrays.npz_images, channels),
     ".npy": lambda path, channels, strict: arrays.ArrayImages([path], arrays.npy_images, channels),
     ".gz": lambda path, channels, strict: arrays.ArrayImages([path], arrays.cifar10_tar, channels),
-    "lmdb": lambda path, channels, strict: lmdbs.LmdbImages(path, channels, lmdbs.all_keys),
-    ".mdb": lambda path, channels, strict: lmdbs.LmdbImages(path, channels, lmdbs.all_keys),
+    "lmdb": lambda path, channels, strict: lmdbs.LmdbImages(path, channels, lmdbs.any_keys),
+    ".mdb": lambda path, channels, strict: lmdbs.LmdbImages(path, channels, lmdbs.any_keys),
 }
 
 
 def read_cifar10(folder: Path, data: Data, split: str) -> Source:
-    names = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}[split]
+    names = {"train": arrays.CIFAR10_BATCHES, "test": ("test_batch",)}[split]
     return arrays.ArrayImages([folder / name for name in names], arrays.cifar10_batch, data.channels)
 
 

@@ -1,0 +1,241 @@
+"""Bring images into the on-disk formats, check a data set, or describe a source.
+
+    python dataset_tool.py convert --source photos/ --dest exp/datasets/photos64.zip --resolution 64x64 \\
+        --transform center-crop
+    python dataset_tool.py verify --config cifar10.yml --full
+    python dataset_tool.py info --source exp/datasets/photos64.zip
+"""
+
+import argparse
+import hashlib
+import logging
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.schema import load_config
+from datasets import SPLITS, open_dataset
+from datasets.convert import FORMATS, check_free, encode, format_of
+from datasets.images import RESAMPLE, TRANSFORMS, Unfit, UnreadableImage, transform
+from datasets.source import Source
+from datasets.specs import DATASETS, open_any
+from runners.cli import Parser, add_common, setup_logging
+from utils.errors import DataError, UserError
+
+log = logging.getLogger("sa-ddim")
+TOOL_TRANSFORMS = ("none", "center-crop", "center-crop-wide", "celeba")
+assert set(TOOL_TRANSFORMS) <= set(TRANSFORMS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 a wrong request, 3 bad data, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {arg.partition("=")[0] for arg in argv[:1]} & {"--source", "--dest"}:             # EDM's call has no subcommand
+        argv.insert(0, "convert")
+    try:
+        args = parse(argv)
+        setup_logging(args.verbose)
+        args.run(args)
+        return 0
+    except SystemExit as done:                             # --help
+        return done.code or 0
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        print(f"dataset_tool.py: {error}", file=sys.stderr)
+        return error.code
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="dataset_tool.py", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert | verify | info")
+
+    command = commands.add_parser("convert", help="write any readable source as zip, folder, LMDB or npy")
+    command.add_argument("--source", required=True, type=Path,
+                         help="folder, zip, npz, npy, LMDB, cifar-10-python.tar.gz")
+    command.add_argument("--dest", required=True, type=Path, help="what to make; must not exist yet")
+    command.add_argument("--resolution", type=resolution, metavar="WxH", help="size of the result")
+    command.add_argument("--transform", default="none", choices=TOOL_TRANSFORMS)
+    command.add_argument("--resample", "--resize-filter", default="lanczos", choices=sorted(RESAMPLE))
+    command.add_argument("--format", choices=sorted(FORMATS), help="default: what the name of --dest says")
+    command.add_argument("--max-images", type=int, metavar="N", help="take the first N only")
+    command.add_argument("--jpeg", type=int, metavar="QUALITY", help="store JPEG instead of lossless PNG")
+    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one")
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("verify", help="check the data set of a configuration")
+    command.add_argument("--full", action="store_true", help="decode every image, not only the first and the last")
+    command.set_defaults(run=verify)
+    add_common(command)
+
+    command = commands.add_parser("info", help="describe a source")
+    command.add_argument("--source", required=True, type=Path)
+    command.set_defaults(run=info)
+
+    for name in ("convert", "info"):
+        add_common(commands.choices[name], config=False)
+    return parser.parse(argv)
+
+
+def resolution(text: str) -> tuple[int, int]:
+    """``WxH`` -> (height, width)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or 0 in map(int, match.groups()):
+        raise argparse.ArgumentTypeError(f"must be WxH in pixels, e.g. 64x64, given {text}")
+    return int(match[2]), int(match[1])
+
+
+# ---------------------------------------------------------------- convert
+
+def convert(args) -> None:
+    """Write the transformed source, whole or not at all."""
+    if args.transform != "none" and args.resolution is None:
+        raise UserError(f"--transform {args.transform} needs --resolution WxH")
+    for flag, value, most in (("--jpeg", args.jpeg, 100), ("--max-images", args.max_images, None)):
+        if value is not None and not 1 <= value <= (most or value):
+            raise UserError(f"{flag} {value} must be at least 1" + (f" and at most {most}" if most else ""))
+    check_free(args.dest)
+    source = open_source(args.source)
+    kind = args.format or format_of(args.dest)
+    if kind in ("lmdb", "npy") and (source.labels >= 0).any():
+        log.warning("%s has no place for labels; they are left out", kind)
+    FORMATS[kind](_items(source, args), args.dest, ".png" if args.jpeg is None else ".jpg")
+    log.info("wrote %s (%s)", args.dest, kind)
+
+
+def open_source(path: Path) -> Source:
+    """A source in its own number of channels: grey if its first image is, else RGB."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    for channels in (3, 1):
+        source = open_any(path, channels, strict=True)
+        if not len(source):
+            raise DataError(f"{path}: holds no images")
+        try:
+            source.read(0)
+            break
+        except UnreadableImage:
+            raise
+        except DataError as error:
+            problem = error
+    else:
+        source, channels = open_any(path, 3), 3            # alpha and the like are converted
+        source.read(0)
+        log.info("converting to RGB: %s", problem)
+    return open_any(path, 3) if channels == 3 else source  # a grey set with a colour image in it is refused
+
+
+def _items(source: Source, args) -> Iterator[tuple[np.ndarray, bytes, int]]:
+    """(pixels, file, label) of each image that fits, in order; checks that all have one size."""
+    count = min(len(source), args.max_images or len(source))
+    size, unfit = None, []
+    work = partial(_convert_one, source, args.resolution, args.transform, args.resample, args.jpeg)
+    with tqdm(total=count, desc="converting", unit="img", disable=None) as progress:
+        for i, outcome in enumerate(_map(work, count, args.workers if source.parallel else 0)):
+            progress.update()
+            if isinstance(outcome, str):
+                unfit.append(outcome)
+                continue
+            size = size or outcome[0].shape
+            if outcome[0].shape != size:
+                raise DataError(f"{source.name(i)}: the image is {outcome[0].shape}, those before are {size} "
+                                "(height, width, channels); give --resolution WxH")
+            yield *outcome, int(source.labels[i])
+    if size is None:
+        raise DataError(f"{args.source}: no image is left; the first: {unfit[0]}")
+    if unfit:
+        log.warning("left out %d images that do not fit; the first: %s", len(unfit), unfit[0])
+
+
+def _convert_one(source: Source, size, how: str, resample: str, jpeg: int | None, i: int):
+    pixels = source.read(i)
+    try:
+        if size is not None:
+            pixels = transform(pixels, size, "resize" if how == "none" else how, source.name(i), resample)
+    except Unfit as error:
+        return str(error)
+    return pixels, encode(pixels, jpeg)
+
+
+def _map(work, count: int, workers: int) -> Iterator:
+    """Results of ``work(0), work(1), ...`` in order."""
+    global _work
+    _work = work                                           # forked workers inherit it, with the listing of the source
+    if workers < 2 or count < 500:
+        yield from map(work, range(count))
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        for start in range(0, count, 8192):                # so that results cannot pile up
+            yield from pool.map(_call_work, range(start, min(start + 8192, count)), chunksize=32)
+
+
+_work = None
+
+
+def _call_work(i: int):
+    return _work(i)
+
+
+# ---------------------------------------------------------------- verify, info
+
+def verify(args) -> None:
+    """Check what training would read, split by split."""
+    if not args.config:
+        raise UserError("verify needs --config NAME.yml")
+    config = load_config(args.config, args.overrides)
+    spec, fraction = DATASETS.get(config.data.dataset), config.data.validation_fraction
+    splits = SPLITS if spec is None or spec.official_split or spec.held_out or fraction else ["train"]
+    for split in splits:
+        try:
+            images = open_dataset(config, Path(args.exp) / "datasets", split)
+        except DataError as error:
+            if split == "train":
+                raise
+            print(f"{config.data.dataset} {split}: absent ({error})")
+            continue
+        _verify_split(images, config.data, args.full)
+
+
+def _verify_split(images, data, full: bool) -> None:
+    last = len(images) - 1
+    digest, bad = hashlib.sha256(), []
+    for i in tqdm(range(len(images)) if full else sorted({0, last}), desc=images.name, unit="img", disable=None):
+        try:
+            digest.update(images.read(i))
+        except UnreadableImage as error:
+            bad.append(str(error))
+    for problem in bad[:20]:
+        print(f"unreadable: {problem}")
+    print(f"{images.name}: {len(images)} images ({images.description}, {data.channels} channel(s)), "
+          f"labels: {_classes(images.labels)}, fingerprint {images.fingerprint}, "
+          f"sha256 of the pixels of {'all' if full else 'first and last'}: {digest.hexdigest()[:16]}")
+    if len(bad) > data.skip_bad:
+        raise DataError(f"{images.name}: {len(bad)} unreadable images, data.skip_bad allows {data.skip_bad}; "
+                        f"the first: {bad[0]}")
+
+
+def info(args) -> None:
+    """Print what a source holds."""
+    source = open_source(args.source)
+    height, width, channels = source.read(0).shape
+    print(f"source    {args.source} ({type(source).__name__})\n"
+          f"images    {len(source)}, other files {getattr(source, 'ignored', 0)}\n"
+          f"first     {source.name(0)}: {height}x{width}, {channels} channel(s)\n"
+          f"labels    {_classes(source.labels)}")
+
+
+def _classes(labels: np.ndarray) -> str:
+    classes, counts = np.unique(labels[labels >= 0], return_counts=True)
+    return f"{len(classes)} classes of {counts.min()} to {counts.max()} images" if len(classes) else "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
