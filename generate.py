@@ -21,7 +21,7 @@ def parse(argv):
     images = parser.add_argument_group("images")
     images.add_argument("-i", "--image_folder", help="relative: under exp/image_samples/; absolute: as given "
                                                      "(default: DOC)")
-    images.add_argument("--num_samples", type=positive, help="number of images (default: 50000, or the length of --seeds)")
+    images.add_argument("--num_samples", type=positive, help="how many (default: 50000, or as --seeds says)")
     images.add_argument("--seeds", metavar="LIST", help='such as "0-63" or "1,2,5-10" (default: 0 to num_samples - 1)')
     images.add_argument("--save", choices=["png", "npz", "none"], default="png",
                         help="none: images only pass through the metrics")
@@ -36,7 +36,8 @@ def parse(argv):
     sampler.add_argument("--sample_type", default="generalized", help="generalized (DDIM) or ddpm_noisy (ancestral)")
     sampler.add_argument("--skip_type", default="uniform",
                          help="uniform, quad, leading, linspace, trailing or respace")
-    sampler.add_argument("--var_type", choices=["fixedlarge", "fixedsmall"], default="fixedlarge", help="for ddpm_noisy")
+    sampler.add_argument("--var_type", choices=["fixedlarge", "fixedsmall"], default="fixedlarge",
+                         help="variance of ddpm_noisy")
     sampler.add_argument("--eps_scaler", metavar="B or K,B", help="divide the predicted noise by B, or by K i + B")
     sampler.add_argument("--clip_denoised", action=on_off, help="clamp estimates of x0 (default: only for ddpm_noisy)")
     sampler.add_argument("--batch_size", type=positive, help="images at a time (default: sampling.batch_size)")
@@ -44,7 +45,7 @@ def parse(argv):
     sampler.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     fid = parser.add_argument_group("FID")
     fid.add_argument("--fid", action=on_off, default=True, help="compute it")
-    fid.add_argument("--fid_log", metavar="FILE", help="log to append to (default: EXP/fid.txt), with a .jsonl beside it")
+    fid.add_argument("--fid_log", metavar="FILE", help="log to append to, a .jsonl beside it (default: EXP/fid.txt)")
     fid.add_argument("--fid_stats", metavar="FILE", help="reference statistics (default: sampling.fid_stats); "
                                                          "auto: make them from the data set if they are missing")
     fid.add_argument("--inception_weights", metavar="FILE", help="weights of the feature network")
@@ -178,7 +179,7 @@ def work(args, device):
     amp = resolve_amp(args.amp, device)
     if args.dry_run:
         job.reference()
-        return dry_run_sampling(job.config, job.weights, args.model_ema, job.settings, len(job.seeds), device, job.absent)
+        return dry_run_sampling(job, device)
     diffusion = Diffusion(job.config, device)
     diffusion.load(job.weights, args.model_ema)
     diffusion.amp = amp

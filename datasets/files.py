@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import stat
 import zipfile
@@ -15,6 +16,7 @@ from datasets.handles import PerProcess
 from datasets.images import SUFFIXES, UnreadableImage, decode
 from utils.errors import DataError
 
+log = logging.getLogger(__name__)
 LABELS = "dataset.json"
 
 
@@ -46,6 +48,8 @@ class ImageFiles:
                 names.append(name)
             else:
                 ignored += 1
+        if ignored:
+            log.info("%s: %d images; %d other files are ignored", self.path, len(names), ignored)
         return sorted(names), ignored
 
     @property

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,8 @@ from datasets.files import file_stamp
 from datasets.images import UnreadableImage, decode, encoded
 from utils.errors import DataError
 
-_OPEN = {}          # real path -> (process id, stamp, environment): LMDB allows one for each file and process
+_OPENING = threading.Lock()
+_OPEN = {}          # real path -> ((process id, stamp), environment): LMDB allows one for each file and process
 
 
 class LmdbImages:
@@ -91,13 +93,18 @@ def environment(path: Path):
     Raises:
         DataError: Missing, truncated or no LMDB.
     """
+    file = _data_file(path)
+    key, asked = os.path.realpath(file), (os.getpid(), file_stamp(file))
+    if key not in _OPEN or _OPEN[key][0] != asked:
+        with _OPENING:
+            if key not in _OPEN or _OPEN[key][0] != asked:
+                _OPEN[key] = asked, _open(path, file, _OPEN.pop(key, (None, None))[1])
+    return _OPEN[key][1]
+
+
+def _open(path: Path, file: Path, found):
     import lmdb
 
-    file = _data_file(path)
-    key, stamp = os.path.realpath(file), file_stamp(file)
-    owner, opened_stamp, found = _OPEN.get(key, (None, None, None))
-    if owner == os.getpid() and opened_stamp == stamp:
-        return found
     if found is not None:            # a parent's, seen after a fork, or of a file since replaced: let go of it
         found.close()
     try:
@@ -107,7 +114,6 @@ def environment(path: Path):
     if (found.info()["last_pgno"] + 1) * found.stat()["psize"] > os.path.getsize(file):
         found.close()                # reading past the end of a mapped file would kill the process
         raise DataError(f"{file}: truncated: shorter than its own index says")
-    _OPEN[key] = os.getpid(), stamp, found
     return found
 
 

@@ -147,7 +147,7 @@ def open_images(config, root=None, split: str = "train", device="cpu") -> ImageS
             cache = _choose_cache(pack.array.nbytes, device) if data.cache == "auto" else data.cache
             log.info("%s: %d images, data.cache %s", images.name, len(pack.array), cache)
             return STORES[cache](pack.array, labels=pack.labels, **about)
-        except (TooLarge, PermissionError) as error:
+        except (TooLarge, OSError) as error:               # OSError: a folder that cannot be written
             if data.cache != "auto":
                 raise DataError(str(error)) from None
             log.warning("decoding on the fly (data.cache off): %s", error)

@@ -75,4 +75,4 @@ def _check(K, lamda, gamma, x0, noise, xi):
     if len(noise) < K or noise.shape[1:] != x0.shape:
         raise ValueError(f"noise must be ({K}, {', '.join(map(str, x0.shape))}), given {tuple(noise.shape)}")
     if gamma > 0 and (xi is None or xi.shape != noise.shape):
-        raise ValueError(f"perturbation_noise of shape {tuple(noise.shape)} is required with input_perturbation {gamma}")
+        raise ValueError(f"input_perturbation {gamma} requires perturbation_noise of shape {tuple(noise.shape)}")

@@ -1,4 +1,4 @@
-"""Randomness that can be repeated: one stream for each image when sampling, one for each (seed, step, shard) in training."""
+"""Randomness that can be repeated: a stream for each image when sampling, for each (seed, step, shard) in training."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ class SeededNoise:
     def randn(self, shape) -> Tensor:
         """(B, ...) float32 with B = len(seeds)."""
         if shape[0] != len(self.generators):
-            raise ValueError(f"shape {tuple(shape)} is for {shape[0]} images, but there are {len(self.generators)} seeds")
+            raise ValueError(f"shape {tuple(shape)} is for {shape[0]} images, given {len(self.generators)} seeds")
         noise = torch.empty(tuple(shape), pin_memory=torch.device(self.device).type == "cuda")
         for row, generator in zip(noise, self.generators, strict=True):
             torch.randn(row.shape, generator=generator, out=row)

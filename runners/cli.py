@@ -29,7 +29,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             close = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
-            raise UserError(f"unknown argument {unknown[0]!r}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            raise UserError(f"unknown argument {unknown[0]!r}; {hint}")
         args.overrides = overrides
         return args
 
@@ -107,7 +108,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
     world, told_by_rank_zero = None, True
     try:
         args = parse(argv)
-        from runners import distributed                # imports torch, which --help and a wrong flag need not wait for
+        from runners import distributed  # imports torch, which --help and a wrong flag need not wait for
 
         world = distributed.detect()
         setup_logging(args.verbose, world.rank if world else 0)

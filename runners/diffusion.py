@@ -183,8 +183,8 @@ class Diffusion:
         """Plain DDPM loss of the averaged weights on an ImageStore, with the same noise at every call."""
         network = Network(self._sampling_model(), self.device, self.amp)
         generator = torch.Generator(self.device).manual_seed(0)
-        num, size, total = min(self.config.training.validation_num, images.num_images), self.config.sampling.batch_size, 0.0
-        for batch in images.batches(torch.arange(num).split(size)):
+        num, total = min(self.config.training.validation_num, images.num_images), 0.0
+        for batch in images.batches(torch.arange(num).split(self.config.sampling.batch_size)):
             x0 = to_model_range(batch, self.config.data, generator)
             t = training_timesteps(len(x0), self.schedule.num_timesteps, generator)
             noise = torch.randn((1, *x0.shape), generator=generator, device=self.device)

@@ -109,12 +109,12 @@ def _step_memory(diffusion: Diffusion, images: torch.Tensor) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in parameters)
 
 
-def dry_run_sampling(config: Config, weights, ema: bool, settings: dict, num_images: int, device: torch.device,
-                     absent: list[str]) -> None:
-    """One network call with one image on every rank, and what the whole command would take."""
+def dry_run_sampling(job, device: torch.device) -> None:
+    """One network call with one image on every rank, and what the whole ``job`` of generate.py would take."""
+    config, weights, settings, num_images = job.config, job.weights, job.settings, len(job.seeds)
     diffusion = Diffusion(config, device)
     if weights:
-        diffusion.load(weights, ema)
+        diffusion.load(weights, job.args.model_ema)
     noise = SeededNoise([0], device)
     steps = len(diffusion.steps(settings["timesteps"], settings["skip_type"]))
     for turn in range(distributed.world_size() if device.type == "cpu" else 1):
@@ -135,7 +135,7 @@ def dry_run_sampling(config: Config, weights, ema: bool, settings: dict, num_ima
         "sampler": ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None),
         "network calls": f"{steps} for each of {num_images:,} images",
         "time": f"{seconds:.2f} s for one call with one image; at that rate {hours:.1f} h (batches are faster)",
-        "absent": ", ".join(absent) or "nothing",
+        "absent": ", ".join(job.absent) or "nothing",
     })
 
 

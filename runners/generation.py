@@ -124,7 +124,7 @@ class PngWriter:
 
 
 class NpzWriter:
-    """Rows of one memory-mapped array; rank 0 wraps it into ``samples_NxHxWxC.npz`` (key arr_0, ADM's form) at the end."""
+    """Rows of a memory-mapped array, which rank 0 wraps into ``samples_NxHxWxC.npz`` (key arr_0, as ADM has it)."""
 
     def __init__(self, folder: Path, count: int, shape: tuple[int, int, int]):
         c, h, w = shape

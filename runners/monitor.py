@@ -39,7 +39,7 @@ class Monitor:
             keep_lines_before(run.metrics, first_step)
             self.bar = tqdm(total=plan.last_step, initial=first_step, unit="step", dynamic_ncols=True,
                             disable=not sys.stderr.isatty())
-            from torch.utils.tensorboard import SummaryWriter                   # 1 s that only training pays for
+            from torch.utils.tensorboard import SummaryWriter  # 1 s that only training pays for
 
             self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step)
 
@@ -88,8 +88,8 @@ class Monitor:
         self.bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['images_per_s']:.0f} img/s")
         left = (self.plan.last_step - step) * self.plan.global_batch / line["images_per_s"]
         if self.bar.disable:
-            log.info("step %d/%d  epoch %d  loss %.4g  %.1f images/s  %s left", step, self.plan.last_step, line["epoch"],
-                     line["loss"], line["images_per_s"], tqdm.format_interval(left))
+            log.info("step %d/%d  epoch %d  loss %.4g  %.1f images/s  %s left", step, self.plan.last_step,
+                     line["epoch"], line["loss"], line["images_per_s"], tqdm.format_interval(left))
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """One value beside the regular lines, such as a validation loss. Rank 0 only."""

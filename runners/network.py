@@ -50,7 +50,7 @@ class Network:
         if ddp:
             self.module = DistributedDataParallel(
                 self.module, device_ids=[device.index] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False)
+                gradient_as_bucket_view=True, static_graph=True)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) -> (B, C, H, W)"""

@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from configs.schema import Optim
 
 OPTIMIZERS = {
-    "Adam": lambda params, o: optim.Adam(params, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay, o.amsgrad, fused=True),
-    "AdamW": lambda params, o: optim.AdamW(params, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay, o.amsgrad, fused=True),
+    "Adam": lambda params, o: optim.Adam(params, **_adam(o)),
+    "AdamW": lambda params, o: optim.AdamW(params, **_adam(o)),
     "RMSProp": lambda params, o: optim.RMSprop(params, o.lr, eps=o.eps, weight_decay=o.weight_decay),
     "SGD": lambda params, o: optim.SGD(params, o.lr, o.beta1, weight_decay=o.weight_decay, fused=True),
 }
@@ -23,12 +23,17 @@ LR_SCHEDULES = {
 }
 
 
+def _adam(o: Optim) -> dict:
+    return {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay,
+            "amsgrad": o.amsgrad, "fused": True}
+
+
 def make_optimizer(params: Iterable[torch.nn.Parameter], config: Optim) -> optim.Optimizer:
     return OPTIMIZERS[config.optimizer](list(params), config)
 
 
 def make_lr_schedule(optimizer: optim.Optimizer, config: Optim, total_steps: int) -> LambdaLR:
-    """Linear warm-up from lr / warmup_steps to lr, then ``lr_schedule`` over the rest of the run; step it every step."""
+    """Linear warm-up from lr / warmup_steps to lr, then ``lr_schedule`` over the rest; step it after every step."""
     decay, warmup = LR_SCHEDULES[config.lr_schedule], config.warmup_steps
 
     def factor(step: int) -> float:

@@ -83,7 +83,7 @@ def test_epsilon_scaling_divides_and_one_changes_nothing(sampler):
     plain = sampler(net, SCHEDULE, x, steps, noise_fn=zeros)
     assert torch.equal(sampler(net, SCHEDULE, x, steps, noise_fn=zeros, eps_scaler=1.0), plain)
     assert torch.equal(sampler(net, SCHEDULE, x, steps, noise_fn=zeros, eps_scaler=(0.0, 1.0)), plain)
-    divisors = {700.0: 1.2, 400.0: 1.1, 100.0: 1.0}                                # 0.1 i + 1, i = 0 at the lowest noise
+    divisors = {700.0: 1.2, 400.0: 1.1, 100.0: 1.0}                          # 0.1 i + 1, i = 0 at the lowest noise
     by_hand = sampler(lambda x, t: net(x, t) / divisors[t[0].item()], SCHEDULE, x, steps, noise_fn=zeros)
     assert torch.equal(sampler(net, SCHEDULE, x, steps, noise_fn=zeros, eps_scaler=(0.1, 1.0)), by_hand)
 

@@ -21,8 +21,8 @@ def model(x, t):
 def test_golden(golden, golden_unet):
     for case in golden("sequence_aware_loss"):
         with torch.no_grad():
-            terms = sequence_aware_loss(golden_unet, SCHEDULE, case["x0"], case["t"], case["noise"], lamda=case["lamda"],
-                                        num_consecutive_steps=case["num_consecutive_steps"])
+            terms = sequence_aware_loss(golden_unet, SCHEDULE, case["x0"], case["t"], case["noise"],
+                                        lamda=case["lamda"], num_consecutive_steps=case["num_consecutive_steps"])
         assert terms.total.mean().item() == pytest.approx(case["loss"].item(), rel=1e-4)
 
 
@@ -77,7 +77,8 @@ def test_perturbation_leaves_the_target_alone():
         abar = SCHEDULE.alpha_bar(t)
         return (x - abar.sqrt() * x0) / (1 - abar).sqrt()
 
-    terms = sequence_aware_loss(oracle, SCHEDULE, x0, t, noise, lamda=0.0, input_perturbation=0.1, perturbation_noise=xi)
+    terms = sequence_aware_loss(oracle, SCHEDULE, x0, t, noise, lamda=0.0, input_perturbation=0.1,
+                                perturbation_noise=xi)
     torch.testing.assert_close(terms.base, (0.1 * xi[0]).square().flatten(1).sum(1), rtol=1e-4, atol=1e-5)
 
 

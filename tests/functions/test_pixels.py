@@ -26,12 +26,14 @@ def test_ranges():
     assert x.min() == -1 and x.max() == 1 and x.dtype == torch.float32
     dequantised = to_model_range(ALL, settings(uniform_dequantization=True), torch.Generator().manual_seed(0))
     assert ((ALL / 256 - 1e-6 <= dequantised) & (dequantised < (ALL + 1.0) / 256 + 1e-6)).all()
-    noisy = to_model_range(ALL.expand(100, 1, 16, 16), settings(gaussian_dequantization=True), torch.Generator().manual_seed(0))
+    many, generator = ALL.expand(100, 1, 16, 16), torch.Generator().manual_seed(0)
+    noisy = to_model_range(many, settings(gaussian_dequantization=True), generator)
     assert (noisy - ALL / 255).std().item() == pytest.approx(0.01, rel=0.02)
 
 
 def test_out_of_range_is_clamped_and_rounded_to_nearest():
-    assert from_model_range(torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1), settings(rescaled=True)).flatten().tolist() == [0, 1]
+    outside = torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1)
+    assert from_model_range(outside, settings(rescaled=True)).flatten().tolist() == [0, 1]
     assert to_uint8(torch.tensor([0.0, 1.49 / 255, 1.51 / 255, 1.0])).tolist() == [0, 1, 2, 255]
 
 
