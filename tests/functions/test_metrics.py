@@ -1,0 +1,104 @@
+"""Metrics against formulas written independently here, and against torch-fidelity where it is installed."""
+
+import numpy as np
+import pytest
+import torch
+
+from functions.frechet import FeatureStats, frechet_distance
+from functions.metrics import bootstrap_interval, inception_score, kernel_distance, kid, precision_recall
+
+
+@pytest.fixture(scope="module")
+def sets():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(300, 16, generator=generator)
+    return real, torch.randn(260, 16, generator=generator) * 1.2 + 0.2
+
+
+def test_kernel_distance_is_the_sum_over_pairs(sets):
+    x, y = (part[:12].double().numpy() for part in sets)
+
+    def k(a, b):
+        return (a @ b / 16 + 1) ** 3
+
+    expected = (sum(k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j) / (12 * 11)
+                + sum(k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / (12 * 11)
+                - 2 * sum(k(a, b) for a in x for b in y) / 144)
+    assert kernel_distance(*(part[:12] for part in sets)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kid_of_whole_sets_and_its_error(sets):
+    real, fake = sets
+    whole = kid(real[:200], fake[:200], subsets=3, subset_size=1000)           # every subset is the whole set
+    assert whole.mean == pytest.approx(kernel_distance(real[:200], fake[:200]), rel=1e-12)
+    assert whole.std < 1e-12
+    some = kid(real, fake, subsets=20, subset_size=50)
+    assert some.std_error == pytest.approx(some.std / np.sqrt(260 // 50))
+    assert abs(some.mean - kernel_distance(real, fake)) < 3 * some.std_error
+    with pytest.raises(ValueError, match="at least 2"):
+        kid(real[:1], fake)
+
+
+@pytest.mark.parametrize("block", [7, 64, 4096])
+def test_precision_recall_brute_force(sets, block):
+    real, fake = (part.double().numpy() for part in sets)
+
+    def covered(points, centres):
+        among = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
+        radii = np.sort(among, axis=1)[:, 3]                                   # column 0 is the point itself
+        return (np.linalg.norm(points[:, None] - centres[None], axis=-1) <= radii).any(1).mean()
+
+    assert precision_recall(*sets, block=block) == (covered(fake, real), covered(real, fake))
+
+
+def test_precision_recall_extremes(sets):
+    real, _ = sets
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, real + 1000) == (0.0, 0.0)
+    assert precision_recall(torch.zeros(8, 4), torch.zeros(9, 4)) == (1.0, 1.0)          # repeated points have radius 0
+    with pytest.raises(ValueError, match="more than k = 3"):
+        precision_recall(real[:3], real)
+
+
+def test_inception_score_of_certain_and_of_constant_answers():
+    one_hot = 1000 * torch.eye(10).repeat(50, 1)
+    assert inception_score(one_hot, splits=1).mean == pytest.approx(10, rel=1e-9)
+    assert inception_score(torch.zeros(100, 10)) == pytest.approx((1, 0))
+    with pytest.raises(ValueError, match="at least as many"):
+        inception_score(torch.zeros(9, 10))
+
+
+def test_bootstrap_interval_holds_the_distance_and_shrinks(sets):
+    real, fake = sets
+    mu, sigma = real.double().mean(0), real.double().T.cov()
+    stats = FeatureStats(16)
+    stats.update(fake)
+    low, high = bootstrap_interval(fake, mu, sigma, resamples=40)
+    assert low < frechet_distance(mu, sigma, stats.mean, stats.cov) < high
+    assert bootstrap_interval(fake, mu, sigma, resamples=40) == (low, high)
+    few = bootstrap_interval(fake[:50], mu, sigma, resamples=40)
+    assert few[1] - few[0] > high - low
+
+
+def test_torch_fidelity_on_the_same_features(sets):
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real, fake = (part.double() for part in sets)
+    theirs = kid_features_to_metric(fake, real, kid_subset_size=100, verbose=False)
+    ours = kid(real, fake, subset_size=100)
+    assert (ours.mean, ours.std) == pytest.approx(tuple(theirs.values()), rel=1e-6)
+    theirs = prc_features_to_metric(fake, real, verbose=False)
+    assert precision_recall(real, fake) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
+    assert inception_score(fake) == pytest.approx(tuple(isc_features_to_metric(fake).values()), rel=1e-6)
+
+
+def test_recorded_numbers_of_torch_fidelity(sets):
+    """The same comparison where torch-fidelity is not installed: its 0.4.0 on these features."""
+    real, fake = (part.double() for part in sets)
+    ours = kid(real, fake, subset_size=100)
+    assert (ours.mean, ours.std) == pytest.approx((0.22427728969713998, 0.05726669463870081), rel=1e-6)
+    assert precision_recall(real, fake) == pytest.approx((0.4384615421295166, 0.9599999785423279), rel=1e-6)
+    assert inception_score(fake) == pytest.approx((1.7318500643379402, 0.061530575423439565), rel=1e-6)
