@@ -1,0 +1,32 @@
+# Two commands need nothing but Python 3.10 to 3.13 and make:
+#   make quickstart    train on handwritten digits, generate, compute and log an FID (minutes on two CPU cores)
+#   make test          lint and run the test suite
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXP ?= exp
+STEPS ?= 100000
+IMAGES ?= 500
+
+.PHONY: install quickstart test lint clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml .ci/requirements.py
+	$(PYTHON) -m venv .venv
+	$(PYTHON) .ci/requirements.py dev offline > .venv/requirements.txt
+	$(BIN)/pip install --disable-pip-version-check -r .venv/requirements.txt
+	touch $@
+
+quickstart: install
+	$(BIN)/python train_ddp.py --config digits.yml --exp $(EXP) --max_steps $(STEPS) --resume_training
+	$(BIN)/python generate.py --config digits.yml --exp $(EXP) --num_samples $(IMAGES) --timesteps 50 --fid_stats auto
+
+lint: install
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv
