@@ -2,15 +2,18 @@
 
 Notation, for a step from i to the next lower j of the list (the last j is -1, abar_{-1} = 1):
 
-    e     = eps(x, i) / lambda_i                          epsilon scaling (2308.15321), lambda_i = 1 without
-    x0'   = (x - sqrt(1 - abar_i) e) / sqrt(abar_i)
+    e     = eps(x, i) / lambda_i                          and x0' that follows from it: ``functions.chain``
+    z     ~ N(0, I)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor
+
+from functions.chain import chain, draw, estimate
+from functions.ode import dpmpp_2m_steps, euler_steps, heun_steps
 
 
 @torch.no_grad()
@@ -42,18 +45,13 @@ def generalized_steps(model, schedule, x: Tensor, timesteps: Sequence[int], *, e
         raise ValueError(f"eta {eta} is not in [0, 1]")
     for index, i, j, scale in chain(schedule, timesteps, eps_scaler):
         abar, abar_next = schedule.exact_alpha_bar(i), schedule.exact_alpha_bar(j)
-        eps = model(x, _times(x, i))
-        e = eps / scale
-        x0 = (x - sqrt(1 - abar) * e) / sqrt(abar)
-        if clip_denoised:
-            x0 = x0.clamp(-1, 1)
-            e = (x - sqrt(abar) * x0) / sqrt(1 - abar)
+        eps, x0, e = estimate(model, schedule, x, i, scale, clip_denoised)
         if callback:
             callback(index, i, x, x0, eps)
         sigma = eta * sqrt((1 - abar_next) / (1 - abar)) * sqrt(1 - abar / abar_next)
         x = sqrt(abar_next) * x0 + sqrt(1 - abar_next - sigma**2) * e
         if sigma > 0:
-            x = x + sigma * _draw(noise_fn, index)
+            x = x + sigma * draw(noise_fn, index)
     return x
 
 
@@ -85,49 +83,21 @@ def ddpm_steps(model, schedule, x: Tensor, timesteps: Sequence[int], *, var_type
     for index, i, j, scale in chain(schedule, timesteps, eps_scaler):
         abar, abar_next = schedule.exact_alpha_bar(i), schedule.exact_alpha_bar(j)
         b = 1 - abar / abar_next
-        eps = model(x, _times(x, i))
-        x0 = (x - sqrt(1 - abar) * (eps / scale)) / sqrt(abar)
-        if clip_denoised:
-            x0 = x0.clamp(-1, 1)
+        eps, x0, _ = estimate(model, schedule, x, i, scale, clip_denoised)
         if callback:
             callback(index, i, x, x0, eps)
         x = (sqrt(abar_next) * b * x0 + sqrt(1 - b) * (1 - abar_next) * x) / (1 - abar)
         if j >= 0:
-            x = x + sqrt(b * VAR_TYPES[var_type](abar, abar_next)) * _draw(noise_fn, index)
+            x = x + sqrt(b * VAR_TYPES[var_type](abar, abar_next)) * draw(noise_fn, index)
     return x
 
 
-SAMPLERS = {"generalized": generalized_steps, "ddpm_noisy": ddpm_steps}
-OPTIONS = {"generalized": {"eta"}, "ddpm_noisy": {"var_type"}}               # what each reads beside the common ones
+SAMPLERS = {"generalized": generalized_steps, "ddpm_noisy": ddpm_steps, "heun": heun_steps, "euler": euler_steps,
+            "dpmpp_2m": dpmpp_2m_steps}
+OPTIONS = {"generalized": {"eta"}, "ddpm_noisy": {"var_type"}, "heun": {"churn"}, "euler": {"churn"},
+           "dpmpp_2m": set()}                                               # what each reads beside the common ones
 
 
-def chain(schedule, timesteps: Sequence[int], eps_scaler) -> Iterator[tuple[int, int, int, float]]:
-    """(step_index, i, j, lambda_i) of each executed step; checks the list and the scaling before the first."""
-    steps = list(timesteps)
-    if not steps or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-        raise ValueError("timesteps must be non-empty, ascending and distinct")
-    if steps[0] < 0 or steps[-1] >= schedule.num_timesteps:
-        raise ValueError(f"timesteps must lie in [0, {schedule.num_timesteps}), given {steps[0]} to {steps[-1]}")
-    slope, constant = _linear_scaler(eps_scaler)
-    scales = [slope * i + constant for i in range(len(steps))]
-    if min(scales) <= 0:
-        raise ValueError(f"eps_scaler {eps_scaler} gives a divisor of {min(scales)}; it must stay above 0")
-    lower = [-1, *steps]
-    for i in reversed(range(len(steps))):
-        yield len(steps) - 1 - i, steps[i], lower[i], scales[i]
-
-
-def _linear_scaler(eps_scaler) -> tuple[float, float]:
-    if eps_scaler is None:
-        return 0.0, 1.0
-    return (0.0, float(eps_scaler)) if isinstance(eps_scaler, (int, float)) else tuple(map(float, eps_scaler))
-
-
-def _times(x: Tensor, t: int) -> Tensor:
-    return torch.full((len(x),), float(t), device=x.device)                 # (B,) float32
-
-
-def _draw(noise_fn, index: int) -> Tensor:
-    if noise_fn is None:
-        raise ValueError("this chain draws noise; give noise_fn")
-    return noise_fn(index)
+def network_calls(sample_type: str, num_steps: int) -> int:
+    """Network calls for each image: Heun's corrector doubles them but for the last step."""
+    return 2 * num_steps - 1 if sample_type == "heun" else num_steps

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from functions.chain import nearest_time, sigma
+
 
 def training_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator | None = None) -> Tensor:
     """Antithetic steps (DDIM): u uniform on {0..T-1}, then T-1-u, cut to the batch.
@@ -32,28 +34,44 @@ SKIP_TYPES = {
 }
 
 
-def sampling_timesteps(num_timesteps: int, spec: int | str, skip_type: str = "uniform") -> list[int]:
+def rho_timesteps(schedule, num_steps: int, rho: float = 7.0) -> list[int]:
+    """EDM's noise levels (2206.00364, eq. 5), dense at low noise, each snapped to the step nearest in sigma.
+
+        sigma_i = (sigma_min^(1/rho) + i/(S - 1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho
+
+    Returns:
+        Ascending, from 0 to T-1; fewer than ``num_steps`` where several levels have the same nearest step.
+    """
+    lowest, highest = sigma(schedule, 0) ** (1 / rho), sigma(schedule, schedule.num_timesteps - 1) ** (1 / rho)
+    levels = np.linspace(highest, lowest, num_steps) ** rho                 # S = 1 keeps the highest
+    return sorted({nearest_time(schedule, float(level)) for level in levels})
+
+
+def sampling_timesteps(num_timesteps: int, spec: int | str, skip_type: str = "uniform", schedule=None) -> list[int]:
     """The steps of a sampling chain, ascending and distinct.
 
     Args:
         num_timesteps: T.
         spec: S, the number of steps; or guided-diffusion's respacing: ``"ddimN"`` (a fixed stride that gives N steps)
             or ``"10,15,20"`` (so many steps in each equal section of the chain, ending at T-1).
-        skip_type: uniform, quad, leading, linspace, trailing or respace; ``quad`` may give fewer than S.
+        skip_type: uniform, quad, leading, linspace, trailing, respace or edm; ``quad`` and ``edm`` may give fewer
+            than S.
+        schedule: NoiseSchedule, which ``edm`` needs (see ``rho_timesteps``).
 
     Raises:
         ValueError: S outside [1, T], an unknown skip type, or a respacing that does not exist.
     """
     T, text = num_timesteps, str(spec).strip()
-    if skip_type not in SKIP_TYPES:
-        raise ValueError(f"skip type {skip_type!r} is unknown; known: {', '.join(sorted(SKIP_TYPES))}")
+    spacings = SKIP_TYPES if schedule is None else SKIP_TYPES | {"edm": lambda T, S: rho_timesteps(schedule, S)}
+    if skip_type not in spacings:
+        raise ValueError(f"skip type {skip_type!r} is unknown; known: {', '.join(sorted(spacings))}")
     if re.fullmatch(r"ddim\d+", text):
         return _fixed_stride(T, int(text[4:]))
     if re.fullmatch(r"\d+(,\d+)+", text):
         return _sections(T, [int(count) for count in text.split(",")])
     if not re.fullmatch(r"\d+", text) or not 1 <= int(text) <= T:
         raise ValueError(f"timesteps {text!r} is not possible; give 1 to {T}, ddimN, or a list such as 10,15,20")
-    return sorted({int(t) for t in SKIP_TYPES[skip_type](T, int(text))})
+    return sorted({int(t) for t in spacings[skip_type](T, int(text))})
 
 
 def _fixed_stride(T: int, count: int) -> list[int]:
