@@ -258,7 +258,7 @@ class Diffusion:
     def sample(self, seeds: Sequence[int], *, timesteps: int | str = 100, eta: float = 0.0,
                sample_type: str = "generalized", skip_type: str = "uniform", var_type: str = "fixedlarge",
                eps_scaler=None, clip_denoised: bool | None = None, batch_size: int | None = None,
-               callback=None) -> Iterator[Batch]:
+               callback=None, churn=None) -> Iterator[Batch]:
         """Generate one image for each seed, batch by batch.
 
         Args:
@@ -272,12 +272,13 @@ class Diffusion:
             clip_denoised: Clamp the estimates of x0; None: only for ``ddpm_noisy``.
             batch_size: Images at a time; default: sampling.batch_size.
             callback: See ``functions.denoising.generalized_steps``.
+            churn: None, s_churn or (s_churn, s_min, s_max, s_noise), for ``heun`` and ``euler``.
 
         Raises:
             UserError: An unknown sampler. ValueError: A setting out of range.
         """
         chain = self.chain(timesteps=timesteps, eta=eta, sample_type=sample_type, skip_type=skip_type,
-                           var_type=var_type, eps_scaler=eps_scaler, clip_denoised=clip_denoised)
+                           var_type=var_type, eps_scaler=eps_scaler, clip_denoised=clip_denoised, churn=churn)
         seeds, size = list(seeds), batch_size or self.config.sampling.batch_size
         for start in range(0, len(seeds), size):
             chunk = seeds[start:start + size]
@@ -287,19 +288,28 @@ class Diffusion:
 
     def steps(self, timesteps: int | str, skip_type: str = "uniform") -> list[int]:
         """The steps that a chain visits, ascending."""
-        return sampling_timesteps(self.schedule.num_timesteps, timesteps, skip_type)
+        return sampling_timesteps(self.schedule.num_timesteps, timesteps, skip_type, self.schedule)
+
+    def network(self) -> Network:
+        """eps(x, t) as sampling calls it."""
+        return Network(self._sampling_model(), self.device, self.amp, compiled=self.compiled)
 
     def chain(self, *, timesteps, eta=0.0, sample_type="generalized", skip_type="uniform", var_type="fixedlarge",
-              eps_scaler=None, clip_denoised=None):
-        """A function (x, SeededNoise, callback=None) -> images in [0, 1], both (B, C, H, W), with these settings."""
+              eps_scaler=None, clip_denoised=None, churn=None):
+        """A function (x, SeededNoise, callback=None, start=None) -> images in [0, 1], both (B, C, H, W).
+
+        ``start``, a step of the list, enters the chain there instead of at the highest noise.
+        """
         sampler = choose(SAMPLERS, sample_type, "sample_type")
         steps = self.steps(timesteps, skip_type)
-        own = {key: value for key, value in {"eta": eta, "var_type": var_type}.items() if key in OPTIONS[sample_type]}
+        options = {"eta": eta, "var_type": var_type, "churn": churn}
+        own = {key: value for key, value in options.items() if key in OPTIONS[sample_type]}
         clip = sample_type == "ddpm_noisy" if clip_denoised is None else clip_denoised
-        network = Network(self._sampling_model(), self.device, self.amp, compiled=self.compiled)
+        network = self.network()
 
-        def run(x: Tensor, noise: SeededNoise, callback=None) -> Tensor:
-            x = sampler(network, self.schedule, x, steps, eps_scaler=eps_scaler, clip_denoised=clip,
+        def run(x: Tensor, noise: SeededNoise, callback=None, start: int | None = None) -> Tensor:
+            visited = steps if start is None else steps[:steps.index(start) + 1]
+            x = sampler(network, self.schedule, x, visited, eps_scaler=eps_scaler, clip_denoised=clip,
                         noise_fn=lambda index: noise.randn(x.shape), callback=callback, **own)
             return from_model_range(x, self.config.data)
 
