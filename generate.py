@@ -30,15 +30,20 @@ def parse(argv):
                         help="picture of the first N images, beside the folder; 0: none")
     images.add_argument("--interpolation", action="store_true", help="instead: a picture of paths between 8 seeds")
     images.add_argument("--sequence", action="store_true", help="instead: a picture of the chains of 8 seeds")
+    images.add_argument("--reconstruct", metavar="PATH", help="instead: encode the first images of this folder, zip or "
+                        "npz by DDIM's reversed chain, decode them, write pairs and errors (--seeds: which images)")
     sampler = parser.add_argument_group("sampler")
     sampler.add_argument("--timesteps", default="1000", metavar="S", help="number of steps, ddimN, or 10,15,20")
     sampler.add_argument("--eta", type=float, default=0.0, help="0 (deterministic) to 1, for generalized")
-    sampler.add_argument("--sample_type", default="generalized", help="generalized (DDIM) or ddpm_noisy (ancestral)")
+    sampler.add_argument("--sample_type", default="generalized", help="generalized (DDIM), ddpm_noisy "
+                         "(ancestral), heun or euler (EDM), dpmpp_2m (DPM-Solver++)")
     sampler.add_argument("--skip_type", default="uniform",
-                         help="uniform, quad, leading, linspace, trailing or respace")
+                         help="uniform, quad, leading, linspace, trailing, respace or edm")
     sampler.add_argument("--var_type", choices=["fixedlarge", "fixedsmall"], default="fixedlarge",
                          help="variance of ddpm_noisy")
     sampler.add_argument("--eps_scaler", metavar="B or K,B", help="divide the predicted noise by B, or by K i + B")
+    sampler.add_argument("--churn", metavar="S[,MIN,MAX,NOISE]", help="EDM's S_churn, S_min, S_max and S_noise, for "
+                                                                      "heun and euler")
     sampler.add_argument("--clip_denoised", action=on_off, help="clamp estimates of x0 (default: only for ddpm_noisy)")
     sampler.add_argument("--batch_size", type=positive, help="images at a time (default: sampling.batch_size)")
     sampler.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="off")
@@ -59,13 +64,14 @@ class Job:
     """The checked request: what to load, which images, how to sample, where to write."""
 
     def __init__(self, args):
-        from runners.generation import ImageFolder, parse_scaler
+        from runners.generation import ImageFolder, parse_churn, parse_scaler
 
         self.args, self.absent = args, []
         self.config, self.weights = self._configure()
         self.settings = {"timesteps": args.timesteps, "eta": args.eta, "sample_type": args.sample_type,
                          "skip_type": args.skip_type, "var_type": args.var_type,
-                         "eps_scaler": parse_scaler(args.eps_scaler), "clip_denoised": args.clip_denoised}
+                         "eps_scaler": parse_scaler(args.eps_scaler), "clip_denoised": args.clip_denoised,
+                         "churn": parse_churn(args.churn)}
         self.seeds = self._seeds()
         self.batch_size = args.batch_size or self.config.sampling.batch_size
         default = args.doc or Path(args.config or "images").stem
@@ -104,9 +110,9 @@ class Job:
         from functions.rng import parse_seeds
 
         args = self.args
-        pictures = args.interpolation or args.sequence
+        default = 8 if self.pictures else 50000
         try:
-            seeds = parse_seeds(args.seeds) if args.seeds else range(args.num_samples or (8 if pictures else 50000))
+            seeds = parse_seeds(args.seeds) if args.seeds else range(args.num_samples or default)
         except ValueError as error:
             raise UserError(str(error)) from None
         if args.seeds and args.num_samples and len(seeds) != args.num_samples:
@@ -115,7 +121,7 @@ class Job:
 
     def _check_sampler(self) -> None:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
-        from functions.denoising import SAMPLERS, chain
+        from functions.denoising import OPTIONS, SAMPLERS, chain, network_calls
         from functions.schedule import NoiseSchedule
         from functions.timesteps import sampling_timesteps
         from utils.errors import choose
@@ -125,10 +131,15 @@ class Job:
         if not 0 <= args.eta <= 1:
             raise UserError(f"--eta {args.eta} is not in [0, 1]")
         try:
-            steps = sampling_timesteps(schedule.num_timesteps, args.timesteps, args.skip_type)
+            steps = sampling_timesteps(schedule.num_timesteps, args.timesteps, args.skip_type, schedule)
             next(chain(schedule, steps, self.settings["eps_scaler"]))
         except ValueError as error:
             raise UserError(f"--timesteps {args.timesteps}, --skip_type {args.skip_type}: {error}") from None
+        self.calls = network_calls(args.sample_type, len(steps))            # for each image
+        if args.churn and "churn" not in OPTIONS[args.sample_type]:
+            raise UserError(f"--churn is for heun and euler, not for {args.sample_type}")
+        if args.reconstruct:
+            self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
             raise UserError("--interpolation needs at least two seeds")
         if args.save == "none" and not args.fid and not args.grid:
@@ -140,20 +151,31 @@ class Job:
             self.notes.append(f"sampling with --var_type {args.var_type}; the configuration says "
                               f"{self.config.model.var_type}, which DDIM and SA-DPM do not read either")
 
+    def _check_reconstruction(self) -> None:
+        from runners.pictures import open_originals
+
+        args = self.args
+        if args.sample_type == "ddpm_noisy" or args.eta or args.churn:
+            raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, not ddpm_noisy")
+        found = len(open_originals(args.reconstruct, self.config))
+        if max(self.seeds) >= found:
+            raise UserError(f"--reconstruct {args.reconstruct} has {found} images; lower --num_samples")
+
     @property
     def pictures(self) -> bool:
-        return self.args.interpolation or self.args.sequence
+        return bool(self.args.interpolation or self.args.sequence or self.args.reconstruct)
 
     def reference(self):
         """The checked FID reference, or None where no FID is wanted."""
-        from runners.evaluation import find_reference
+        from runners.evaluation import MissingReference, find_reference
 
         args = self.args
         if not args.fid or self.pictures:
             return None
         try:
-            return find_reference(self.config, None if args.fid_stats == "auto" else args.fid_stats, args.preprocess)
-        except UserError as error:
+            return find_reference(self.config, None if args.fid_stats == "auto" else args.fid_stats, args.preprocess,
+                                  config_name=args.config or str(self.run.config))
+        except MissingReference as error:
             if not (args.dry_run or args.fid_stats == "auto"):
                 raise
             self.absent.append(str(error))
@@ -183,8 +205,7 @@ def work(args, device):
     diffusion = Diffusion(job.config, device)
     diffusion.load(job.weights, args.model_ema)
     diffusion.amp = amp
-    calls = len(diffusion.steps(args.timesteps, args.skip_type)) * len(job.seeds) // job.batch_size
-    diffusion.compiled = resolve_compile(args.compile, device, calls)
+    diffusion.compiled = resolve_compile(args.compile, device, job.calls * len(job.seeds) // job.batch_size)
     with ExitStack() as held:
         on_rank_zero(lambda: held.enter_context(lock_folder(job.folder.path)))
         if job.pictures:
@@ -193,8 +214,8 @@ def work(args, device):
 
 
 def draw_pictures(job, diffusion):
-    from runners.generation import interpolation_grid, sequence_grid
     from runners.monitor import save_png
+    from runners.pictures import interpolation_grid, reconstruct, sequence_grid
 
     for wanted, name, draw in ((job.args.interpolation, "interpolation", interpolation_grid),
                                (job.args.sequence, "sequence", sequence_grid)):
@@ -202,6 +223,8 @@ def draw_pictures(job, diffusion):
             path = job.folder.path.with_name(f"{job.folder.path.name}_{name}.png")
             save_png(draw(diffusion, job.seeds, job.settings), path)
             print(path)
+    if job.args.reconstruct:
+        reconstruct(diffusion, job.args.reconstruct, job.seeds, job.settings, job.batch_size, job.folder.path)
 
 
 def produce(job, diffusion):
@@ -244,7 +267,8 @@ def open_evaluation(job, device):
     reference = job.reference()
     net = load_inception(args.inception_weights, device, args.preprocess)
     if reference is None:
-        reference = make_reference(job.config, net, root=job.run.datasets)
+        features = any(metric in args.metrics for metric in ("kid", "pr"))
+        reference = make_reference(job.config, net, root=job.run.datasets, keep_features=features)
     return Evaluation(reference, net, tuple(args.metrics.split(",")))
 
 
@@ -254,9 +278,9 @@ def report(job, diffusion, results, seconds):
     weights = diffusion.weights
     details = {
         "weights": str(job.weights), "weights_fingerprint": weights.fingerprint, "weights_kind": weights.kind,
-        "step": weights.step, "epoch": weights.epoch, "sampler": job.settings, "seeds": job.args.seeds or
-        f"0-{len(job.seeds) - 1}", "batch_size": job.batch_size, "amp": job.args.amp, "device": str(diffusion.device),
-        "compiled": diffusion.compiled, "seconds": round(seconds, 2), "comment": job.args.comment,
+        "step": weights.step, "epoch": weights.epoch, "sampler": job.settings, "network_calls": job.calls,
+        "seeds": job.args.seeds or f"0-{len(job.seeds) - 1}", "batch_size": job.batch_size, "amp": job.args.amp,
+        "device": str(diffusion.device), "compiled": diffusion.compiled, "seconds": round(seconds, 2), "comment": job.args.comment,
     }
     append_log(job.fid_log, job.weights, results, details)
     print(f"{results['name']}  {results['fid']:.4f}")

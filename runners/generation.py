@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from functions.pixels import from_model_range, to_uint8
-from functions.rng import SeededNoise, slerp
+from functions.ode import check_churn
+from functions.pixels import to_uint8
+from functions.rng import SeededNoise
 from runners import distributed
 from runners.diffusion import Diffusion
 from runners.monitor import save_png, tile
@@ -201,41 +202,6 @@ def generate(diffusion: Diffusion, seeds: list[int], settings: dict, batch_size:
         log.info("%d images of rank 0's share were there already", found)
 
 
-def interpolation_grid(diffusion: Diffusion, seeds: list[int], settings: dict, columns: int = 11) -> Tensor:
-    """DDIM's interpolation: each row runs from one seed's latent to the next one's along the sphere.
-
-    Returns:
-        uint8 (C, H', W'), len(seeds) - 1 rows.
-    """
-    chain, rows = diffusion.chain(**settings), []
-    shape = (1, *diffusion.config.data.shape)
-    for first, second in zip(seeds, seeds[1:], strict=False):
-        a, b = (SeededNoise([seed], diffusion.device).randn(shape)[0] for seed in (first, second))
-        x = torch.stack([slerp(a, b, i / (columns - 1)) for i in range(columns)])
-        noise = SeededNoise([first] * columns, diffusion.device)      # with eta > 0 a row shares its later draws too
-        rows.append(to_uint8(chain(x, noise)))
-    return tile(torch.cat(rows), columns)
-
-
-def sequence_grid(diffusion: Diffusion, seeds: list[int], settings: dict, columns: int = 10) -> Tensor:
-    """DDIM's sequence: each row shows the estimates of x0 of one image along the chain, and the sample last.
-
-    Returns:
-        uint8 (C, H', W'), one row for each seed.
-    """
-    chain, shown = diffusion.chain(**settings), []
-    total = len(diffusion.steps(**{k: settings[k] for k in ("timesteps", "skip_type")}))
-    picks = {round(i * (total - 1) / max(1, columns - 2)) for i in range(columns - 1)}
-
-    def keep(index, t, x, x0, eps):
-        if index in picks:
-            shown.append(to_uint8(from_model_range(x0, diffusion.config.data)))
-
-    noise = SeededNoise(seeds, diffusion.device)
-    shown.append(to_uint8(chain(noise.randn((len(seeds), *diffusion.config.data.shape)), noise, keep)))
-    return tile(torch.stack(shown, 1).flatten(0, 1), len(shown))
-
-
 def write_grid(shown: dict[int, Tensor], path: Path) -> None:
     """Tile the images of all ranks, ``{position: uint8 (C, H, W)}``, in the order of their positions. Collective."""
     parts = distributed.gather_objects(shown)
@@ -259,3 +225,19 @@ def parse_scaler(text: str | None) -> float | tuple[float, float] | None:
     if len(numbers) not in (1, 2):
         raise UserError(f"--eps_scaler {text!r} is not B or K,B, such as 1.017 or 0.0005,1.01")
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_churn(text: str | None) -> tuple[float, ...] | None:
+    """``"40"`` or ``"40,0.05,50,1.003"``: EDM's S_churn, S_min, S_max, S_noise.
+
+    Raises:
+        UserError: Not one to four numbers, or out of range.
+    """
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+        check_churn(numbers)
+    except ValueError as error:
+        raise UserError(f"--churn {text!r}: {error}") from None
+    return numbers
