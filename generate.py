@@ -280,7 +280,8 @@ def report(job, diffusion, results, seconds):
         "weights": str(job.weights), "weights_fingerprint": weights.fingerprint, "weights_kind": weights.kind,
         "step": weights.step, "epoch": weights.epoch, "sampler": job.settings, "network_calls": job.calls,
         "seeds": job.args.seeds or f"0-{len(job.seeds) - 1}", "batch_size": job.batch_size, "amp": job.args.amp,
-        "device": str(diffusion.device), "compiled": diffusion.compiled, "seconds": round(seconds, 2), "comment": job.args.comment,
+        "device": str(diffusion.device), "compiled": diffusion.compiled, "seconds": round(seconds, 2),
+        "comment": job.args.comment,
     }
     append_log(job.fid_log, job.weights, results, details)
     print(f"{results['name']}  {results['fid']:.4f}")
