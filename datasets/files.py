@@ -113,7 +113,8 @@ class _Folder:
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.path / name).read_bytes()
+            with open(f"{self.path}/{name}", "rb") as file:
+                return file.read()
         except OSError as error:
             raise DataError(f"{self.path / name}: cannot be read: {error.strerror}") from None
 

@@ -47,7 +47,7 @@ def decode(data: bytes, name: str, channels: int = 3, strict: bool = False) -> n
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode}: more than 8 bits per channel")
             stored = 3 if image.mode == "P" else len(image.getbands())
-            pixels = np.array(image.convert(MODES[channels]))
+            pixels = np.array(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
     except Exception as error:                # PIL raises OSError, SyntaxError, struct.error, ... for bad bytes
         raise UnreadableImage(f"{name}: unreadable image: {_reason(error)}") from None
     if strict and stored != channels:

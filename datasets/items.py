@@ -1,5 +1,6 @@
 """Images decoded one by one, for PyTorch's DataLoader."""
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -34,8 +35,8 @@ class DecodedBatches(Dataset):
 
     def __getitem__(self, indices: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, str]]]:
         bad = []
-        rows = [torch.tensor(self._read(i, bad)) for i in indices.tolist()]
-        return torch.stack(rows), bad
+        rows = [self._read(i, bad) for i in indices.tolist()]
+        return torch.from_numpy(np.stack(rows)), bad
 
     def _read(self, i: int, bad: list):
         for candidate in range(i, i + 100):

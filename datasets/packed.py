@@ -5,6 +5,7 @@
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,7 +59,9 @@ class ResidentStore(ImageStore):
 
     def batches(self, index_lists):
         for indices in index_lists:
-            yield self.images.index_select(0, indices.to(self.device, non_blocking=True)).permute(0, 3, 1, 2)
+            if self.device.type == "cuda":
+                indices = indices.pin_memory().to(self.device, non_blocking=True)            # no wait for the GPU
+            yield self.images.index_select(0, indices).permute(0, 3, 1, 2)
 
 
 class HostStore(ImageStore):
@@ -69,27 +72,29 @@ class HostStore(ImageStore):
         self.array = array                                                                   # (N, H, W, C)
 
     def gather(self, indices: Tensor) -> Tensor:
+        """long (B,) -> uint8 (B, H, W, C) on the host, pinned for a GPU."""
         rows = indices.numpy()
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self.array):
             raise IndexError(f"{self.name}: image indices must be in [0, {len(self.array)})")
         pinned = self.device.type == "cuda"
         batch = torch.empty((len(rows), *self.array.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
         self.array.take(rows, 0, out=batch.numpy(), mode="clip")          # "raise" would copy once more
-        return batch.permute(0, 3, 1, 2)                                  # (B, C, H, W)
+        return batch                                                      # (B, H, W, C)
 
     def batches(self, index_lists):
-        if self.device.type == "cpu":
-            yield from map(self.gather, index_lists)
-            return
+        gathered = map(self.gather, index_lists) if self.device.type == "cpu" else self._gather_ahead(index_lists)
+        for batch in gathered:
+            yield batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+
+    def _gather_ahead(self, index_lists: Iterable[Tensor]) -> Iterator[Tensor]:
         with ThreadPoolExecutor(1) as background:
-            waiting = None
+            waiting = deque()
             for indices in index_lists:
-                coming = background.submit(self.gather, indices)
-                if waiting is not None:
-                    yield waiting.result().to(self.device, non_blocking=True)
-                waiting = coming
-            if waiting is not None:
-                yield waiting.result().to(self.device, non_blocking=True)
+                waiting.append(background.submit(self.gather, indices))
+                if len(waiting) > 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
 
 class DecodingStore(ImageStore):
@@ -105,7 +110,7 @@ class DecodingStore(ImageStore):
                             pin_memory=cuda, generator=torch.Generator())   # its own: the global one stays untouched
         for batch, bad in loader:
             self._note(bad)
-            yield batch.permute(0, 3, 1, 2).to(self.device, non_blocking=True)
+            yield batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
 
     def _note(self, bad: list) -> None:
         for i, reason in bad:

@@ -243,3 +243,27 @@ def test_real_images_are_packed_and_reused(cifar_zip, make_config, tmp_path):
     images = open_dataset(make_config("ZIP", 32, root=cifar_zip), tmp_path)
     assert len(images) == 50_000 and np.bincount(images.labels).tolist() == [5000] * 10
     assert images.read(0).shape == images.read(49_999).shape == (32, 32, 3)
+
+
+def test_gathering_ahead_keeps_the_order_and_takes_one_list_in_advance(make_config, noise, write_zip, tmp_path):
+    path = write_zip({f"{i}.png": image for i, image in enumerate(noise(5, 4, 4, 3))})
+    store = open_images(make_config("ZIP", 4, root=path), tmp_path)
+    taken = []
+    lists = (taken.append(i) or torch.tensor([i % 5]) for i in itertools.count())
+    ahead = store._gather_ahead(lists)                                                # what a GPU is fed from
+    for i in range(7):
+        np.testing.assert_array_equal(next(ahead)[0], noise(5, 4, 4, 3)[i % 5])
+        assert len(taken) == i + 2
+    ahead.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("cache", ["auto", "device", "ram", "mmap", "off"])
+def test_batches_on_a_gpu(make_config, noise, write_zip, tmp_path, cache):
+    pixels = noise(9, 8, 8, 3)
+    path = write_zip({f"{i}.png": image for i, image in enumerate(pixels)})
+    store = open_images(make_config("ZIP", 8, root=path, cache=cache), tmp_path, device="cuda")
+    lists = [torch.tensor([i, 8 - i]) for i in range(9)]
+    for indices, batch in zip(lists, store.batches(lists), strict=True):
+        assert batch.device.type == "cuda" and batch.is_contiguous(memory_format=torch.channels_last)
+        np.testing.assert_array_equal(batch.permute(0, 2, 3, 1).cpu(), pixels[indices])

@@ -1,0 +1,77 @@
+"""Side-by-side timing: A B A B in one run on one machine, medians after a warm-up, a table, a line in results.jsonl."""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy
+import torch
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+
+
+def alternate(calls: dict[str, Callable[[], int]], rounds: int = 5, warm_up: int = 1) -> dict[str, list[float]]:
+    """Call each function in turn, round after round.
+
+    Args:
+        calls: Each does some work and returns how many items that was.
+        rounds: Measurements of each.
+        warm_up: Rounds before, not counted.
+
+    Returns:
+        Items per second, ``rounds`` of them for each name.
+    """
+    rates = {name: [] for name in calls}
+    for number in range(warm_up + rounds):
+        for name, call in calls.items():
+            _synchronize()
+            start = time.perf_counter()
+            items = call()
+            _synchronize()
+            if number >= warm_up:
+                rates[name].append(items / (time.perf_counter() - start))
+    return rates
+
+
+def report(title: str, rates: dict[str, list[float]], *, baseline: str, unit: str = "images/s",
+           precision: str = "fp32", **about) -> str:
+    """Print and return a Markdown table of medians and ratios to ``baseline``; append all of it to results.jsonl.
+
+    ``about`` is anything plain that is needed to repeat the measurement.
+    """
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    rows = [f"| {title} | {unit} | range | ratio |", "|---|---|---|---|"]
+    rows += [f"| {name} | {medians[name]:,.4g} | {min(values):,.4g} - {max(values):,.4g} | "
+             f"{medians[name] / medians[baseline]:.2f} |" for name, values in rates.items()]
+    table = "\n".join(rows)
+    print(table, flush=True)
+    line = {"title": title, "unit": unit, "rates": rates, "medians": medians, "baseline": baseline,
+            "precision": precision, "command": " ".join(sys.argv), **machine(), **about}
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    return table
+
+
+def machine() -> dict:
+    """Where and with what a measurement was made."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "cpu": _cpu_name(), "gpu": gpu,
+            "cores": torch.multiprocessing.cpu_count(), "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
