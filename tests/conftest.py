@@ -8,6 +8,12 @@ import torch
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
+# digits.yml cut down to a network that trains in milliseconds.
+TINY = ["--config", "digits.yml", "--device", "cpu", "--model.ch", "32", "--model.ch_mult", "[1]",
+        "--model.num_res_blocks", "1", "--model.attn_resolutions", "[]", "--data.image_size", "8",
+        "--training.batch_size", "8", "--training.sample_num", "2", "--training.sample_timesteps", "2",
+        "--training.log_freq", "1", "--verbose", "critical"]
+
 
 @pytest.fixture(scope="session")
 def golden():
@@ -36,12 +42,14 @@ def golden_unet(golden):
     return model.eval()
 
 
-@pytest.fixture
-def tiny_overrides():
-    """digits.yml cut down to a network that trains in milliseconds."""
-    return ["--model.ch", "32", "--model.ch_mult", "[1]", "--model.attn_resolutions", "[]", "--data.image_size", "8",
-            "--training.batch_size", "8", "--training.sample_num", "4", "--training.sample_timesteps", "2",
-            "--data.cache", "ram"]
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """An exp/ folder with a run "digits" of two steps, to generate from."""
+    import train_ddp
+
+    exp = tmp_path_factory.mktemp("trained")
+    assert train_ddp.main([*TINY, "--exp", str(exp), "--max_steps", "2"]) == 0
+    return exp
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,213 @@
+"""generate.py: images depend on seeds alone, runs resume, pictures, FID and its log."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+from runners.diffusion import Diffusion
+from runners.generation import deal, parse_scaler
+from tests.conftest import TINY
+from utils.errors import UserError
+
+SAMPLERS = [("generalized", "0"), ("generalized", "0.5"), ("generalized", "1"), ("ddpm_noisy", "0")]
+
+
+@pytest.fixture
+def exp(trained, tmp_path):
+    """A private copy of the run."""
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    return tmp_path
+
+
+def run(exp, *flags, fid=False):
+    base = ["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--timesteps", "4", "--verbose", "critical"]
+    return generate.main([*base, *flags, *([] if fid else ["--no-fid"])])
+
+
+def images(folder):
+    return {p.name: np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("*.png"))}
+
+
+@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+def test_an_image_depends_on_its_seed_only(exp, sampler, eta):
+    flags = ["--sample_type", sampler, "--eta", eta, "--seeds", "0-63"]
+    for batch in (1, 7, 64):
+        assert run(exp, *flags, "-i", f"b{batch}", "--batch_size", str(batch)) == 0
+    reference = images(exp / "image_samples" / "b64")
+    assert len(reference) == 64 and not np.array_equal(reference["000000.png"], reference["000001.png"])
+    for batch in (1, 7):
+        other = images(exp / "image_samples" / f"b{batch}")
+        assert other.keys() == reference.keys()
+        assert max(abs(other[name] - reference[name]).max() for name in other) <= 1
+
+
+def test_two_processes_make_the_same_images_and_the_same_fid(exp, capsys):
+    import fid
+
+    reference = exp / "reference.npz"
+    assert run(exp, "--seeds", "100-123", "-i", "reference") == 0
+    assert fid.main(["ref", "--images", str(exp / "image_samples" / "reference"), "--out", str(reference),
+                     "--device", "cpu"]) == 0
+    common = ["--num_samples", "12", "--eta", "1", "--batch_size", "5", "--fid_stats", str(reference)]
+    for name, processes in (("one", "1"), ("two", "2")):
+        assert run(exp, *common, "-i", name, "--fid_log", str(exp / f"{name}.txt"), "--num_process_per_node", processes,
+                   fid=True) == 0
+    one, two = images(exp / "image_samples" / "one"), images(exp / "image_samples" / "two")
+    assert one.keys() == two.keys() and len(one) == 12
+    assert max(abs(one[name] - two[name]).max() for name in one) <= 1
+    logs = [json.loads((exp / f"{name}.jsonl").read_text()) for name in ("one", "two")]
+    assert logs[0]["fid"] == pytest.approx(logs[1]["fid"], rel=1e-5)
+    assert (exp / "one.txt").read_text() == f"Checkpoint digits/ckpt.pth  --> FID {logs[0]['fid']}\n"
+    entry = logs[0]
+    assert entry["name"] == "FID-12" and entry["num_images"] == 12 and entry["world_size"] == 1
+    assert entry["weights_kind"] == "ema" and entry["step"] == 2 and entry["sampler"]["eta"] == 1.0
+    # the line is enough to repeat the number, here without files
+    again = ["--seeds", entry["seeds"], "--eta", str(entry["sampler"]["eta"]), "--batch_size", str(entry["batch_size"]),
+             "--fid_stats", str(reference), "--save", "none", "--fid_log", str(exp / "again.txt")]
+    assert run(exp, *again, fid=True) == 0
+    assert json.loads((exp / "again.jsonl").read_text())["fid"] == entry["fid"]
+
+
+def test_the_python_api_makes_the_same_images(exp):
+    assert run(exp, "--seeds", "3-8", "--batch_size", "6", "--eta", "0.5") == 0
+    files = images(exp / "image_samples" / "digits")
+    diffusion = Diffusion.from_run(exp / "logs" / "digits", device="cpu")
+    batch, = diffusion.sample(range(3, 9), timesteps=4, eta=0.5)
+    assert batch.seeds == [3, 4, 5, 6, 7, 8] and batch.images.shape == (6, 1, 8, 8)
+    assert 0 <= batch.images.min() and batch.images.max() <= 1
+    made = (batch.images * 255).round().int().numpy()
+    for seed, image in zip(batch.seeds, made, strict=True):
+        assert np.array_equal(files[f"{seed:06d}.png"], image[0])
+
+
+def test_missing_images_are_made_again_and_the_others_kept(exp):
+    assert run(exp, "--num_samples", "6", "--batch_size", "3") == 0
+    folder = exp / "image_samples" / "digits"
+    before = images(folder)
+    kept = (folder / "000000.png").stat().st_mtime_ns
+    (folder / "000004.png").unlink()
+    assert run(exp, "--num_samples", "6", "--batch_size", "3") == 0
+    after = images(folder)
+    assert all(np.array_equal(before[name], after[name]) for name in before) and len(after) == 6
+    assert (folder / "000000.png").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("change", [["--eta", "0.5"], ["--timesteps", "5"], ["--no-model_ema"],
+                                    ["--sample_type", "ddpm_noisy"], ["--eps_scaler", "1.01"]])
+def test_a_folder_made_with_other_settings_is_refused(exp, capsys, change):
+    assert run(exp, "--num_samples", "2") == 0
+    before = images(exp / "image_samples" / "digits")
+    assert run(exp, "--num_samples", "4", *change) == 2
+    assert "choose another --image_folder" in capsys.readouterr().err
+    assert before.keys() == images(exp / "image_samples" / "digits").keys()
+
+
+def test_a_folder_with_foreign_files_is_refused(exp, capsys):
+    folder = exp / "image_samples" / "digits"
+    folder.mkdir(parents=True)
+    (folder / "holiday.jpg").write_bytes(b"")
+    assert run(exp, "--num_samples", "2") == 2
+    assert "holiday.jpg" in capsys.readouterr().err
+    assert [p.name for p in folder.iterdir()] == ["holiday.jpg"]
+
+
+def test_npz_holds_the_images_in_seed_order_and_resumes(exp):
+    assert run(exp, "--seeds", "5,1-3", "--save", "png") == 0
+    assert run(exp, "--seeds", "5,1-3", "--save", "npz", "-i", "packed", "--batch_size", "3") == 0
+    array = np.load(exp / "image_samples" / "packed" / "samples_4x8x8x1.npz")["arr_0"]
+    files = images(exp / "image_samples" / "digits")
+    for row, seed in zip(array, [5, 1, 2, 3], strict=True):
+        assert abs(row[..., 0].astype(int) - files[f"{seed:06d}.png"]).max() <= 1
+    assert run(exp, "--seeds", "5,1-3", "--save", "npz", "-i", "packed", "--batch_size", "3") == 0
+
+
+def test_subdirs_and_absolute_folders(exp):
+    assert run(exp, "--seeds", "999-1000", "--subdirs", "-i", str(exp / "elsewhere")) == 0
+    assert (exp / "elsewhere" / "000000" / "000999.png").exists()
+    assert (exp / "elsewhere" / "001000" / "001000.png").exists()
+
+
+def test_pictures(exp):
+    assert run(exp, "--num_samples", "3", "--interpolation", "--sequence", "--grid", "2") == 0
+    assert run(exp, "--num_samples", "3", "--grid", "2") == 0
+    sizes = {p.name: Image.open(p).size for p in (exp / "image_samples").glob("*.png")}
+    assert sizes == {"digits_interpolation.png": (11 * 10 - 2, 2 * 10 - 2), "digits_sequence.png": (5 * 10 - 2, 3 * 10 - 2),
+                     "digits_grid.png": (2 * 10 - 2, 8)}
+
+
+def test_the_ends_of_an_interpolation_are_the_seeds_images(exp):
+    from runners.pictures import interpolation_grid
+
+    diffusion = Diffusion.from_run(exp / "logs" / "digits", device="cpu")
+    grid = interpolation_grid(diffusion, [4, 9], {"timesteps": 4}, columns=3)
+    batch, = diffusion.sample([4, 9], timesteps=4)
+    ends = torch.stack([grid[:, :8, :8], grid[:, :8, 20:]]).int()
+    assert (ends - (batch.images * 255).round().int()).abs().max() <= 1
+
+
+def test_a_contradicting_config_is_refused(exp, capsys):
+    assert run(exp, "--num_samples", "1", "--config", "digits.yml") == 2
+    error = capsys.readouterr().err
+    assert "contradicts" in error and "data.image_size" in error
+    assert not (exp / "image_samples").exists()
+
+
+def test_weights_from_a_file_use_the_given_config(exp):
+    weights = exp / "logs" / "digits" / "model_0_ema.pth"
+    tiny = [flag for flag in TINY if flag not in ("--verbose", "critical")]
+    assert run(exp, *tiny, "--weights", str(weights), "--doc", "other", "--num_samples", "1") == 0
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--timesteps", "0"], "1 to 1000"),
+    (["--timesteps", "1001"], "1 to 1000"),
+    (["--eta", "1.5"], "[0, 1]"),
+    (["--seeds", "5-1"], "backwards"),
+    (["--seeds", "1,1"], "twice"),
+    (["--seeds", "-3"], "--seeds"),
+    (["--seeds", "0-3", "--num_samples", "3"], "give one"),
+    (["--sample_type", "magic"], "ddpm_noisy"),
+    (["--skip_type", "spiral"], "uniform"),
+    (["--eps_scaler", "a"], "B or K,B"),
+    (["--eps_scaler", "-1"], "above 0"),
+    (["--ckpt_id", "77"], "no checkpoint 77"),
+    (["--weights", "nowhere.pth", "--config", "digits.yml"], "nowhere.pth"),
+    (["--doc", "../digits"], ".."),
+    (["-i", "../out"], ".."),
+    (["--fid", "--fid_stats", "nowhere.npz"], "fid.py ref"),
+    (["--samples", "3"], "--num_samples"),
+    (["--num_samples", "0"], "at least 1"),
+    (["--save", "none", "--grid", "0"], "nothing to do"),
+    (["--sampling.batch_sizes", "3"], "sampling.batch_size"),
+])
+def test_bad_requests_get_one_line_and_exit_2(exp, capsys, flags, message):
+    fid = "--fid" in flags
+    assert run(exp, *flags, fid=fid) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (exp / "image_samples").exists()
+
+
+def test_without_any_run_the_message_says_what_to_do(tmp_path, capsys):
+    assert run(tmp_path, "--config", "digits.yml") == 2
+    assert "train first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_dealing_is_complete_and_disjoint():
+    seeds = list(range(100, 123))
+    parts = [deal(seeds, 5, rank, 3) for rank in range(3)]
+    dealt = sorted(batch for part in parts for batch in part)
+    assert [seed for _, batch in dealt for seed in batch] == seeds
+    assert [start for start, _ in dealt] == [0, 5, 10, 15, 20]
+
+
+def test_scaler_forms():
+    assert parse_scaler(None) is None and parse_scaler("1.017") == 1.017 and parse_scaler("0.001,1.01") == (0.001, 1.01)
+    with pytest.raises(UserError):
+        parse_scaler("1,2,3")
