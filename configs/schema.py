@@ -1,13 +1,15 @@
 """The typed configuration: every key, its meaning, range and default. ``python -m configs.schema`` prints the table."""
 
-import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
 
+from configs.messages import describe
 from configs.reading import convert_ddim_form, find_config, parse_yaml, read_config_file
 from utils.atomic import write_text
 from utils.errors import ConfigError
@@ -275,7 +277,8 @@ def validate(raw: dict, where: str) -> Config:
         for problem in error.errors(include_url=False):
             by_key.setdefault(problem["loc"][:2], problem)
         # Unknown keys first: a misspelt one is often why another is missing.
-        problems = [_describe(p) for p in sorted(by_key.values(), key=lambda p: p["type"] != "extra_forbidden")]
+        known = [*dotted_keys(), *Config.model_fields]
+        problems = [describe(p, known) for p in sorted(by_key.values(), key=lambda p: p["type"] != "extra_forbidden")]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{where}: {problems[0]}{more}") from None
 
@@ -292,31 +295,15 @@ def dotted_keys() -> dict[str, tuple]:
             for key, field in section.annotation.model_fields.items()}
 
 
-def _describe(problem: dict) -> str:
-    key = ".".join(str(part) for part in problem["loc"][:2])        # deeper parts name items and union members
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"{key}: unknown key; {_suggest(key)}"
-        case "missing":
-            return f"{key}: required, but not given"
-        case "value_error":
-            return f"{key}: " * bool(key) + str(problem["ctx"]["error"])
-        case _:
-            return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, given {problem['input']!r}"
-
-
-def _suggest(key: str) -> str:
-    """What ``key`` may have been meant to be: a similar key beside it, the same name in another section, or a list."""
-    prefix = key.rpartition(".")[0]
-    beside = [k for k in (dotted_keys() if prefix else Config.model_fields) if k.rpartition(".")[0] == prefix]
-    name = key.removeprefix(f"{prefix}.")
-    close = difflib.get_close_matches(name, [k.removeprefix(f"{prefix}.") for k in beside], n=1)
-    if close:
-        return f"did you mean {prefix + '.' * bool(prefix)}{close[0]}?"
-    elsewhere = [k for k in dotted_keys() if k.endswith(f".{name}")]
-    return f"did you mean {elsewhere[0]}?" if elsewhere else f"known: {', '.join(beside)}"
+def documentation() -> str:
+    """docs/configuration.md."""
+    lines = ["# Configuration", "", "Made by `python -m configs.schema`. Any key can be overridden on the command "
+             "line: `--training.batch_size 64`.", "", "| key | default | meaning |", "|---|---|---|"]
+    for dotted, (_, default, description) in dotted_keys().items():
+        shown = "required" if default is PydanticUndefined else json.dumps(default)
+        lines.append(f"| `{dotted}` | {shown} | {' '.join(description.split())} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    for dotted, (_, default, description) in dotted_keys().items():
-        print(f"{dotted:36} {default!s:20} {description}")
+    print(documentation())

@@ -1,12 +1,14 @@
 """What the configuration accepts, and how it refuses the rest."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from configs.schema import Config, dotted_keys, load_config, save_config, validate
+from configs.schema import Config, documentation, dotted_keys, load_config, save_config, validate
 from utils.errors import ConfigError, UserError
 
 
@@ -166,3 +168,8 @@ def test_random_text(tmp_path, text):
     (tmp_path / "c.yml").write_text(text)
     with pytest.raises(ConfigError):                    # no such text has a data and a model section
         load_config(tmp_path / "c.yml")
+
+
+def test_the_documentation_lists_every_key_as_it_is():
+    documented = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert documented.read_text() == documentation() + "\n"

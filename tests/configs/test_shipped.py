@@ -17,6 +17,9 @@ M32, M64, M256 = 35_746_307, 78_700_803, 113_673_219        # DDPM's 35.7 M and 
 PUBLISHED = {
     "cifar10": ("CIFAR10", None, 32, M32, (2, 1.0, 0.0), 32, None, 1200, False, 0.1, 0.9999, 2e-4, 1.0),
     "cifar10_ip": ("CIFAR10", None, 32, M32, (0, 0.0, 0.1), None, 128, 1200, False, 0.1, 0.9999, 2e-4, 1.0),
+    "imagenet32": ("IMAGENET32", None, 32, 80_382_723, (0, 0.0, 0.1), None, 512, 400, True, 0.1, 0.9999, 1e-4, 1.0),
+    "lsun_tower64": ("LSUN", "tower", 64, M64, (0, 0.0, 0.1), None, 256, 200, True, 0.1, 0.9999, 1e-4, 1.0),
+    "ffhq128": ("FOLDER", None, 128, 85_602_691, (0, 0.0, 0.1), None, 128, 1000, True, 0.1, 0.9999, 1e-4, 1.0),
     "celeba": ("CELEBA", None, 64, M64, (2, 1.0, 0.0), 32, None, 1200, True, 0.1, 0.9999, 2e-4, 1.0),
     "celebahq": ("CELEBAHQ", None, 256, M256, (2, 0.1, 0.0), 6, None, 900, False, 0.0, 0.999, 2e-5, None),
     "afhq": ("AFHQ", None, 64, M64, (2, 0.2, 0.0), 32, None, 2000, True, 0.1, 0.9999, 2e-4, 1.0),
@@ -59,7 +62,8 @@ def test_has_the_published_values(name):
         (loss.num_consecutive_steps, loss.lamda, loss.input_perturbation),
         None if training.global_batch_size else training.batch_size, training.global_batch_size, training.n_epochs,
         config.data.random_flip, config.model.dropout, config.model.ema_rate, config.optim.lr, config.optim.grad_clip)
-    assert (config.model.ch, config.model.num_res_blocks, config.model.attn_resolutions) == (128, 2, (16,))
+    width = 192 if name == "imagenet32" else 128
+    assert (config.model.ch, config.model.num_res_blocks, config.model.attn_resolutions) == (width, 2, (16,))
     schedule = config.diffusion
     assert (schedule.beta_schedule, schedule.beta_start, schedule.beta_end, schedule.num_diffusion_timesteps) == (
         "linear", 1e-4, 0.02, 1000)
