@@ -6,7 +6,6 @@
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from functools import partial
@@ -16,13 +15,12 @@ from statistics import median
 import numpy as np
 import torch
 
+from benchmarks.harness import RESULTS, alternate, machine, report
 from functions.frechet import FeatureStats, frechet_distance
 from models.inception import load_inception
 from models.inception_weights import find_weights, read_weights
-from runners.evaluation import Collector, FileSource, choose_subset, evaluate_images, versions
+from runners.evaluation import Collector, FileSource, choose_subset, evaluate_images
 from utils.atomic import atomic_write
-
-RESULTS = Path(__file__).with_name("results.jsonl")
 
 
 def pytorch_fid_network(weights=None):
@@ -54,32 +52,23 @@ def timed(function):
     return value, time.perf_counter() - start
 
 
-def alternate(calls: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each function, called in turn after one warm-up."""
-    seconds = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(timed(call)[1])
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def features_speed(source, theirs, net, num: int, rounds: int, folder: Path) -> dict:
-    """Images per second from PNG files to features."""
+def features_speed(source, theirs, net, num: int, rounds: int, folder: Path) -> None:
+    """From PNG files to features."""
     from pytorch_fid.fid_score import get_activations
 
     files = extract(source, choose_subset(len(source), num, 0, source.name), folder)
     images = FileSource(folder)
-    seconds = alternate({
-        "pytorch-fid": lambda: get_activations(files, theirs, 50, 2048, "cpu", num_workers=min(8, os.cpu_count())),
-        "here": lambda: evaluate_images(images, Collector(net), 50),
-    }, rounds)
-    return {name: num / value for name, value in seconds.items()}
+
+    def here() -> int:
+        evaluate_images(images, Collector(net), 50)
+        return num
+
+    calls = {"pytorch-fid": lambda: len(get_activations(files, theirs, 50, 2048, "cpu", num_workers=2)), "here": here}
+    report(f"Inception features of {num} PNG files", alternate(calls, rounds), baseline="pytorch-fid", num=num)
 
 
-def distance_speed(rounds: int, num: int = 3000) -> dict:
-    """Seconds for a distance at 2,048 dimensions, with a spectrum like that of Inception features."""
+def distance_speed(rounds: int, num: int = 3000) -> None:
+    """A distance at 2,048 dimensions, with a spectrum like that of Inception features."""
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     generator = torch.Generator().manual_seed(0)
@@ -88,8 +77,10 @@ def distance_speed(rounds: int, num: int = 3000) -> dict:
         stats = FeatureStats()
         stats.update(torch.randn(num, 2048, generator=generator) * torch.logspace(0, -2, 2048) + shift)
         sets += [stats.mean, stats.cov]
-    return alternate({"pytorch-fid (scipy)": lambda: calculate_frechet_distance(*sets),
-                      "here": lambda: frechet_distance(*sets)}, rounds)
+    calls = {"scipy.linalg.sqrtm (pytorch-fid)": lambda: int(calculate_frechet_distance(*sets) > 0),
+             "here": lambda: int(frechet_distance(*sets) > 0)}
+    report("Frechet distance, 2,048 dimensions", alternate(calls, rounds), baseline=next(iter(calls)), unit="1/s",
+           precision="fp64")
 
 
 def agreement(source, theirs, net, num: int, folder: Path) -> dict:
@@ -143,20 +134,15 @@ def main():
     parser.add_argument("--agree", type=int, default=0, metavar="N", help="also compare FIDs of N against N images")
     args = parser.parse_args()
     source, net, theirs = FileSource(args.images), load_inception(), pytorch_fid_network()
-    result = {"benchmark": "fid", "threads": torch.get_num_threads(), "versions": versions()}
     with tempfile.TemporaryDirectory() as folder:
         if args.agree:
-            result["agreement"] = agreement(source, theirs, net, args.agree, Path(folder))
-            print(json.dumps(result["agreement"], indent=1), flush=True)
-        result["images_per_s"] = features_speed(source, theirs, net, args.num, args.rounds, Path(folder) / "speed")
-    result["distance_s"] = distance_speed(args.rounds)
-    print("| | pytorch-fid | here | ratio |\n| --- | --- | --- | --- |")
-    for name, unit in (("images_per_s", "features, images/s"), ("distance_s", "distance, s")):
-        reference, ours = result[name].values()
-        ratio = ours / reference if name == "images_per_s" else reference / ours
-        print(f"| {unit} | {reference:.2f} | {ours:.2f} | {ratio:.2f} |")
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(result) + "\n")
+            found = agreement(source, theirs, net, args.agree, Path(folder))
+            print(json.dumps(found, indent=1), flush=True)
+            line = {"title": f"FID of {args.agree} against {args.agree}", **found, **machine()}
+            with open(RESULTS, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        distance_speed(args.rounds)
+        features_speed(source, theirs, net, args.num, args.rounds, Path(folder) / "speed")
 
 
 if __name__ == "__main__":
