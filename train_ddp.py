@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 from runners.cli import Parser, add_common, positive, run_folder, run_script
 
@@ -50,12 +51,15 @@ def check(args):
     """Everything that can be refused before a process starts or a file is touched."""
     from datasets import find_dataset
     from runners.dry_run import check_training
+    from utils.errors import UserError
 
     config, run = configure(args)
     check_training(config, args)
+    if args.init_from and not Path(args.init_from).exists():
+        raise UserError(f"--init_from {args.init_from}: no such file")
     if not args.dry_run:
         run.check(config, resume=args.resume_training or restarted(), overwrite=args.overwrite)
-        find_dataset(config, run.datasets)
+        find_dataset(config, run.datasets, download=True)
 
 
 def restarted():
@@ -75,11 +79,11 @@ def work(args, device):
         return dry_run_training(config, run, device, args.init_from)
     resume = args.resume_training or restarted()
     with ExitStack() as held:
-        on_rank_zero(lambda: held.enter_context(lock_folder(run.path)))
-        on_rank_zero(lambda: run.prepare(config, resume=resume, overwrite=args.overwrite))
         diffusion = Diffusion(config, device)
         if args.init_from:
             diffusion.load(args.init_from)
+        on_rank_zero(lambda: held.enter_context(lock_folder(run.path)))
+        on_rank_zero(lambda: run.prepare(config, resume=resume, overwrite=args.overwrite))
         result = diffusion.train(run, resume=resume, max_steps=args.max_steps)
     on_rank_zero(lambda: print(f"step {result.step}, epoch {result.epoch}: {result.checkpoint}"))
 

@@ -92,7 +92,7 @@ def process_group(world: World | None, device: torch.device, address: str | None
     if world is None or world.size == 1:
         yield
         return
-    if device.type == "cpu":                                                # share the cores
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:        # share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // _processes_on_this_node(world)))
     if "MASTER_PORT" in os.environ and "MASTER_ADDR" in os.environ:
         init_method = "env://"

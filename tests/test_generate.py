@@ -136,8 +136,8 @@ def test_pictures(exp):
     assert run(exp, "--num_samples", "3", "--interpolation", "--sequence", "--grid", "2") == 0
     assert run(exp, "--num_samples", "3", "--grid", "2") == 0
     sizes = {p.name: Image.open(p).size for p in (exp / "image_samples").glob("*.png")}
-    assert sizes == {"digits_interpolation.png": (11 * 10 - 2, 2 * 10 - 2), "digits_sequence.png": (5 * 10 - 2, 3 * 10 - 2),
-                     "digits_grid.png": (2 * 10 - 2, 8)}
+    assert sizes == {"digits_interpolation.png": (11 * 10 - 2, 2 * 10 - 2), "digits_grid.png": (2 * 10 - 2, 8),
+                     "digits_sequence.png": (5 * 10 - 2, 3 * 10 - 2)}
 
 
 def test_the_ends_of_an_interpolation_are_the_seeds_images(exp):

@@ -1,7 +1,6 @@
 """The training loop: exact resume, accumulation and processes that change nothing, interruption, refusals."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -119,8 +118,8 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
     assert train(tmp_path, "--training.n_epochs", "1", "--training.batch_size", "512", "--training.log_freq", "2") == 0
     run = tmp_path / "logs" / "digits"
     present = {p.name for p in run.iterdir()}
-    assert present == {"config.yml", "ckpt.pth", "ckpt_1.pth", "model_1_ema.pth", "metrics.jsonl", "stdout.txt", "samples",
-                       "tensorboard"}
+    assert present == {"config.yml", "ckpt.pth", "ckpt_1.pth", "model_1_ema.pth", "metrics.jsonl", "stdout.txt",
+                       "samples", "tensorboard"}
     assert (run / "samples" / "1.png").exists()
     first = lines(tmp_path)[0]
     assert set(first) == {"step", "epoch", "loss", "loss_base", "loss_sequence", "loss_base_q1", "loss_base_q2",
@@ -166,7 +165,7 @@ def test_a_diverged_run_ends_with_4_and_saves_nothing(tmp_path, capsys):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_exits_143(tmp_path, processes):
     command = [sys.executable, "train_ddp.py", *TINY, "--exp", str(tmp_path), "--num_process_per_node", str(processes)]
-    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "logs" / "digits" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not metrics.exists() and time.monotonic() < deadline:

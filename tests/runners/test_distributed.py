@@ -1,0 +1,105 @@
+"""Whose environment a process finds itself in, and that real launchers start real ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from runners import distributed
+from runners.distributed import Signals, World, detect, master_address, on_rank_zero
+from tests.conftest import REPOSITORY, TINY
+
+
+@pytest.mark.parametrize(("env", "world"), [
+    ({}, None),
+    ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, World(3, 8, 1)),                       # torchrun, accelerate
+    ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, World(5, 8, 1)),           # srun
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"},
+     World(5, 8, 1)),
+    ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, None),  # in a batch script
+    ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, World(2, 4, 2)),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, World(1, 2, 1)),                # MPICH, Intel MPI
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World(0, 2, 0)),
+])
+def test_detect(env, world):
+    assert detect(env) == world
+
+
+@pytest.mark.parametrize(("env", "given", "address"), [
+    ({}, None, "127.0.0.1"), ({"MASTER_ADDR": "a"}, None, "a"), ({"MASTER_ADDR": "a"}, "b", "b"),
+    ({"SLURM_NODELIST": "node[03-07,12]"}, None, "node03"), ({"SLURM_STEP_NODELIST": "n1,n2"}, None, "n1"),
+])
+def test_master_address(env, given, address):
+    assert master_address(env, given) == address
+
+
+def test_on_rank_zero_returns_and_raises():
+    from utils.errors import UserError
+
+    assert on_rank_zero(lambda: 5) == 5
+    with pytest.raises(UserError, match="no") as caught:
+        on_rank_zero(lambda: (_ for _ in ()).throw(UserError("no")))
+    assert caught.value.on_all_ranks
+
+
+def test_a_signal_is_noted_and_the_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals().listening() as signals:
+        assert signals.vote() == 0 and signals.vote(save=True) == Signals.SAVE
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.vote(save=True) == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                   "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
+                   str(30000 + os.getpid() % 20000)],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_foreign_launchers(tmp_path, launcher):
+    command = [*LAUNCHERS[launcher], "train_ddp.py", *TINY, "--exp", str(tmp_path), "--max_steps", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    stored = torch.load(tmp_path / "logs" / "digits" / "ckpt.pth", weights_only=True)
+    assert len(stored["metric_sums"]) == 2                                # one entry for each rank
+
+
+@pytest.mark.parametrize("names", [("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+                                   ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")],
+                         ids=["srun", "mpirun"])
+def test_ranks_by_their_variables(tmp_path, names):
+    """What srun and mpirun do: start the same command with a number in its environment."""
+    port = str(20000 + os.getpid() % 20000)
+    command = [sys.executable, "train_ddp.py", *TINY, "--exp", str(tmp_path), "--max_steps", "1", "--master_port", port]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI_", "MASTER_"))}
+    jobs = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+                             env=clean | dict(zip(names, (str(rank), "2", str(rank)), strict=True)))
+            for rank in range(2)]
+    outputs = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert len(torch.load(tmp_path / "logs" / "digits" / "ckpt.pth", weights_only=True)["metric_sums"]) == 2
+
+
+def test_our_launcher_returns_the_code_of_the_rank_that_failed(tmp_path):
+    """A data set whose files vanish between the check and the ranks: every rank exits 3, and so does the launcher."""
+    code = ("import sys; from runners import distributed;"
+            f"sys.exit(distributed.launch({str(tmp_path / 'rank.py')!r}, [], processes=2))")
+    (tmp_path / "rank.py").write_text("import os, sys; sys.exit(3 if os.environ['RANK'] == '1' else 0)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=120).returncode == 3
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    from utils.errors import UserError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert distributed.pick_device("auto", World(0, 2, 0)).type == "cuda"
+    with pytest.raises(UserError, match=r"2 processes on a node with 1 GPU"):
+        distributed.pick_device("cuda", World(1, 2, 1))
