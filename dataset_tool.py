@@ -27,7 +27,7 @@ from datasets.convert import FORMATS, check_free, encode, format_of
 from datasets.images import RESAMPLE, TRANSFORMS, Unfit, UnreadableImage, transform
 from datasets.source import Source
 from datasets.specs import DATASETS, open_any
-from runners.cli import Parser, add_common, setup_logging
+from runners.cli import Parser, add_common, guarded, setup_logging
 from utils.errors import DataError, UserError
 
 log = logging.getLogger("sa-ddim")
@@ -40,18 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if {arg.partition("=")[0] for arg in argv[:1]} & {"--source", "--dest"}:             # EDM's call has no subcommand
         argv.insert(0, "convert")
-    try:
+
+    def job():
         args = parse(argv)
         setup_logging(args.verbose)
         args.run(args)
-        return 0
-    except SystemExit as done:                             # --help
-        return done.code or 0
-    except KeyboardInterrupt:
-        return 130
-    except UserError as error:
-        print(f"dataset_tool.py: {error}", file=sys.stderr)
-        return error.code
+
+    return guarded(__file__, job)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -74,14 +69,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     command = commands.add_parser("verify", help="check the data set of a configuration")
     command.add_argument("--full", action="store_true", help="decode every image, not only the first and the last")
     command.set_defaults(run=verify)
-    add_common(command)
+    add_common(command, processes=False)
 
     command = commands.add_parser("info", help="describe a source")
     command.add_argument("--source", required=True, type=Path)
     command.set_defaults(run=info)
 
     for name in ("convert", "info"):
-        add_common(commands.choices[name], config=False)
+        add_common(commands.choices[name], config=False, processes=False)
     return parser.parse(argv)
 
 

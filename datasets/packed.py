@@ -5,6 +5,7 @@
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ GPU_SHARE = 4               # auto puts a pack into GPU memory if it takes no mo
 UPLOAD_BYTES = 1 << 28
 
 
-class ImageStore:
+class ImageStore(ABC):
     """Images that can be asked for by index. ``batches`` is lazy: an endless ``index_lists`` is fine.
 
     Args:
@@ -42,9 +43,9 @@ class ImageStore:
     def num_images(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def batches(self, index_lists: Iterable[Tensor]) -> Iterator[Tensor]:
         """long (B,) -> uint8 (B, C, H, W) on the device, in the order given."""
-        raise NotImplementedError
 
 
 class ResidentStore(ImageStore):

@@ -50,8 +50,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def add_common(parser: argparse.ArgumentParser, *, config: bool = True) -> None:
-    """Flags of every script; ``config=False`` leaves out those that name a configuration and a run."""
+def add_common(parser: argparse.ArgumentParser, *, config: bool = True, processes: bool = True) -> None:
+    """Flags of every script; without ``config`` no configuration and run, without ``processes`` no device and ranks."""
     if config:
         parser.add_argument("--config", metavar="NAME.yml", help="file, or a name in configs/; any key of it can be "
                                                                  "overridden: --training.batch_size 64")
@@ -60,6 +60,8 @@ def add_common(parser: argparse.ArgumentParser, *, config: bool = True) -> None:
     parser.add_argument("--exp", default="exp", help="folder of runs, images and data sets")
     parser.add_argument("--verbose", default="info", choices=["debug", "info", "warning", "critical"])
     parser.add_argument("--ni", action="store_true", help="accepted for compatibility: nothing is ever asked")
+    if not processes:
+        return
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     group = parser.add_argument_group("processes")
     group.add_argument("--num_process_per_node", type=positive, default=1, metavar="N",
@@ -94,6 +96,20 @@ def run_folder(args) -> Path:
     return Path(args.exp) / "logs" / safe_name("--doc", args.doc or Path(args.config).stem)
 
 
+def guarded(script: str, job: Callable, is_told: Callable = lambda error: False) -> int:
+    """Call ``job()`` and return its exit code; a UserError becomes one line on standard error unless ``is_told(it)``."""
+    try:
+        return job() or 0
+    except SystemExit as done:                     # --help
+        return done.code or 0
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        if not is_told(error):
+            print(f"{Path(script).name}: {error}", file=sys.stderr)
+        return error.code
+
+
 def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: Callable, work: Callable) -> int:
     """The life of a script.
 
@@ -102,36 +118,30 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
     the ranks.
 
     Returns:
-        Exit code. A UserError is printed as one line on standard error.
+        Exit code. A UserError is printed as one line on standard error, by rank 0 where all ranks have it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    world, told_by_rank_zero = None, True
-    try:
+    world, shared = None, True
+
+    def job():
+        nonlocal world, shared
         args = parse(argv)
-        from runners import distributed  # imports torch, which --help and a wrong flag need not wait for
+        from runners import distributed                # imports torch, which --help and a wrong flag need not wait for
 
         world = distributed.detect()
         setup_logging(args.verbose, world.rank if world else 0)
         check(args)
-        processes = args.num_process_per_node * args.num_proc_node
-        if world is None and processes > 1:
+        if world is None and args.num_process_per_node * args.num_proc_node > 1:
             if args.device != "cpu" and distributed.pick_device(args.device, distributed.World()).type == "cuda":
                 distributed.check_gpus(args.num_process_per_node)
             return distributed.launch(script, argv, processes=args.num_process_per_node, nodes=args.num_proc_node,
                                       node_rank=args.node_rank, address=args.master_address, port=args.master_port)
         device = distributed.pick_device(args.device, world or distributed.World())
-        told_by_rank_zero = False
+        shared = False
         with distributed.process_group(world, device, args.master_address, args.master_port):
-            return work(args, device) or 0
-    except SystemExit as done:                     # --help
-        return done.code or 0
-    except KeyboardInterrupt:
-        return 130
-    except UserError as error:
-        told_by_rank_zero = told_by_rank_zero or error.on_all_ranks
-        if not (world and world.rank and told_by_rank_zero):
-            print(f"{Path(script).name}: {error}", file=sys.stderr)
-        return error.code
+            return work(args, device)
+
+    return guarded(script, job, lambda error: world and world.rank and (shared or error.on_all_ranks))
 
 
 def setup_logging(level: str, rank: int = 0) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from configs.schema import Config
 from datasets import build_dataset, find_dataset
+from datasets.packed import synthetic_images
 from functions.losses import sequence_aware_loss
 from functions.rng import SeededNoise, shard_generator
 from models import MODELS, load_weights
@@ -71,11 +72,10 @@ def _training_images(config: Config, root, absent: list[str]):
     try:
         find_dataset(config, root)
     except DataError:
-        absent.append(f"data set {config.data.dataset} (a stand-in of one global batch is used)")
+        absent.append(f"data set {config.data.dataset} (noise of the usual number of images stands in)")
+        images = synthetic_images(config)
         process_batch, _, _ = split_batch(config.training, distributed.world_size())
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(256, (2, *config.data.shape), generator=generator, dtype=torch.uint8)
-        return images, process_batch * distributed.world_size()
+        return next(images.batches([torch.arange(2)])), max(images.num_images, process_batch * distributed.world_size())
     dataset = build_dataset(config, root)
     return torch.stack([dataset[i][0] for i in range(2)]), len(dataset)
 
