@@ -188,7 +188,7 @@ def fitted(model, shape, seed=1):
 def test_fit_finds_an_eps_that_is_two_percent_too_large():
     fit = fitted("auto", (512, 1, 32, 16))
     assert fit.k == 0 and fit.b == pytest.approx(1.02, abs=0.002)
-    assert fit.mismatch < 0.005 < 0.015 < fit.before and fit.b_error < 0.001
+    assert fit.mismatch < 0.005 < 0.015 < fit.before and fit.b_error < 0.0015
 
 
 def test_the_errors_of_a_fit_are_its_spread():
@@ -207,5 +207,6 @@ def test_fit_recovers_a_linear_scaling_without_noise():
 
     for model in ("linear", "auto"):
         fit = fit_scaler(respond, respond((0.003, 1.01)), model)
-        assert (fit.k, fit.b, fit.mismatch) == pytest.approx((0.003, 1.01, 0), abs=1e-6)
-    assert fit_scaler(respond, respond((0.0, 1.0))).k == 0
+        assert (fit.k, fit.b) == (pytest.approx(0.003, abs=1e-5), pytest.approx(1.01, abs=1e-4))
+        assert fit.mismatch < 1e-4
+    assert fit_scaler(respond, respond((0.0, 1.0)))[:2] == (0, 1)

@@ -1,0 +1,235 @@
+"""Measure exposure bias: eps-norms, variance error and estimation gap along the chain, and a fitted epsilon scaling."""
+
+import argparse
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from runners.cli import Parser, add_common, positive, run_script, safe_name
+from utils.errors import UserError
+
+
+def parse(argv):
+    parser = Parser(prog="diagnose.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    made = {}
+    for name, measure in COMMANDS.items():
+        made[name] = commands.add_parser(name, help=measure.__doc__.splitlines()[0], description=measure.__doc__)
+        _add_run(made[name])
+    made["exposure"].add_argument("--start_t", metavar="LIST", help="beside pure noise, start from q(x_t | x0) at "
+                                  "these times, such as 250,500; the nearest steps are taken (default: the middle)")
+    fit = made["fit-eps-scaler"]
+    fit.add_argument("--model", choices=["auto", "constant", "linear"], default="auto",
+                     help="fit B, K,B, or K,B only where K is more than two standard errors from 0")
+    fit.add_argument("--fid_check", type=positive, metavar="N", help="also compute the FID of N images at 0, 0.5, "
+                                                                     "1, 1.5 and 2 times the fitted scaling")
+    fit.add_argument("--fid_stats", metavar="FILE", help="reference statistics (default: sampling.fid_stats)")
+    fit.add_argument("--inception_weights", metavar="FILE", help="weights of the feature network")
+    return parser.parse(argv)
+
+
+def _add_run(parser) -> None:
+    """Which runs, images and chains."""
+    parser.add_argument("--config", metavar="NAME.yml", help="default: the run's own; any key of it can be overridden: "
+                                                             "--data.root DIR")
+    parser.add_argument("--doc", nargs="+", help="runs, exp/logs/DOC, on one figure (default: the config's name)")
+    parser.add_argument("--ckpt_id", type=int, help="epoch (default: sampling.ckpt_id, else the newest)")
+    parser.add_argument("--model_ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
+    parser.add_argument("--num_images", type=positive, default=256, metavar="N", help="real images and chains")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of all noise; chain n starts "
+                                                            "from the latent of generate.py's image SEED + n")
+    parser.add_argument("--batch_size", type=positive, help="images at a time (default: sampling.batch_size)")
+    sampler = parser.add_argument_group("sampler, as in generate.py")
+    sampler.add_argument("--timesteps", default="100", metavar="S", help="number of steps, ddimN, or 10,15,20")
+    sampler.add_argument("--eta", type=float, default=0.0, help="0 (deterministic) to 1, for generalized")
+    sampler.add_argument("--sample_type", default="generalized",
+                         help="generalized, ddpm_noisy, heun, euler or dpmpp_2m")
+    sampler.add_argument("--skip_type", default="uniform",
+                         help="uniform, quad, leading, linspace, trailing, respace or edm")
+    sampler.add_argument("--var_type", choices=["fixedlarge", "fixedsmall"], default="fixedlarge",
+                         help="variance of ddpm_noisy")
+    sampler.add_argument("--eps_scaler", metavar="B or K,B", help="divide the predicted noise by B, or by K i + B")
+    sampler.add_argument("--clip_denoised", action=argparse.BooleanOptionalAction,
+                         help="clamp estimates of x0 (default: only for ddpm_noisy)")
+    add_common(parser, config=False)
+
+
+class Job:
+    """The checked request."""
+
+    def __init__(self, args):
+        from datasets import find_dataset
+        from functions.schedule import NoiseSchedule
+        from runners.diagnosis import check_settings
+        from runners.generation import parse_scaler
+
+        self.args = args
+        if args.seed < 0:
+            raise UserError(f"--seed {args.seed} must be at least 0")
+        if not (args.doc or args.config):
+            raise UserError("--doc is required: the names of runs under exp/logs/")
+        names = args.doc or [Path(args.config).stem]
+        if len(set(names)) < len(names):
+            raise UserError("--doc names a run twice")
+        self.settings = {key: getattr(args, key) for key in ("timesteps", "eta", "sample_type", "skip_type", "var_type",
+                                                             "clip_denoised")}
+        self.settings["eps_scaler"] = parse_scaler(args.eps_scaler)
+        self.datasets = Path(args.exp) / "datasets"
+        self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
+        for config, _ in self.runs.values():
+            self.steps = check_settings(NoiseSchedule.from_config(config.diffusion), self.settings)
+            find_dataset(config, self.datasets)
+        if args.command == "fit-eps-scaler":
+            self._check_fit()
+        self.starts = self._starts() if args.command == "exposure" else []
+        folder = "+".join(name.replace("/", "-") for name in names)
+        self.target = Path(args.exp) / "diagnose" / folder / f"{args.command}-{self.label('-')}"
+
+    def _open(self, name: str):
+        """The run's own configuration wins over --config, which must not contradict it."""
+        from configs.schema import load_config
+        from runners.checkpoint import RunFolder, refuse_differences
+
+        run = RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
+        if not (self.args.config or run.config.exists()):
+            raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
+        config = load_config(self.args.config or run.config, self.args.overrides)
+        if run.config.exists():
+            refuse_differences(load_config(run.config), config, run.config)
+        ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
+        return config, run.weights(ckpt_id, self.args.model_ema)
+
+    def _starts(self) -> list[int | None]:
+        """None for pure noise, then the steps nearest to --start_t."""
+        middle = self.steps[len(self.steps) // 2]
+        try:
+            wanted = [int(t) for t in self.args.start_t.split(",")] if self.args.start_t else [middle]
+        except ValueError:
+            raise UserError(f"--start_t {self.args.start_t!r} is not a list such as 250,500") from None
+        if not all(0 <= t <= self.steps[-1] for t in wanted):
+            raise UserError(f"--start_t {self.args.start_t}: the chain has steps 0 to {self.steps[-1]}")
+        return list(dict.fromkeys([None, *(min(self.steps, key=lambda s, t=t: abs(s - t)) for t in wanted)]))
+
+    def _check_fit(self) -> None:
+        if self.args.eps_scaler is not None:
+            raise UserError("fit-eps-scaler searches --eps_scaler; do not give one")
+        if self.args.fid_check:
+            for name in self.runs:
+                self.reference(name)
+
+    def reference(self, name: str):
+        from runners.evaluation import find_reference
+
+        return find_reference(self.runs[name][0], self.args.fid_stats, config_name=self.args.config)
+
+    def label(self, separator: str) -> str:
+        """The sampler in few words, for titles and file names."""
+        args = self.args
+        parts = [args.sample_type, f"S{args.timesteps}".replace(",", "+"),
+                 args.skip_type if args.skip_type != "uniform" else "",
+                 f"eta{args.eta:g}" if args.eta else "", f"scaled{args.eps_scaler}" if args.eps_scaler else "",
+                 args.var_type if args.sample_type == "ddpm_noisy" else ""]
+        return separator.join(part for part in parts if part)
+
+
+    def command(self, name: str, scaler: str) -> str:
+        """generate.py with the sampler measured here and ``scaler``."""
+        args = self.args
+        flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config, "--doc": name,
+                 "--ckpt_id": args.ckpt_id, "--timesteps": args.timesteps, "--eta": args.eta or None,
+                 "--sample_type": args.sample_type, "--skip_type": args.skip_type,
+                 "--var_type": args.var_type if args.sample_type == "ddpm_noisy" else None, "--eps_scaler": scaler}
+        words = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+        clip = {None: [], True: ["--clip_denoised"], False: ["--no-clip_denoised"]}[args.clip_denoised]
+        ema = [] if args.model_ema else ["--no-model_ema"]
+        return shlex.join(["python", "generate.py", *words, *clip, *ema])
+
+
+def eps_norm(job, name, diagnosis):
+    """Norm of the predicted noise, in training and along the chain, and their ratio.
+
+    A ratio above 1 that grows towards the image is the drift that exposure bias accumulates.
+    """
+    return diagnosis.eps_norms(), {}
+
+
+def exposure(job, name, diagnosis):
+    """Variance of the chain minus that of the noised images, step by step."""
+    return diagnosis.exposure(job.starts), {}
+
+
+def gap(job, name, diagnosis):
+    """Gap between predicted and true noise along a chain from noised images, and the gap that has accumulated."""
+    return diagnosis.gaps(), {}
+
+
+def fit_eps_scaler(job, name, diagnosis):
+    """Find the epsilon scaling K,B that gives the chain the eps-norms of training.
+
+    The chain is run again and again with the same seeds; a fit holds for the number of steps it was made with.
+    """
+    from runners.diagnosis import fid_of_scalings
+    from runners.distributed import on_rank_zero
+
+    args = job.args
+    fit, rows = diagnosis.fit(args.model)
+    scaler = f"{fit.k:.4g},{fit.b:.5g}" if fit.k else f"{fit.b:.5g}"
+    on_rank_zero(lambda: print(f"{name}  eps_scaler {scaler}  (standard errors {fit.k_error:.1g}, {fit.b_error:.1g})\n"
+                               f"eps-norms off by {fit.before:.2%} without, {fit.mismatch:.2%} with it\n"
+                               f"{job.command(name, scaler)}"))
+    details = {"fit": fit._asdict()}
+    if args.fid_check:
+        details["fid"] = fid_of_scalings(diagnosis, fit, args.fid_check, job.reference(name), args.inception_weights)
+        on_rank_zero(lambda: [print("{name:10} {fid:9.4f}  eps_scaler {k:.4g},{b:.5g}".format(**each))
+                              for each in details["fid"]])
+    return rows, details
+
+
+COMMANDS = {"eps-norm": eps_norm, "exposure": exposure, "gap": gap, "fit-eps-scaler": fit_eps_scaler}
+
+
+def check(args):
+    Job(args)
+
+
+def work(args, device):
+    from datasets.packed import open_images
+    from runners.diagnosis import Diagnosis
+    from runners.diffusion import Diffusion
+    from runners.distributed import on_rank_zero
+
+    job, rows, details = Job(args), {}, {}
+    for name, (config, weights) in job.runs.items():
+        diffusion = Diffusion(config, device)
+        diffusion.load(weights, args.model_ema)
+        diagnosis = Diagnosis(diffusion, open_images(config, job.datasets, "train", device), job.settings,
+                              num_images=args.num_images, seed=args.seed,
+                              batch_size=args.batch_size or config.sampling.batch_size)
+        rows[name], more = COMMANDS[args.command](job, name, diagnosis)
+        details[name] = {"weights": str(weights), **asdict(diffusion.weights), **more}
+    on_rank_zero(lambda: write(job, rows, details))
+
+
+def write(job, rows, details):
+    """TARGET.csv, TARGET.png and TARGET.json, which notes how they were made."""
+    from runners.curves import PANELS, write_figure, write_table
+    from utils.atomic import write_json
+
+    args, target = job.args, job.target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_table(rows, target.with_name(f"{target.name}.csv"))
+    write_figure(f"{job.label(', ')}; {args.num_images} images", PANELS[args.command](rows),
+                 target.with_name(f"{target.name}.png"))
+    write_json(target.with_name(f"{target.name}.json"), {
+        "measure": args.command, "sampler": job.settings, "num_images": args.num_images, "seed": args.seed,
+        "starts": job.starts, "runs": details})
+    print(f"{target}.csv\n{target}.png")
+
+
+def main(argv=None) -> int:
+    return run_script(__file__, argv, parse, check, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

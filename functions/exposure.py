@@ -1,0 +1,216 @@
+"""Exposure bias: what a network sees along its own chain, compared with what it saw in training.
+
+Notation (abar, e, x0' and sigma_t as in ``functions.chain``); all means run over images and their noise:
+
+    ||eps||_i   mean of ||eps(x_i, i)||_2, for x_i ~ q(x_i | x_0) ("training") or along a chain ("sampling");
+                ADM-ES (2308.15321), figure 3
+    delta_s     Var_chain(x_s) - Var_q(x_s), variances averaged over pixels; ADM-ES, section 4
+    d_i         eps(x_i, i) - (x_i - sqrt(abar_i) x_0) / sqrt(1 - abar_i) along a chain that started from q(. | x_0)
+    G_j         sqrt(1 - b) (1 - abar_j) / (1 - abar_i) G_i + b / (sqrt(1 - b) sqrt(1 - abar_i)) d_i, from G = 0, with
+                b = 1 - abar_i/abar_j: the gap accumulated over the steps down to j; SA-DPM (2312.12431)
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from functions.chain import chain, direction
+from functions.frechet import FeatureStats
+
+
+class Moments:
+    """Mean and variance over images of a vector, under each of several keys such as the steps of a chain.
+
+    Sums in float64 on the device of the values; they merge over batches and ranks. Memory: one vector for each key.
+    """
+
+    def __init__(self):
+        self.sums: dict[Hashable, tuple[int, Tensor, Tensor]] = {}           # key -> count, sum (D,), sum of squares ()
+
+    def add(self, key: Hashable, values: Tensor) -> None:
+        """Values of some more images, (B, ...)."""
+        flat = values.detach().flatten(1).double() if values.ndim > 1 else values.detach().double()[:, None]    # (B, D)
+        self._put(key, len(flat), flat.sum(0), flat.square().sum())
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Add the sums of another share of the images; in place, returns self."""
+        for key, sums in other.sums.items():
+            self._put(key, *sums)
+        return self
+
+    def _put(self, key, count, total, square) -> None:
+        before = self.sums.get(key, (0, 0, 0))
+        self.sums[key] = (before[0] + count, before[1] + total, before[2] + square)
+
+    def cpu(self) -> "Moments":
+        """A copy that can be sent to other processes."""
+        copy = Moments()
+        copy.sums = {key: (count, total.cpu(), square.cpu()) for key, (count, total, square) in self.sums.items()}
+        return copy
+
+    def mean(self, key: Hashable) -> Tensor:
+        """(D,)"""
+        count, total, _ = self.sums[key]
+        return total / count
+
+    def variance(self, key: Hashable) -> float:
+        """Over images, divisor count - 1, averaged over the vector."""
+        count, total, square = self.sums[key]
+        return float(square - total.square().sum() / count) / (len(total) * max(1, count - 1))
+
+    def standard_error(self, key: Hashable) -> float:
+        """Of the mean: root mean square over the vector."""
+        return sqrt(max(0.0, self.variance(key)) / self.sums[key][0])
+
+
+def eps_norm(eps: Tensor) -> Tensor:
+    """||eps||_2 of each image, (B, C, H, W) -> (B,)."""
+    return eps.flatten(1).norm(dim=1)
+
+
+@torch.no_grad()
+def training_norms(model, schedule, x0: Tensor, timesteps: Iterable[int], noise_fn) -> Tensor:
+    """||eps(x_t, t)|| on q(x_t | x_0) of each image at each step; ``noise_fn(index)`` is called once for each step.
+
+    Returns:
+        (B, S)
+    """
+    norms = []
+    for index, t in enumerate(timesteps):
+        times = torch.full((len(x0),), t, device=x0.device)                 # long (B,)
+        norms.append(eps_norm(model(schedule.add_noise(x0, noise_fn(index), times), times.float())))
+    return torch.stack(norms, 1)
+
+
+class ExposureBias:
+    """delta_s of chains, with its standard error.
+
+    Var_q(x_s) = abar_s Var(x_0) + 1 - abar_s needs no draws. Deviations are taken from the known mean of q, which
+    makes each image's share of delta_s a number of its own: their spread is the standard error. An image and the
+    chain that started from it are paired, so that the variance between images cancels.
+
+    Args:
+        schedule: NoiseSchedule.
+        data: Moments of all x_0 under the key ``"x0"``.
+    """
+
+    def __init__(self, schedule, data: Moments):
+        self.schedule, self.data = schedule, data
+        self.deviation, self.share = Moments(), Moments()
+
+    def add(self, key: Hashable, s: int, x: Tensor, x0: Tensor) -> None:
+        """A chain's ``x`` at step s, and the images, each (B, C, H, W); results are read under (key, s)."""
+        abar, mean = self.schedule.exact_alpha_bar(s), self.data.mean("x0").view(1, *x.shape[1:]).to(x.device)
+        deviation = x.double() - sqrt(abar) * mean
+        expected = abar * (x0.double() - mean).square() + 1 - abar
+        self.deviation.add((key, s), deviation)
+        self.share.add((key, s), (deviation.square() - expected).flatten(1).mean(1))
+
+    def result(self, key: Hashable, s: int) -> dict[str, float]:
+        """Both variances, their difference, its root with sign, and the difference's standard error."""
+        abar = self.schedule.exact_alpha_bar(s)
+        chained, expected = self.deviation.variance((key, s)), abar * self.data.variance("x0") + 1 - abar
+        delta = chained - expected
+        return {"var_chain": chained, "var_q": expected, "delta": delta,
+                "standard_error": self.share.standard_error((key, s)),
+                "root_delta": float(np.copysign(sqrt(abs(delta)), delta))}
+
+
+def estimation_gap(schedule, x: Tensor, eps: Tensor, x0: Tensor, t: int) -> Tensor:
+    """d_t: the network's output minus the noise that is in ``x`` if the image is ``x0``, (B, C, H, W)."""
+    return eps - direction(schedule, x, x0, t)
+
+
+def accumulated_gaps(schedule, timesteps: Sequence[int], gaps: dict[int, Tensor]) -> dict[int, Tensor]:
+    """G_j for each step j below the highest, and for -1.
+
+    Args:
+        gaps: d_i of each step of the list, or their means over images: G is linear in them.
+    """
+    gap, found = torch.zeros(()), {}
+    for _, i, j, _ in chain(schedule, timesteps, None):
+        abar, abar_next = schedule.exact_alpha_bar(i), schedule.exact_alpha_bar(j)
+        b = 1 - abar / abar_next
+        gap = sqrt(1 - b) * (1 - abar_next) / (1 - abar) * gap + b / (sqrt(1 - b) * sqrt(1 - abar)) * gaps[i]
+        found[j] = gap
+    return found
+
+
+class Fit(NamedTuple):
+    k: float
+    b: float
+    k_error: float           # standard errors, from the spread between images
+    b_error: float
+    mismatch: float          # root mean square over steps of log(sampling norm / training norm), with this (k, b)
+    before: float            # the same without scaling
+    runs: int                # chains that were run
+
+
+MODELS = {"constant": np.ones((1, 2)), "linear": np.eye(2)}               # unknowns -> lambda at lowest, highest noise
+
+
+def fit_scaler(norms_of: Callable[[tuple[float, float]], FeatureStats], training: FeatureStats,
+               model: str = "auto") -> Fit:
+    """The (k, b) with which the norms along the chain are those of training (EDM-ES, 2308.15321, section 5).
+
+    Args:
+        norms_of: (k, b) -> statistics of the unscaled eps-norms of all images along the chain, (N, S) with the lowest
+            noise first; always with the same draws.
+        training: The same on q(x_t | x_0).
+        model: ``constant`` keeps k = 0, ``linear`` fits both, ``auto`` takes the line only where its slope is more
+            than two standard errors from 0.
+    """
+    target, cache = training.mean, {}
+    span = max(1, len(target) - 1)
+
+    def stats_of(ends):
+        scaler = float(ends[1] - ends[0]) / span, float(ends[0])
+        if scaler not in cache:
+            cache[scaler] = norms_of(scaler)
+        return cache[scaler]
+
+    def residual(ends):
+        return np.log(stats_of(ends).mean / target)                         # (S,)
+
+    def fitted(name, start=(1.0, 1.0)):
+        ends, inverse = gauss_newton(residual, MODELS[name], np.array(start))
+        relative = [each.cov / np.outer(each.mean, each.mean) / each.count for each in (training, stats_of(ends))]
+        spread = inverse @ sum(relative) @ inverse.T                        # covariance of the two ends
+        (low, high), slope = map(float, ends), np.array([-1.0, 1.0]) / span
+        k_error, b_error = (sqrt(max(0.0, v)) for v in (slope @ spread @ slope, spread[0, 0]))
+        rms = [float(np.sqrt(np.mean(residual(each) ** 2))) for each in (ends, np.ones(2))]
+        return Fit((high - low) / span, low, k_error, b_error, *rms, len(cache))
+
+    if model != "auto" or len(target) < 3:
+        return fitted("constant" if model == "auto" else model)
+    constant = fitted("constant")
+    linear = fitted("linear", (constant.b, constant.b))
+    chosen = linear if abs(linear.k) > 2 * linear.k_error else constant
+    return chosen._replace(runs=len(cache))
+
+
+def gauss_newton(residual: Callable[[np.ndarray], np.ndarray], basis: np.ndarray, start: np.ndarray, *,
+                 tolerance: float = 1e-4, rounds: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares over lambda at the lowest and the highest noise; slopes are differences, taken once at the start.
+
+    Args:
+        residual: (2,) -> (S,)
+        basis: One row for each unknown, (unknowns, 2).
+
+    Returns:
+        The best ends (2,), and how they answer a change of each residual, (2, S).
+    """
+    slopes = np.stack([(residual(start + 0.01 * row) - residual(start)) / 0.01 for row in basis], 1)     # (S, unknowns)
+    inverse = basis.T @ np.linalg.pinv(slopes)                              # (2, S)
+    ends = best = start
+    for _ in range(rounds):
+        change = np.clip(-inverse @ residual(ends), -0.1, 0.1)
+        if np.abs(change).max() < tolerance:
+            break
+        ends = np.clip(ends + change, 0.5, 2.0)
+        best = min(best, ends, key=lambda each: np.sum(residual(each) ** 2))
+    return best, inverse
