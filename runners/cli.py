@@ -51,7 +51,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def add_common(parser: argparse.ArgumentParser, *, config: bool = True, processes: bool = True) -> None:
-    """Flags of every script; without ``config`` no configuration and run, without ``processes`` no device and ranks."""
+    """Flags of every script; without ``config`` no configuration and run, without ``processes`` no device or ranks."""
     if config:
         parser.add_argument("--config", metavar="NAME.yml", help="file, or a name in configs/; any key of it can be "
                                                                  "overridden: --training.batch_size 64")
@@ -97,7 +97,7 @@ def run_folder(args) -> Path:
 
 
 def guarded(script: str, job: Callable, is_told: Callable = lambda error: False) -> int:
-    """Call ``job()`` and return its exit code; a UserError becomes one line on standard error unless ``is_told(it)``."""
+    """Call ``job()`` and return its exit code; a UserError is one line on standard error unless ``is_told(it)``."""
     try:
         return job() or 0
     except SystemExit as done:                     # --help
@@ -126,7 +126,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
     def job():
         nonlocal world, shared
         args = parse(argv)
-        from runners import distributed                # imports torch, which --help and a wrong flag need not wait for
+        from runners import distributed  # imports torch, which --help and a wrong flag need not await
 
         world = distributed.detect()
         setup_logging(args.verbose, world.rank if world else 0)
