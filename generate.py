@@ -192,7 +192,7 @@ def work(args, device):
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
     from runners.dry_run import dry_run_sampling
-    from runners.network import resolve_amp, resolve_compile
+    from runners.network import explain_out_of_memory, resolve_amp, resolve_compile
     from utils.locks import lock_folder
 
     job = Job(args)
@@ -210,7 +210,8 @@ def work(args, device):
         on_rank_zero(lambda: held.enter_context(lock_folder(job.folder.path)))
         if job.pictures:
             return on_rank_zero(lambda: draw_pictures(job, diffusion))
-        produce(job, diffusion)
+        with explain_out_of_memory():
+            produce(job, diffusion)
 
 
 def draw_pictures(job, diffusion):

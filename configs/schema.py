@@ -165,6 +165,16 @@ class Training(Section):
     """DDIM steps for that grid."""
     checkpoint_minutes: NonNegative = 30.0
     """ckpt.pth is rewritten when it is older than this; 0: only with snapshots."""
+    keep_last: Count | None = None
+    """Keep ckpt_{epoch}.pth and model_{epoch}_ema.pth of so many snapshots; none: of all."""
+    keep_every: Count | None = None
+    """Keep those of every so many epochs in any case."""
+    max_bad_steps: Count = 20
+    """Steps without a finite gradient are skipped; so many in a row end the run."""
+    fid_freq: Natural = 0
+    """FID of the EMA weights every so many epochs, with a snapshot; 0: never."""
+    fid_num: Count = 5000
+    """Images for it, drawn with sample_timesteps DDIM steps."""
     seed: Natural = 1024
     """Seed of weights, data order and noise."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"

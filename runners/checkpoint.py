@@ -5,13 +5,14 @@ import os
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from configs.schema import Config, load_config, save_config
 from utils.atomic import atomic_path, atomic_write
-from utils.errors import DataError, UserError
+from utils.errors import DataError, DivergedError, SaveError, UserError
 from utils.safe_load import load_torch
 
 log = logging.getLogger(__name__)
@@ -108,19 +109,95 @@ class RunFolder:
             raise DataError(f"{self.path}: none of the {len(states)} checkpoints can be read; --overwrite starts anew")
         return None
 
-    def save_newest(self, state: dict) -> Path:
-        atomic_write(self.path / "ckpt.pth", lambda file: torch.save(state, file))
-        return self.path / "ckpt.pth"
 
-    def save_epoch(self, state: dict, epoch: int) -> Path:
-        """ckpt_{epoch}.pth, the same bytes as ckpt.pth, and model_{epoch}_ema.pth."""
-        path = self.path / f"ckpt_{epoch}.pth"
-        atomic_write(path, lambda file: torch.save(state, file))
-        with atomic_path(self.path / "ckpt.pth") as temporary:
-            shutil.copyfile(path, temporary)
-        if state["ema"] is not None:
-            atomic_write(self.path / f"model_{epoch}_ema.pth", lambda file: torch.save(state["ema"], file))
-        return path
+class CheckpointWriter:
+    """Writes states from a background thread, one at a time.
+
+    A write that fails (a full disk) leaves the old files whole; it is logged, and training goes on. Files are written
+    by rank 0; on the other ranks nothing happens.
+
+    Args:
+        run: Where to.
+        keep_last, keep_every: Retention, see training.keep_last. Only snapshots that this run wrote are ever removed.
+        snapshots: Epochs of the snapshots that this run has written so far.
+        best: Epoch of the best snapshot, which is kept, or None.
+    """
+
+    def __init__(self, run: RunFolder, keep_last: int | None, keep_every: int | None, snapshots: list[int],
+                 best: int | None = None):
+        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
+        self.snapshots, self.best, self.failure = snapshots, best, None
+        self._thread, self._pending = ThreadPoolExecutor(1), None
+
+    def save(self, state: dict, epoch: int | None = None) -> None:
+        """Write ckpt.pth; with ``epoch`` also ckpt_{epoch}.pth and model_{epoch}_ema.pth.
+
+        Raises:
+            DivergedError: A weight is not finite; nothing is written.
+        """
+        self._wait()
+        if epoch is not None and epoch not in self.snapshots:
+            self.snapshots.append(epoch)
+        state = to_host({**state, "snapshots": list(self.snapshots)})
+        refuse_non_finite(state)
+        self._pending = self._thread.submit(self._write, state, epoch)
+
+    def close(self) -> None:
+        """Wait for the last write.
+
+        Raises:
+            SaveError: It failed.
+        """
+        self._wait()
+        self._thread.shutdown()
+        if self.failure:
+            raise SaveError(f"the last checkpoint could not be saved: {self.failure}; free some space and resume")
+
+    def _wait(self) -> None:
+        if self._pending:
+            self._pending.result()
+
+    def _write(self, state: dict, epoch: int | None) -> None:
+        try:
+            path = self.run.path / ("ckpt.pth" if epoch is None else f"ckpt_{epoch}.pth")
+            atomic_write(path, lambda file: torch.save(state, file))
+            if epoch is not None:
+                if state["ema"] is not None:
+                    average = self.run.path / f"model_{epoch}_ema.pth"
+                    atomic_write(average, lambda file: torch.save(state["ema"], file))
+                with atomic_path(self.run.path / "ckpt.pth") as temporary:
+                    shutil.copyfile(path, temporary)
+                self._remove_old()
+            self.failure = None
+            log.info("saved %s at step %d", path, state["step"])
+        except (OSError, RuntimeError) as error:             # torch.save turns a full disk into a RuntimeError
+            self.failure = error
+            log.error("SAVING FAILED, training goes on with the old checkpoint: %s", error)
+
+    def _remove_old(self) -> None:
+        if self.keep_last is None:
+            return
+        for epoch in self.snapshots[:-self.keep_last]:
+            if epoch != self.best and not (self.keep_every and epoch % self.keep_every == 0):
+                self.snapshots.remove(epoch)
+                for name in (f"ckpt_{epoch}.pth", f"model_{epoch}_ema.pth"):
+                    (self.run.path / name).unlink(missing_ok=True)
+
+
+def to_host(value):
+    """A copy on the CPU of nested dictionaries and lists of tensors, which later steps cannot change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_host(item) for key, item in value.items()}
+    return [to_host(item) for item in value] if isinstance(value, list) else value
+
+
+def refuse_non_finite(state: dict) -> None:
+    for kind in ("model", "ema"):
+        for name, tensor in (state[kind] or {}).items():
+            if not torch.isfinite(tensor).all():
+                raise DivergedError(f"{kind} weight {name} is not finite at step {state['step']}; nothing is saved")
 
 
 def refuse_differences(stored: Config, given: Config, where: Path, sections=("data", "model", "diffusion")) -> None:

@@ -1,7 +1,6 @@
 """The runner: trains, resumes, loads weights and samples. Scripts and notebooks use this one class."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from configs.schema import Config, load_config
 from datasets.packed import open_images
@@ -19,14 +17,15 @@ from functions.pixels import from_model_range, random_flip, to_model_range, to_u
 from functions.rng import SeededNoise, seeded, shard_generator
 from functions.schedule import NoiseSchedule
 from functions.timesteps import sampling_timesteps, training_timesteps
-from models import build_model, load_weights, make_ema
+from models import build_model, load_weights
 from runners import distributed
-from runners.checkpoint import FORMAT_VERSION, RunFolder
+from runners.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder
 from runners.monitor import Monitor, log_to_file
-from runners.network import Network, resolve_amp, resolve_compile
-from runners.optimizer import make_lr_schedule, make_optimizer
+from runners.network import Network, explain_out_of_memory, resolve_amp, resolve_compile
+from runners.periodic_fid import PeriodicFid
 from runners.plan import Plan
-from utils.errors import DivergedError, Interrupted, UserError, choose
+from runners.state import TrainingState
+from utils.errors import Interrupted, UserError, choose
 
 log = logging.getLogger(__name__)
 
@@ -102,43 +101,51 @@ class Diffusion:
 
         Raises:
             UserError: The configuration asks for something impossible. DataError: Bad data.
-            DivergedError: The loss is not finite; nothing is saved.
-            Interrupted: A signal arrived; everything is saved.
+            DivergedError: Too many steps in a row without a finite gradient; nothing is saved.
+            Interrupted: A signal arrived; everything is saved. SaveError: The last state could not be.
         """
         training = self.config.training
         images = open_images(self.config, run.datasets, "train", self.device)
         plan = Plan.make(training, images.num_images, distributed.world_size(), distributed.rank(), max_steps)
-        with log_to_file(run), distributed.Signals().listening() as signals:
-            network = self._prepare_training(plan)
-            stored = run.load_newest() if resume else None
-            step, sums = self._restore(*stored) if stored else (0, None)
-            monitor = Monitor(run, plan, self.device, step, sums)
+        with log_to_file(run), distributed.Signals().listening() as signals, explain_out_of_memory():
+            network, state = self._prepare_training(plan)
+            stored = self._restore(run, state) if resume else {}
+            step, best = stored.get("step", 0), stored.get("best_fid")
+            writer = CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", []),
+                                      best and best["epoch"])
+            monitor = Monitor(run, plan, self.device, step, stored.get("metric_sums"))
             held_out = self._held_out(run)
+            fid = PeriodicFid(self.config, self.device) if training.fid_freq else None
             batches = images.batches(plan.index_lists(step))
             event, line, saved_at = 0, {}, time.monotonic()
             while step < plan.last_step and event <= signals.SAVE:
-                self.train_step(network, batches, plan, step, monitor)
+                self.train_step(network, state, batches, plan, step, monitor)
                 step += 1
                 if step % training.log_freq == 0 or step == plan.last_step:
-                    line = monitor.publish(step, self.lr_schedule.get_last_lr()[0])
-                    if not math.isfinite(line["loss"]):
-                        raise DivergedError(f"the loss is {line['loss']} at step {step}; the last checkpoint is kept. "
-                                            "Lower optim.lr, or set optim.grad_clip")
+                    line = monitor.publish(step, state.lr)
+                if step % min(training.log_freq, training.max_bad_steps) == 0 or step == plan.last_step:
+                    state.check_divergence(step)
                 if held_out and step % training.validation_freq == 0:
                     monitor.scalar("validation_loss", self.validation_loss(held_out), step)
-                if plan.snapshot_due(step, training):
-                    self._snapshot(run, monitor, plan, step)
-                    saved_at = time.monotonic()
                 event = signals.vote(0 < training.checkpoint_minutes * 60 < time.monotonic() - saved_at)
-                if event:
-                    self._save(run.save_newest, monitor, plan, step)
+                snapshot = plan.snapshot_due(step, training)
+                if snapshot and fid and plan.fid_due(step, training):
+                    best = self._measure_fid(fid, plan, step, best, writer, monitor)
+                if snapshot or event:
+                    full = self._full_state(state, plan, step, best, monitor)
+                    if distributed.rank() == 0:
+                        writer.save(full, step // plan.steps_per_epoch if snapshot else None)
                     saved_at = time.monotonic()
+                if snapshot and not event:
+                    self._sample_grid(monitor, step // plan.steps_per_epoch, step)
             monitor.close()
+            writer.close()
         if event > signals.SAVE:
             raise Interrupted(event, f"stopped by signal {event} after step {step}; saved, --resume_training continues")
         return TrainResult(step, step // plan.steps_per_epoch, line.get("loss"), run.path / "ckpt.pth")
 
-    def train_step(self, network: Network, batches: Iterator[Tensor], plan: Plan, step: int, monitor: Monitor) -> None:
+    def train_step(self, network: Network, state: TrainingState, batches: Iterator[Tensor], plan: Plan, step: int,
+                   monitor: Monitor) -> None:
         """One optimizer step on this rank's shards of the global batch."""
         loss = self.config.loss
         for shard in plan.shards():
@@ -147,17 +154,9 @@ class Diffusion:
                 terms = sequence_aware_loss(
                     network, self.schedule, x0, t, noise, num_consecutive_steps=loss.num_consecutive_steps,
                     lamda=loss.lamda, input_perturbation=loss.input_perturbation, perturbation_noise=xi)
-                self.scaler.scale(terms.total.mean() / plan.accumulate).backward()
+                state.scaler.scale(terms.total.mean() / plan.accumulate).backward()
             monitor.add(terms, t, self.schedule.num_timesteps)
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.lr_schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(self.model)
-        monitor.step_done(step + 1, grad_norm)
+        monitor.step_done(*state.update())
 
     def draw(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All randomness of a shard but dropout; the perturbation comes last, so that gamma = 0 changes nothing.
@@ -195,56 +194,53 @@ class Diffusion:
         wanted = self.config.training.validation_freq and distributed.rank() == 0
         return open_images(self.config, run.datasets, "test", self.device) if wanted else None
 
-    def _prepare_training(self, plan: Plan) -> Network:
-        """Create what only training needs; returns the network to differentiate."""
-        training, model = self.config.training, self.config.model
+    def _prepare_training(self, plan: Plan) -> tuple[Network, TrainingState]:
+        """The network to differentiate, and what a step changes."""
+        training = self.config.training
         amp = resolve_amp(training.amp, self.device)
         self.model.train()
-        self.ema = make_ema(self.model, model.ema_rate, model.ema_warmup) if model.ema else None
-        self.optimizer = make_optimizer(self.model.parameters(), self.config.optim)
-        self.lr_schedule = make_lr_schedule(self.optimizer, self.config.optim, plan.total_steps)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+        state = TrainingState(self.model, self.config, plan.total_steps, loss_scaling=amp is torch.float16)
+        self.ema = state.ema
         compiled = resolve_compile(training.compile, self.device, plan.last_step)
         log.info("%d images, %d steps in an epoch, %d in this run; batch %d = %d processes x %d calls x %d images; "
                  "%s, amp %s, compile %s", plan.num_images, plan.steps_per_epoch, plan.last_step, plan.global_batch,
                  plan.world_size, plan.accumulate, plan.micro_batch, self.device, amp or "off",
                  "on" if compiled else "off")
-        return Network(self.model, self.device, amp, compiled=compiled, ddp=plan.world_size > 1)
+        return Network(self.model, self.device, amp, compiled=compiled, ddp=plan.world_size > 1), state
 
-    # ---------------------------------------------------------------------------------------------------- checkpoints
+    def _restore(self, run: RunFolder, state: TrainingState) -> dict:
+        """Continue from the newest full state that is whole; an empty dictionary where there is none."""
+        found = run.load_newest()
+        if found is None:
+            return {}
+        stored, path = found
+        state.load_state_dict(stored)
+        log.info("resumed from %s: step %d, epoch %d", path, stored["step"], stored["epoch"])
+        return stored
 
-    def state(self, plan: Plan, step: int, sums: list) -> dict:
-        """A full state: tensors and plain values only, names without prefixes."""
-        return {
-            "format_version": FORMAT_VERSION, "config": self.config.model_dump(mode="json"),
-            "step": step, "epoch": step // plan.steps_per_epoch,
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None, "ema_updates": self.ema.updates if self.ema else 0,
-            "optimizer": self.optimizer.state_dict(), "lr_schedule": self.lr_schedule.state_dict(),
-            "grad_scaler": self.scaler.state_dict(), "best_fid": None, "metric_sums": sums,
-        }
+    def _full_state(self, state: TrainingState, plan: Plan, step: int, best: dict | None, monitor: Monitor) -> dict:
+        """All that resuming needs. Collective, because the sums of all ranks belong into it."""
+        return {"format_version": FORMAT_VERSION, "config": self.config.model_dump(mode="json"), "step": step,
+                "epoch": step // plan.steps_per_epoch, "best_fid": best, "metric_sums": monitor.state(),
+                **state.state_dict()}
 
-    def _restore(self, state: dict, path: Path) -> tuple[int, list]:
-        """Continue from a full state; returns its step and the sums of its logging interval."""
-        self.model.load_state_dict(state["model"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"], state["ema_updates"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_schedule.load_state_dict(state["lr_schedule"])
-        self.scaler.load_state_dict(state["grad_scaler"])
-        log.info("resumed from %s: step %d, epoch %d", path, state["step"], state["epoch"])
-        return state["step"], state["metric_sums"]
-
-    def _save(self, write, monitor: Monitor, plan: Plan, step: int, *args) -> None:
-        """Collective, because the sums of all ranks belong into the state; rank 0 writes."""
-        state = self.state(plan, step, monitor.state())
+    def _measure_fid(self, fid: PeriodicFid, plan: Plan, step: int, best: dict | None, writer: CheckpointWriter,
+                     monitor: Monitor) -> dict:
+        """Log the FID; returns the best one so far, whose snapshot is kept."""
+        results, epoch = fid.measure(self), step // plan.steps_per_epoch
+        self.model.train()
         if distributed.rank() == 0:
-            log.info("saved %s at step %d", write(state, *args), step)
+            monitor.scalar("fid", results["fid"], step)
+            log.info("%s %.4f at epoch %d; the best so far: %s", results["name"], results["fid"], epoch,
+                     f"{best['fid']:.4f} at epoch {best['epoch']}" if best else "none")
+        if best is None or results["fid"] < best["fid"]:
+            best = {"fid": results["fid"], "epoch": epoch}
+        writer.best = best["epoch"]
+        return best
 
-    def _snapshot(self, run: RunFolder, monitor: Monitor, plan: Plan, step: int) -> None:
-        """ckpt_{epoch}.pth, model_{epoch}_ema.pth and a sample grid from fixed seeds."""
-        training, epoch = self.config.training, step // plan.steps_per_epoch
-        self._save(run.save_epoch, monitor, plan, step, epoch)
+    def _sample_grid(self, monitor: Monitor, epoch: int, step: int) -> None:
+        """A picture of EMA samples from the seeds 0, 1, ..."""
+        training = self.config.training
         if training.sample_num and distributed.rank() == 0:
             batches = self.sample(range(training.sample_num), timesteps=training.sample_timesteps)
             monitor.grid(to_uint8(torch.cat([batch.images for batch in batches])), epoch, step)

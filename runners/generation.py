@@ -21,6 +21,7 @@ from functions.rng import SeededNoise
 from runners import distributed
 from runners.diffusion import Diffusion
 from runners.monitor import save_png, tile
+from runners.plan import deal
 from utils.atomic import atomic_path, write_json
 from utils.errors import DataError, UserError
 
@@ -80,12 +81,6 @@ def manifest_of(diffusion: Diffusion, settings: dict, amp: str) -> dict:
         "diffusion": config.diffusion.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json", include={"image_size", "channels", "rescaled", "logit_transform"}),
     }
-
-
-def deal(seeds: list[int], batch_size: int, rank: int, world_size: int) -> list[tuple[int, list[int]]]:
-    """This rank's batches: every world_size-th consecutive chunk, each with the position of its first seed."""
-    starts = range(0, len(seeds), batch_size)
-    return [(start, seeds[start:start + batch_size]) for start in starts][rank::world_size]
 
 
 class PngWriter:

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import statistics
 import sys
 import time
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from utils.atomic import atomic_write, write_text
 
 log = logging.getLogger(__name__)
 QUARTILES = 4
+SPIKE, HISTORY = 3.0, 20                             # a loss this many times the median of the last lines is a spike
 
 
 class Monitor:
@@ -29,14 +32,14 @@ class Monitor:
 
     def __init__(self, run: RunFolder, plan, device: torch.device, first_step: int, sums: list | None = None):
         self.run, self.plan, self.device = run, plan, device
-        self.sums = torch.zeros(3 + 2 * QUARTILES + 2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3 + 2 * QUARTILES + 4, dtype=torch.float64, device=device)
         if sums is not None:                         # the part of an interval that a resumed run had already seen
             mine = sums[distributed.rank()] if len(sums) == plan.world_size else None
             self.sums += torch.tensor(mine or [0.0] * len(self.sums), dtype=torch.float64, device=device)
         self.started, self.first_step = time.perf_counter(), first_step
         self.board = self.bar = None
         if distributed.rank() == 0:
-            keep_lines_before(run.metrics, first_step)
+            self.history = deque(keep_lines_before(run.metrics, first_step), maxlen=HISTORY)
             self.bar = tqdm(total=plan.last_step, initial=first_step, unit="step", dynamic_ncols=True,
                             disable=not sys.stderr.isatty())
             from torch.utils.tensorboard import SummaryWriter  # 1 s that only training pays for
@@ -44,33 +47,37 @@ class Monitor:
             self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step)
 
     def add(self, terms, t: Tensor, num_timesteps: int) -> None:
-        """Count one shard: LossTerms of (b,) and its steps t (b,)."""
-        b = len(t)
-        base = terms.base.detach().double()
-        self.sums[:3] += torch.stack([terms.total.detach().sum(), base.sum(), terms.sequence.detach().sum()])
-        quartile = t * QUARTILES // num_timesteps                                # (b,) in 0..3
-        self.sums[3:3 + QUARTILES].index_add_(0, quartile, base)
-        self.sums[3 + QUARTILES:3 + 2 * QUARTILES].index_add_(0, quartile, torch.ones_like(base))
-        self.sums[-2] += b
+        """Count one shard: LossTerms of (b,) and its steps t (b,). Images without a finite loss are left out."""
+        losses = torch.stack([terms.total, terms.base, terms.sequence]).detach().double()       # (3, b)
+        finite = losses.isfinite().all(0)                                                       # (b,)
+        losses = torch.where(finite, losses, 0)
+        quartile = t * QUARTILES // num_timesteps                                               # (b,) in 0..3
+        self.sums[:3] += losses.sum(1)
+        self.sums[3:3 + QUARTILES].index_add_(0, quartile, losses[1])
+        self.sums[3 + QUARTILES:3 + 2 * QUARTILES].index_add_(0, quartile, finite.double())
+        self.sums[-4] += finite.sum()
 
-    def step_done(self, step: int, grad_norm: Tensor) -> None:
-        """``step`` counts completed steps."""
-        self.sums[-1] += grad_norm.detach()
+    def step_done(self, grad_norm: Tensor, bad: Tensor) -> None:
+        """Count one step: norm of its gradient and whether it was skipped, () each."""
+        self.sums[-3] += torch.where(bad, 0, grad_norm.detach())
+        self.sums[-2] += 1
+        self.sums[-1] += bad
         if self.bar is not None:
             self.bar.update()
 
     def publish(self, step: int, lr: float) -> dict:
         """Means over all ranks since the last call, as a line of metrics.jsonl. Collective."""
         values = torch.tensor(distributed.gather_objects(self.sums.tolist()), dtype=torch.float64)   # (ranks, ...)
-        grad_norm = float(values[0, -1])                                         # the same on all ranks
-        values = values.sum(0).tolist()
-        images = values[-2]
+        grad_norm, steps, bad = values[0, -3:].tolist()                          # the same on all ranks
+        *values, images = values[:, :-3].sum(0).tolist()
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
-        line = {"step": step, "epoch": step // self.plan.steps_per_epoch, "loss": values[0] / images,
-                "loss_base": values[1] / images, "loss_sequence": values[2] / images}
-        sums, counts = values[3:3 + QUARTILES], values[3 + QUARTILES:3 + 2 * QUARTILES]
-        line |= {f"loss_base_q{q + 1}": s / n if n else None for q, (s, n) in enumerate(zip(sums, counts, strict=True))}
-        line |= {"grad_norm": grad_norm / (images / self.plan.global_batch), "lr": lr, "images_per_s": images / elapsed}
+        total, base, sequence = (_mean(value, images) for value in values[:3])
+        line = {"step": step, "epoch": step // self.plan.steps_per_epoch, "loss": total, "loss_base": base,
+                "loss_sequence": sequence}
+        sums, counts = values[3:3 + QUARTILES], values[3 + QUARTILES:]
+        line |= {f"loss_base_q{q + 1}": _mean(s, n) for q, (s, n) in enumerate(zip(sums, counts, strict=True))}
+        line |= {"grad_norm": _mean(grad_norm, steps - bad), "lr": lr, "skipped_steps": int(bad),
+                 "images_per_s": steps * self.plan.global_batch / elapsed}
         if self.device.type == "cuda":
             line["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.sums.zero_()
@@ -80,16 +87,31 @@ class Monitor:
 
     def _write(self, line: dict) -> None:
         step = line["step"]
+        self._warn_of_spikes(line)
         with open(self.run.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
         for key, value in line.items():
-            if key not in ("step", "epoch") and value is not None:
+            if key not in ("step", "epoch", "spikes") and value is not None:
                 self.board.add_scalar(key, value, step)
-        self.bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['images_per_s']:.0f} img/s")
+        loss = "none finite" if line["loss"] is None else f"{line['loss']:.4g}"
+        self.bar.set_postfix_str(f"loss {loss}, {line['images_per_s']:.0f} img/s")
         left = (self.plan.last_step - step) * self.plan.global_batch / line["images_per_s"]
         if self.bar.disable:
-            log.info("step %d/%d  epoch %d  loss %.4g  %.1f images/s  %s left", step, self.plan.last_step,
-                     line["epoch"], line["loss"], line["images_per_s"], tqdm.format_interval(left))
+            log.info("step %d/%d  epoch %d  loss %s  %.1f images/s  %s left", step, self.plan.last_step, line["epoch"],
+                     loss, line["images_per_s"], tqdm.format_interval(left))
+
+    def _warn_of_spikes(self, line: dict) -> None:
+        """Name what jumped, in the line and in the log; measured by the lines before, also those of an earlier job."""
+        spikes = []
+        for key in ("loss", "grad_norm"):
+            before = [old[key] for old in self.history if old.get(key) is not None]
+            if len(before) >= 5 and line[key] is not None and line[key] > SPIKE * statistics.median(before):
+                spikes.append(key)
+                log.warning("step %d: %s is %.4g, the median of the last %d lines %.4g", line["step"], key, line[key],
+                            len(before), statistics.median(before))
+        if spikes:
+            line["spikes"] = spikes
+        self.history.append(line)
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """One value beside the regular lines, such as a validation loss. Rank 0 only."""
@@ -132,18 +154,23 @@ def log_to_file(run: RunFolder):
         handler.close()
 
 
-def keep_lines_before(metrics: Path, step: int) -> None:
-    """Drop the lines after ``step`` that a killed run wrote but whose weights were not saved."""
+def keep_lines_before(metrics: Path, step: int) -> list[dict]:
+    """Drop lines after ``step``, which a killed run wrote but whose weights were not saved; returns the regular ones."""
     if not metrics.exists():
-        return
+        return []
     kept = []
     for line in metrics.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            kept.append(json.loads(line))
         except ValueError:                           # the last line of a killed process may be cut
             continue
-    write_text(metrics, "".join(kept))
+    kept = [line for line in kept if line["step"] <= step]
+    write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
+    return [line for line in kept if "loss" in line]
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def tile(images: Tensor, columns: int | None = None) -> Tensor:

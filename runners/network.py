@@ -1,6 +1,6 @@
 """From a bare module to what a training step or a sampler calls: precision, memory layout, compilation, DDP."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,17 @@ def resolve_amp(name: str, device: torch.device) -> torch.dtype | None:
 def resolve_compile(name: str, device: torch.device, steps: int) -> bool:
     """``auto``: on CUDA, where at least COMPILE_FROM_STEPS network calls follow."""
     return name == "on" or (name == "auto" and device.type == "cuda" and steps >= COMPILE_FROM_STEPS)
+
+
+@contextmanager
+def explain_out_of_memory():
+    """Turn CUDA's out-of-memory error into a UserError that names the keys to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        raise UserError(f"{first}; train with a smaller training.micro_batch_size (the same result, in more calls) or "
+                        "training.batch_size, sample with a smaller --batch_size") from None
 
 
 class Network:

@@ -55,9 +55,12 @@ class Plan:
         return steps_per_epoch(self.num_images, self.global_batch)
 
     def snapshot_due(self, step: int, training: Training) -> bool:
-        """After ``step`` steps: every snapshot_freq epochs or steps, and always at the end of this call."""
+        """After ``step`` steps: every snapshot_freq epochs or steps, with every FID, and at the end of this call."""
         unit = self.steps_per_epoch if training.snapshot_unit == "epochs" else 1
-        return step % (training.snapshot_freq * unit) == 0 or step == self.last_step
+        return step % (training.snapshot_freq * unit) == 0 or step == self.last_step or self.fid_due(step, training)
+
+    def fid_due(self, step: int, training: Training) -> bool:
+        return training.fid_freq > 0 and step % (training.fid_freq * self.steps_per_epoch) == 0
 
     def shards(self) -> range:
         """Indices of this rank's shards."""
@@ -89,3 +92,9 @@ def split_batch(training: Training, world_size: int) -> tuple[int, int, int]:
         raise UserError(f"training.micro_batch_size {micro_batch} does not divide the {process_batch} images of a "
                         "process")
     return process_batch, micro_batch, accumulate
+
+
+def deal(seeds: list[int], batch_size: int, rank: int, world_size: int) -> list[tuple[int, list[int]]]:
+    """This rank's batches: every world_size-th consecutive chunk, each with the position of its first seed."""
+    starts = range(0, len(seeds), batch_size)
+    return [(start, seeds[start:start + batch_size]) for start in starts][rank::world_size]

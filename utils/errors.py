@@ -18,6 +18,10 @@ class DataError(UserError):
     code = 3
 
 
+class SaveError(DataError):
+    """The newest state could not be written; an older one is whole. Exit code 3."""
+
+
 class DivergedError(UserError):
     """Training produced too many non-finite steps in a row. Exit code 4."""
 

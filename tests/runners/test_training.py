@@ -123,7 +123,7 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
     assert (run / "samples" / "1.png").exists()
     first = lines(tmp_path)[0]
     assert set(first) == {"step", "epoch", "loss", "loss_base", "loss_sequence", "loss_base_q1", "loss_base_q2",
-                          "loss_base_q3", "loss_base_q4", "grad_norm", "lr"}
+                          "loss_base_q3", "loss_base_q4", "grad_norm", "lr", "skipped_steps"}
     assert first["loss"] == pytest.approx(first["loss_base"] + first["loss_sequence"])
     stored = state(tmp_path)
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in [*stored["model"], *stored["ema"]])
