@@ -68,6 +68,10 @@ def add_common(parser: argparse.ArgumentParser, *, config: bool = True, processe
                        help="ranks to start on this node; not used under torchrun, accelerate, srun or mpirun")
     group.add_argument("--num_proc_node", type=positive, default=1, metavar="N", help="number of nodes")
     group.add_argument("--node_rank", type=int, default=0, help="index of this node")
+    group.add_argument("--max_restarts", type=int, default=0, metavar="N",
+                       help="start the ranks anew, resuming, after a failure, at most so many times")
+    group.add_argument("--dist_timeout", type=positive, default=30, metavar="MINUTES",
+                       help="how long ranks wait for one another")
     group.add_argument("--master_address", default=None, help="host of rank 0")
     group.add_argument("--master_port", type=int, default=None, help="default: free on one node, 29500 on several")
 
@@ -135,10 +139,11 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
             if args.device != "cpu" and distributed.pick_device(args.device, distributed.World()).type == "cuda":
                 distributed.check_gpus(args.num_process_per_node)
             return distributed.launch(script, argv, processes=args.num_process_per_node, nodes=args.num_proc_node,
-                                      node_rank=args.node_rank, address=args.master_address, port=args.master_port)
+                                      node_rank=args.node_rank, address=args.master_address, port=args.master_port,
+                                      max_restarts=args.max_restarts)
         device = distributed.pick_device(args.device, world or distributed.World())
         shared = False
-        with distributed.process_group(world, device, args.master_address, args.master_port):
+        with distributed.process_group(world, device, args.master_address, args.master_port, args.dist_timeout):
             return work(args, device)
 
     return guarded(script, job, lambda error: world and world.rank and (shared or error.on_all_ranks))

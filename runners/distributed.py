@@ -85,7 +85,8 @@ def check_gpus(processes: int) -> None:
 
 
 @contextmanager
-def process_group(world: World | None, device: torch.device, address: str | None = None, port: int | None = None):
+def process_group(world: World | None, device: torch.device, address: str | None = None, port: int | None = None,
+                  timeout_minutes: float = 30):
     """Join the other ranks for the duration of a ``with`` block; nothing happens without a launcher."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -101,7 +102,7 @@ def process_group(world: World | None, device: torch.device, address: str | None
         init_method = f"tcp://{master_address(os.environ, address)}:{port or DEFAULT_PORT}"
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=init_method, rank=world.rank, world_size=world.size,
-                            timeout=timedelta(minutes=30))
+                            timeout=timedelta(minutes=timeout_minutes))
     try:
         yield
     finally:
@@ -201,7 +202,7 @@ class Signals:
 
 
 def launch(script: str, argv: list[str], *, processes: int, nodes: int = 1, node_rank: int = 0,
-           address: str | None = None, port: int | None = None) -> int:
+           address: str | None = None, port: int | None = None, max_restarts: int = 0) -> int:
     """Run ``python script argv`` in ``processes`` ranks on this node under torchrun's agent.
 
     Returns:
@@ -216,7 +217,7 @@ def launch(script: str, argv: list[str], *, processes: int, nodes: int = 1, node
 
     several = nodes > 1
     config = LaunchConfig(
-        min_nodes=nodes, max_nodes=nodes, nproc_per_node=processes, max_restarts=0, run_id="sa-ddim",
+        min_nodes=nodes, max_nodes=nodes, nproc_per_node=processes, max_restarts=max_restarts, run_id="sa-ddim",
         rdzv_backend="static" if several else "c10d",
         rdzv_endpoint=f"{address or '127.0.0.1'}:{port or (DEFAULT_PORT if several else 0)}",
         rdzv_configs={"rank": node_rank, "timeout": 900} if several else {},

@@ -155,7 +155,7 @@ def log_to_file(run: RunFolder):
 
 
 def keep_lines_before(metrics: Path, step: int) -> list[dict]:
-    """Drop lines after ``step``, which a killed run wrote but whose weights were not saved; returns the regular ones."""
+    """Drop lines after ``step``, which a killed run wrote without saving its weights; returns the regular ones."""
     if not metrics.exists():
         return []
     kept = []

@@ -19,7 +19,8 @@ class TrainingState:
     """Weights, their average, moments, learning rate and loss scale.
 
     A step whose gradient is not finite is skipped: the weights and moments stay as they are, on all ranks alike,
-    because they see the same averaged gradient. The decision is made on the device; the host looks at the count now and then.
+    because they see the same averaged gradient. The decision is made on the device; the host looks at the count now
+    and then.
 
     Args:
         model: The bare network on its device.
