@@ -176,7 +176,8 @@ def fit_eps_scaler(job, name, diagnosis):
     fit, rows = diagnosis.fit(args.model)
     scaler = f"{fit.k:.4g},{fit.b:.5g}" if fit.k else f"{fit.b:.5g}"
     on_rank_zero(lambda: print(f"{name}  eps_scaler {scaler}  (standard errors {fit.k_error:.1g}, {fit.b_error:.1g})\n"
-                               f"eps-norms off by {fit.before:.2%} without, {fit.mismatch:.2%} with it\n"
+                               f"eps-norms (median of the steps) off by {fit.before:.2%} without, "
+                               f"{fit.mismatch:.2%} with it\n"
                                f"{job.command(name, scaler)}"))
     details = {"fit": fit._asdict()}
     if args.fid_check:

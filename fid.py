@@ -145,13 +145,9 @@ def measure(args, device):
 
 
 def report(args, results, device, seconds):
-    from runners.evaluation import append_log
+    from runners.evaluation import append_log, summary
 
-    for key, value in results.items():
-        if isinstance(value, float):
-            print(f"{results['name'] if key == 'fid' else key:20} {value:.6g}")
-    if "fid_interval_95" in results:
-        print(f"{'95% interval':20} {results['fid_interval_95'][0]:.6g} to {results['fid_interval_95'][1]:.6g}")
+    print(summary(results))
     if args.fid_log:
         details = {"images": str(args.images), "reference_path": str(args.ref), "num": args.num, "seed": args.seed,
                    "batch_size": args.batch_size, "device": str(device), "amp": "off", "seconds": round(seconds, 2),

@@ -55,6 +55,8 @@ def parse(argv):
                                                          "auto: make them from the data set if they are missing")
     fid.add_argument("--inception_weights", metavar="FILE", help="weights of the feature network")
     fid.add_argument("--metrics", default="fid", help="comma list of fid, kid, is, pr")
+    fid.add_argument("--bootstrap", type=int, default=0, metavar="N", help="95%% interval of the FID from N resamples")
+    fid.add_argument("--force", action="store_true", help="compare with a reference that was made for something else")
     fid.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid")
     parser.add_argument("--dry_run", action="store_true", help="check everything, call the network once; write nothing")
     return parser.parse(argv)
@@ -174,7 +176,7 @@ class Job:
             return None
         try:
             return find_reference(self.config, None if args.fid_stats == "auto" else args.fid_stats, args.preprocess,
-                                  config_name=args.config or str(self.run.config))
+                                  args.force, args.config or str(self.run.config))
         except MissingReference as error:
             if not (args.dry_run or args.fid_stats == "auto"):
                 raise
@@ -270,11 +272,11 @@ def open_evaluation(job, device):
     if reference is None:
         features = any(metric in args.metrics for metric in ("kid", "pr"))
         reference = make_reference(job.config, net, root=job.run.datasets, keep_features=features)
-    return Evaluation(reference, net, tuple(args.metrics.split(",")))
+    return Evaluation(reference, net, tuple(args.metrics.split(",")), bootstrap=args.bootstrap)
 
 
 def report(job, diffusion, results, seconds):
-    from runners.evaluation import append_log
+    from runners.evaluation import append_log, summary
 
     weights = diffusion.weights
     details = {
@@ -285,7 +287,7 @@ def report(job, diffusion, results, seconds):
         "comment": job.args.comment,
     }
     append_log(job.fid_log, job.weights, results, details)
-    print(f"{results['name']}  {results['fid']:.4f}")
+    print(summary(results))
     print(f"log     {job.fid_log}")
 
 

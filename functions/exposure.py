@@ -145,11 +145,14 @@ class Fit(NamedTuple):
     b: float
     k_error: float           # standard errors, from the spread between images
     b_error: float
-    mismatch: float          # root mean square over steps of log(sampling norm / training norm), with this (k, b)
+    mismatch: float          # median over steps of |log(sampling norm / training norm)|, with this (k, b)
     before: float            # the same without scaling
     runs: int                # chains that were run
 
 
+# A norm that is further off than 5% counts linearly. A few percent of scaling cannot mend it: such are the last steps
+# of a short chain, whose norms a finite step alone bends.
+HUBER = 0.05
 MODELS = {"constant": np.ones((1, 2)), "linear": np.eye(2)}               # unknowns -> lambda at lowest, highest noise
 
 
@@ -182,8 +185,8 @@ def fit_scaler(norms_of: Callable[[tuple[float, float]], FeatureStats], training
         spread = inverse @ sum(relative) @ inverse.T                        # covariance of the two ends
         (low, high), slope = map(float, ends), np.array([-1.0, 1.0]) / span
         k_error, b_error = (sqrt(max(0.0, v)) for v in (slope @ spread @ slope, spread[0, 0]))
-        rms = [float(np.sqrt(np.mean(residual(each) ** 2))) for each in (ends, np.ones(2))]
-        return Fit((high - low) / span, low, k_error, b_error, *rms, len(cache))
+        mismatch, before = (float(np.median(np.abs(residual(each)))) for each in (ends, np.ones(2)))
+        return Fit((high - low) / span, low, k_error, b_error, mismatch, before, len(cache))
 
     if model != "auto" or len(target) < 3:
         return fitted("constant" if model == "auto" else model)
@@ -195,7 +198,7 @@ def fit_scaler(norms_of: Callable[[tuple[float, float]], FeatureStats], training
 
 def gauss_newton(residual: Callable[[np.ndarray], np.ndarray], basis: np.ndarray, start: np.ndarray, *,
                  tolerance: float = 1e-4, rounds: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares over lambda at the lowest and the highest noise; slopes are differences, taken once at the start.
+    """Least Huber cost over lambda at the lowest and the highest noise; slopes are differences, taken once.
 
     Args:
         residual: (2,) -> (S,)
@@ -205,12 +208,22 @@ def gauss_newton(residual: Callable[[np.ndarray], np.ndarray], basis: np.ndarray
         The best ends (2,), and how they answer a change of each residual, (2, S).
     """
     slopes = np.stack([(residual(start + 0.01 * row) - residual(start)) / 0.01 for row in basis], 1)     # (S, unknowns)
-    inverse = basis.T @ np.linalg.pinv(slopes)                              # (2, S)
+
+    def inverse_at(ends):
+        weights = (HUBER / np.maximum(np.abs(residual(ends)), HUBER))[:, None] ** 0.5       # (S, 1)
+        return basis.T @ np.linalg.pinv(weights * slopes) * weights.T                                    # (2, S)
+
     ends = best = start
     for _ in range(rounds):
-        change = np.clip(-inverse @ residual(ends), -0.1, 0.1)
+        change = np.clip(-inverse_at(ends) @ residual(ends), -0.1, 0.1)
         if np.abs(change).max() < tolerance:
             break
         ends = np.clip(ends + change, 0.5, 2.0)
-        best = min(best, ends, key=lambda each: np.sum(residual(each) ** 2))
-    return best, inverse
+        best = min(best, ends, key=lambda each: huber(residual(each)))
+    return best, inverse_at(best)
+
+
+def huber(residual: np.ndarray) -> float:
+    """Squares up to HUBER, lines beyond (Huber 1964)."""
+    size = np.abs(residual)
+    return float(np.where(size < HUBER, size**2 / 2, HUBER * (size - HUBER / 2)).sum())

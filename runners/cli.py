@@ -155,7 +155,7 @@ def setup_logging(level: str, rank: int = 0) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     for old in [h for h in root.handlers if type(h) is logging.StreamHandler]:
-        root.removeHandler(old)
+        root.removeHandler(old)                        # of an earlier call of main() in this process
     root.addHandler(handler)
     root.setLevel(logging.ERROR if rank else level.upper())
     for noisy in ("PIL", "matplotlib", "torch.distributed", "torch._dynamo", "torch._inductor"):

@@ -26,10 +26,10 @@ from models.inception import FeatureNet
 from runners.distributed import gather_objects, on_rank_zero, rank, world_size
 from runners.image_pass import DatasetSource, FileSource, choose_subset, evaluate_images
 from runners.references import (
-    FOLDER,
     MissingReference,
     Reference,
     default_name,
+    default_path,
     find_reference,
     holds_images,
     load_reference,
@@ -38,7 +38,7 @@ from utils.errors import UserError, choose
 
 __all__ = ["Collector", "DatasetSource", "Evaluation", "FileSource", "MissingReference", "Reference", "append_log",
            "choose_subset", "count_name", "default_name", "evaluate_images", "find_reference", "holds_images",
-           "load_reference", "make_reference"]
+           "load_reference", "make_reference", "summary"]
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def make_reference(images, net: FeatureNet, out: str | Path | None = None, *, ro
     source = images
     if isinstance(images, Config):
         source = DatasetSource(images, root)
-        out = out or (FOLDER / default_name(images, net.preprocess)).with_suffix(".npz")
+        out = out or default_path(images, net.preprocess)
     indices = choose_subset(len(source), num, seed, source.name)
     if len(indices) < 2:
         raise UserError(f"{source.name}: {len(indices)} image(s); statistics need at least 2")
@@ -220,6 +220,15 @@ def make_reference(images, net: FeatureNet, out: str | Path | None = None, *, ro
 def count_name(num_images: int) -> str:
     """50000 -> "FID-50k", 1797 -> "FID-1797": the count is part of an FID's name."""
     return f"FID-{num_images // 1000}k" if num_images % 1000 == 0 else f"FID-{num_images}"
+
+
+def summary(results: dict) -> str:
+    """The numbers, one on a line, for people."""
+    lines = [f"{results['name'] if key == 'fid' else key:20} {value:.6g}" for key, value in results.items()
+             if isinstance(value, float)]
+    if "fid_interval_95" in results:
+        lines.append("{:20} {:.6g} to {:.6g}".format("95% interval", *results["fid_interval_95"]))
+    return "\n".join(lines)
 
 
 def versions() -> dict[str, str]:
@@ -249,7 +258,8 @@ def append_log(fid_log: str | Path, checkpoint_path: str | Path, results: dict, 
              "world_size": world_size(), "threads": torch.get_num_threads(), "versions": versions(),
              "machine": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.machine()}
     fid_log.parent.mkdir(parents=True, exist_ok=True)
-    _append(fid_log, f"Checkpoint {checkpoint}  --> FID {results['fid']}\n")
+    if "fid" in results:
+        _append(fid_log, f"Checkpoint {checkpoint}  --> FID {results['fid']}\n")
     _append(fid_log.with_suffix(".jsonl"), json.dumps(entry) + "\n")
 
 

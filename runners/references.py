@@ -117,6 +117,12 @@ def default_name(config: Config, preprocess: str = "pytorch-fid") -> str:
     return DEFAULT_STATS.get((data.category or data.dataset, max(data.height, data.width)), f"{plain}.npz")
 
 
+def default_path(config: Config, preprocess: str = "pytorch-fid") -> Path:
+    """Where the reference that ``config`` names (or else the default one) is made, if it is missing."""
+    wanted = Path(config.sampling.fid_stats or default_name(config, preprocess)).with_suffix(".npz")
+    return FOLDER / wanted if wanted.parent == Path() else wanted
+
+
 def find_reference(config: Config | None = None, stats: str | Path | None = None, preprocess: str = "pytorch-fid",
                    force: bool = False, config_name: str | None = None) -> Reference:
     """Locate, load and check the statistics to compare with.
