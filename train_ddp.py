@@ -44,7 +44,7 @@ def configure(args):
     if not source:
         raise UserError("--config is required: a file, or a name in configs/ such as digits.yml")
     flags = [f"{key}={getattr(args, flag)}" for flag, key in FLAG_KEYS.items() if getattr(args, flag) is not None]
-    return load_config(source, [*args.overrides, *flags]), RunFolder(folder, f"{args.exp}/datasets")
+    return load_config(source, [*args.overrides, *flags]), RunFolder(folder, f"{args.exp}/datasets", args.comment)
 
 
 def check(args):

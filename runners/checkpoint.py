@@ -25,9 +25,10 @@ class RunFolder:
         config.yml  ckpt.pth  ckpt_{epoch}.pth  model_{epoch}_ema.pth  metrics.jsonl  stdout.txt  samples/  tensorboard/
     """
 
-    def __init__(self, path: str | Path, datasets: str | Path = "exp/datasets"):
+    def __init__(self, path: str | Path, datasets: str | Path = "exp/datasets", comment: str = ""):
         self.path = Path(path)
         self.datasets = Path(datasets)           # where the data sets of its training lie
+        self.comment = comment                   # for the log
 
     @property
     def config(self) -> Path:

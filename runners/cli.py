@@ -14,11 +14,19 @@ from utils.errors import UserError
 log = logging.getLogger("sa-ddim")
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds "(default: ...)" where there is one to tell and the text does not tell it itself."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False, "") or "default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors as UserError, defaults in the help and no guessing of abbreviated flags."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpWithDefaults, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message}; see --help")

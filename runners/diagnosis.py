@@ -169,8 +169,8 @@ class Diagnosis:
         fit = fit_scaler(norms_of, training, model)
         ends = fit.b, fit.b + fit.k * (len(self.steps) - 1)
         if distributed.rank() == 0 and max(abs(end - 1) for end in ends) > 0.1:
-            log.warning("lambda from %.3f to %.3f is no correction of a few percent: long steps or an unfinished network "
-                        "bend the norms of this chain more than exposure bias does; try more steps", *ends)
+            log.warning("lambda from %.3f to %.3f is no correction of a few percent: long steps or an unfinished "
+                        "network bend the norms of this chain more than exposure bias does; try more steps", *ends)
         both = {0: known[0.0, 1.0], 1: known[fit.k, fit.b]}
         return fit, [{"scaled": scaled, **row} for scaled in both
                      for row in norm_rows(self.steps, training, both[scaled])]

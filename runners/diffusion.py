@@ -108,6 +108,8 @@ class Diffusion:
         images = open_images(self.config, run.datasets, "train", self.device)
         plan = Plan.make(training, images.num_images, distributed.world_size(), distributed.rank(), max_steps)
         with log_to_file(run), distributed.Signals().listening() as signals, explain_out_of_memory():
+            if run.comment:
+                log.info("comment: %s", run.comment)
             network, state = self._prepare_training(plan)
             stored = self._restore(run, state) if resume else {}
             step, best = stored.get("step", 0), stored.get("best_fid")

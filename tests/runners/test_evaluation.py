@@ -235,8 +235,7 @@ def test_bootstrap_and_the_warning_for_few_images(net, caplog):
 def wide(monkeypatch, tmp_path):
     """References of dimension 16, looked for in an empty folder."""
     monkeypatch.setattr(references, "DIM", 16)
-    for module in (references, evaluation):
-        monkeypatch.setattr(module, "FOLDER", tmp_path / "pytorch_fid")
+    monkeypatch.setattr(references, "FOLDER", tmp_path / "pytorch_fid")
     (tmp_path / "pytorch_fid").mkdir()
     return tmp_path / "pytorch_fid"
 
