@@ -17,7 +17,7 @@ from PIL import Image
 from configs.schema import Config
 from functions.frechet import frechet_distance
 from functions.metrics import kid, precision_recall
-from runners import evaluation, references
+from runners import references
 from runners.evaluation import (
     Collector,
     Evaluation,
