@@ -1,0 +1,69 @@
+"""generate.py --reconstruct: pairs of images and what inversion and chain make of them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+from runners.diffusion import Diffusion
+from runners.pictures import reconstruct
+
+
+@pytest.fixture
+def originals(tmp_path):
+    folder, rng = tmp_path / "originals", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (10, 8), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def run(exp, *flags):
+    return generate.main(["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--timesteps", "3", *flags,
+                          "-i", str(exp / "out"), "--verbose", "critical"])
+
+
+@pytest.mark.parametrize("sampler", ["generalized", "heun"])
+def test_pairs_and_errors(trained, originals, tmp_path, capsys, sampler):
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    assert run(tmp_path, "--reconstruct", str(originals), "--seeds", "0,2-5", "--batch_size", "2", "--sample_type",
+               sampler) == 0
+    line = json.loads((tmp_path / "out_reconstruction.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[0]) == line
+    assert line["indices"] == [0, 2, 3, 4, 5] and line["network_calls"] == {"generalized": 6, "heun": 8}[sampler]
+    assert line["mse"] == pytest.approx(np.mean(line["mse_of_each"])) and len(line["mse_of_each"]) == 5
+    picture = np.asarray(Image.open(tmp_path / "out_reconstruction.png"))
+    assert picture.shape == (3 * 10 - 2, 4 * 10 - 2)                       # two pairs in a row, 8 + 2 pixels each
+    first = np.asarray(Image.open(originals / "0.png"))[1:9]               # the middle square
+    assert np.array_equal(picture[:8, :8], first)
+
+
+def test_a_network_that_knows_the_way_reconstructs_exactly(trained, originals, tmp_path):
+    """With an eps that does not depend on x the reversed chain is exact."""
+    diffusion = Diffusion.from_run(trained / "logs" / "digits", device="cpu")
+    diffusion.network = lambda: lambda x, t: torch.full_like(x, 0.7)
+    settings = {"timesteps": 5, "skip_type": "uniform", "sample_type": "generalized", "eps_scaler": 1.01}
+    reconstruct(diffusion, str(originals), [0, 1, 2], settings, 2, tmp_path / "exact")
+    assert json.loads((tmp_path / "exact_reconstruction.json").read_text())["largest_error"] < 1e-4
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--num_samples", "7"], "has 6 images"), (["--eta", "0.5"], "draws no noise"),
+    (["--sample_type", "ddpm_noisy"], "draws no noise"), (["--sample_type", "heun", "--churn", "3"], "draws no noise")])
+def test_refusals(trained, originals, tmp_path, capsys, flags, message):
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    assert run(tmp_path, "--reconstruct", str(originals), *flags) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--churn", "3"], "for heun and euler"), (["--sample_type", "heun", "--churn", "a"], "--churn 'a'"),
+    (["--sample_type", "euler", "--churn", "1,5,2"], "s_min at most s_max")])
+def test_refused_churn(trained, tmp_path, capsys, flags, message):
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    assert run(tmp_path, *flags, "--no-fid", "--num_samples", "1") == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""diagnose.py: tables, figures and the fit for one run and several, on any number of processes; refusals."""
+
+import csv
+import json
+import shlex
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import diagnose
+import generate
+
+FLAGS = ["--device", "cpu", "--timesteps", "4", "--num_images", "12", "--batch_size", "5", "--verbose", "critical"]
+
+
+@pytest.fixture
+def exp(trained, tmp_path):
+    """A private copy of the run."""
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    return tmp_path
+
+
+def run(exp, measure, *flags, docs=("digits",)):
+    return diagnose.main([measure, "--exp", str(exp), "--doc", *docs, *FLAGS, *flags])
+
+
+def table(exp, measure, doc="digits"):
+    path, = (exp / "diagnose" / doc).glob(f"{measure}-*.csv")
+    assert Image.open(path.with_suffix(".png")).size == (1800, 630)
+    note = json.loads(path.with_suffix(".json").read_text())
+    assert note["measure"] == measure and note["num_images"] == 12
+    return list(csv.DictReader(path.open())), note
+
+
+def numbers(rows):
+    return [float(value) for row in rows for key, value in row.items() if key not in ("run", "start")]
+
+
+def test_eps_norms_of_two_runs_on_one_figure(exp, capsys):
+    shutil.copytree(exp / "logs" / "digits", exp / "logs" / "other" / "run")
+    assert run(exp, "eps-norm", docs=("digits", "other/run")) == 0
+    rows, note = table(exp, "eps-norm", "digits+other-run")
+    assert [(row["run"], row["t"]) for row in rows] == [(name, str(t)) for name in ("digits", "other/run")
+                                                        for t in (0, 250, 500, 750)]
+    assert [r["sampling"] for r in rows[:4]] == [r["sampling"] for r in rows[4:]]          # the same weights
+    for row in rows:
+        assert float(row["ratio"]) == pytest.approx(float(row["sampling"]) / float(row["training"]))
+    assert note["runs"]["digits"]["fingerprint"] and "eps-norm-generalized-S4.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sampler", [("generalized", "--eta", "0.5"), ("ddpm_noisy",), ("heun",), ("dpmpp_2m",)])
+def test_exposure_from_noise_and_from_the_middle(exp, sampler):
+    assert run(exp, "exposure", "--sample_type", *sampler, "--start_t", "520") == 0
+    rows, note = table(exp, "exposure")
+    assert note["starts"] == [None, 500]
+    assert [(r["start"], r["s"]) for r in rows] == [("noise", s) for s in ("750", "500", "250", "0", "-1")] + [
+        ("500", s) for s in ("250", "0", "-1")]
+    for row in rows:
+        assert float(row["delta"]) == pytest.approx(float(row["var_chain"]) - float(row["var_q"]))
+
+
+def test_gap(exp):
+    assert run(exp, "gap") == 0
+    rows, _ = table(exp, "gap")
+    assert [(r["t"], r["next_t"]) for r in rows] == [("750", "500"), ("500", "250"), ("250", "0"), ("0", "-1")]
+    assert all(float(row[key]) > 0 for row in rows for key in ("gap", "noise_floor", "accumulated_gap"))
+
+
+@pytest.mark.parametrize("measure", ["eps-norm", "exposure"])
+def test_two_processes_measure_the_same(exp, measure):
+    assert run(exp, measure, "--sample_type", "ddpm_noisy") == 0
+    one, _ = table(exp, measure)
+    assert run(exp, measure, "--sample_type", "ddpm_noisy", "--num_process_per_node", "2") == 0
+    assert numbers(table(exp, measure)[0]) == pytest.approx(numbers(one), rel=1e-4, abs=1e-5)
+
+
+def test_the_fitted_scaling_comes_with_a_command_that_uses_it(exp, capsys):
+    assert run(exp, "fit-eps-scaler", "--model", "linear") == 0
+    rows, note = table(exp, "fit-eps-scaler")
+    assert {(row["scaled"], row["t"]) for row in rows} == {(s, t) for s in "01" for t in ("0", "250", "500", "750")}
+    fit, out = note["runs"]["digits"]["fit"], capsys.readouterr().out
+    command = next(line for line in out.splitlines() if line.startswith("python generate.py"))
+    words = shlex.split(command)
+    k, b = map(float, words[words.index("--eps_scaler") + 1].split(","))
+    assert (k, b) == (pytest.approx(fit["k"], rel=1e-3), pytest.approx(fit["b"], rel=1e-4))
+    assert generate.main([*words[2:], "--no-fid", "--num_samples", "2", "--device", "cpu"]) == 0
+    assert (exp / "image_samples" / "digits" / "000001.png").exists()
+
+
+def test_chains_are_those_of_generate(exp):
+    """The chain of seed 3 has the norms that a callback on ``Diffusion.sample`` sees."""
+    from datasets.packed import open_images
+    from functions.exposure import eps_norm
+    from runners.diagnosis import Diagnosis
+    from runners.diffusion import Diffusion
+
+    diffusion, seen = Diffusion.from_run(exp / "logs" / "digits", device="cpu"), []
+    settings = {"timesteps": 4, "skip_type": "uniform", "eta": 1.0}
+    list(diffusion.sample([3, 4], **settings, callback=lambda i, t, x, x0, eps: seen.append(eps_norm(eps).mean())))
+    diagnosis = Diagnosis(diffusion, open_images(diffusion.config, exp / "datasets"), settings, num_images=2, seed=3)
+    torch.testing.assert_close(torch.from_numpy(diagnosis.sampling_norms().mean), torch.stack(seen[::-1]).double(),
+                               rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("measure", "flags", "message"), [
+    ("eps-norm", ["--doc", "absent"], "config.yml does not exist"),
+    ("eps-norm", ["--doc", "digits", "digits"], "names a run twice"),
+    ("eps-norm", ["--doc", "../digits"], "without '..'"),
+    ("eps-norm", ["--sample_type", "heum"], "dpmpp_2m, euler, generalized, heun"),
+    ("eps-norm", ["--timesteps", "1001"], "1 to 1000"),
+    ("eps-norm", ["--eta", "2"], "not in [0, 1]"),
+    ("eps-norm", ["--eps_scaler", "-1"], "above 0"),
+    ("eps-norm", ["--ckpt_id", "77"], "no checkpoint 77"),
+    ("eps-norm", ["--num_images", "5000"], "2 to 1797"),
+    ("eps-norm", ["--model.ch", "64"], "contradicts"),
+    ("exposure", ["--start_t", "a"], "is not a list"),
+    ("exposure", ["--start_t", "900"], "steps 0 to 750"),
+    ("fit-eps-scaler", ["--eps_scaler", "1.1"], "do not give one"),
+    ("fit-eps-scaler", ["--fid_check", "10", "--fid_stats", "absent.npz"], "not found"),
+])
+def test_refusals_are_one_line_and_write_nothing(exp, capsys, measure, flags, message):
+    assert run(exp, measure, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (exp / "diagnose").exists()
+
+
+def test_missing_data_exit_with_3(exp, capsys):
+    config = exp / "logs" / "digits" / "config.yml"
+    config.write_text(config.read_text().replace("dataset: DIGITS", "dataset: CELEBA"))
+    assert run(exp, "gap") == 3
+    assert "CELEBA not found" in capsys.readouterr().err
