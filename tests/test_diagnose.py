@@ -15,6 +15,15 @@ import generate
 FLAGS = ["--device", "cpu", "--timesteps", "4", "--num_images", "12", "--batch_size", "5", "--verbose", "critical"]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The network is so small that threads mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def exp(trained, tmp_path):
     """A private copy of the run."""
@@ -50,7 +59,7 @@ def test_eps_norms_of_two_runs_on_one_figure(exp, capsys):
     assert note["runs"]["digits"]["fingerprint"] and "eps-norm-generalized-S4.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("sampler", [("generalized", "--eta", "0.5"), ("ddpm_noisy",), ("heun",), ("dpmpp_2m",)])
+@pytest.mark.parametrize("sampler", [("generalized", "--eta", "0.5"), ("ddpm_noisy",), ("heun",)])
 def test_exposure_from_noise_and_from_the_middle(exp, sampler):
     assert run(exp, "exposure", "--sample_type", *sampler, "--start_t", "520") == 0
     rows, note = table(exp, "exposure")
