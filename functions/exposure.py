@@ -3,8 +3,8 @@
 Notation (abar, e, x0' and sigma_t as in ``functions.chain``); all means run over images and their noise:
 
     ||eps||_i   mean of ||eps(x_i, i)||_2, for x_i ~ q(x_i | x_0) ("training") or along a chain ("sampling");
-                ADM-ES (2308.15321), figure 3
-    delta_s     Var_chain(x_s) - Var_q(x_s), variances averaged over pixels; ADM-ES, section 4
+                EDM-ES (2308.15321), figure 6
+    delta_s     Var_chain(x_s) - Var_q(x_s), variances averaged over pixels, images and noise varying jointly
     d_i         eps(x_i, i) - (x_i - sqrt(abar_i) x_0) / sqrt(1 - abar_i) along a chain that started from q(. | x_0)
     G_j         sqrt(1 - b) (1 - abar_j) / (1 - abar_i) G_i + b / (sqrt(1 - b) sqrt(1 - abar_i)) d_i, from G = 0, with
                 b = 1 - abar_i/abar_j: the gap accumulated over the steps down to j; SA-DPM (2312.12431)
@@ -158,7 +158,7 @@ MODELS = {"constant": np.ones((1, 2)), "linear": np.eye(2)}               # unkn
 
 def fit_scaler(norms_of: Callable[[tuple[float, float]], FeatureStats], training: FeatureStats,
                model: str = "auto") -> Fit:
-    """The (k, b) with which the norms along the chain are those of training (EDM-ES, 2308.15321, section 5).
+    """The (k, b) with which the norms along the chain are those of training (after EDM-ES, 2308.15321).
 
     Args:
         norms_of: (k, b) -> statistics of the unscaled eps-norms of all images along the chain, (N, S) with the lowest
@@ -210,7 +210,7 @@ def gauss_newton(residual: Callable[[np.ndarray], np.ndarray], basis: np.ndarray
     slopes = np.stack([(residual(start + 0.01 * row) - residual(start)) / 0.01 for row in basis], 1)     # (S, unknowns)
 
     def inverse_at(ends):
-        weights = (HUBER / np.maximum(np.abs(residual(ends)), HUBER))[:, None] ** 0.5       # (S, 1)
+        weights = (HUBER / np.maximum(np.abs(residual(ends)), HUBER))[:, None] ** 0.5                    # (S, 1)
         return basis.T @ np.linalg.pinv(weights * slopes) * weights.T                                    # (2, S)
 
     ends = best = start

@@ -162,6 +162,8 @@ class Diagnosis:
 
         def norms_of(scaler):
             known[scaler] = self.sampling_norms(self.diffusion.chain(**{**self.settings, "eps_scaler": scaler}))
+            if not np.isfinite(known[scaler].mean).all():
+                raise self._diverged(scaler)
             ratio = 100 * known[scaler].mean / training.mean - 100
             log.info("eps_scaler %.3g,%.5f: eps-norms %+.2f%% to %+.2f%% off", *scaler, ratio.min(), ratio.max())
             return known[scaler]
@@ -174,6 +176,13 @@ class Diagnosis:
         both = {0: known[0.0, 1.0], 1: known[fit.k, fit.b]}
         return fit, [{"scaled": scaled, **row} for scaled in both
                      for row in norm_rows(self.steps, training, both[scaled])]
+
+    @staticmethod
+    def _diverged(scaler) -> UserError:
+        error = UserError(f"the chain gives numbers that are not finite with eps_scaler {scaler[0]:.3g},{scaler[1]:.4g}; "
+                          "are these weights trained?")
+        error.on_all_ranks = True
+        return error
 
 
 def fid_of_scalings(diagnosis: Diagnosis, fit: Fit, num_images: int, reference, inception_weights=None) -> list[dict]:

@@ -116,7 +116,6 @@ def dry_run_sampling(job, device: torch.device) -> None:
     if weights:
         diffusion.load(weights, job.args.model_ema)
     noise = SeededNoise([0], device)
-    steps = len(diffusion.steps(settings["timesteps"], settings["skip_type"]))
     for turn in range(distributed.world_size() if device.type == "cpu" else 1):
         if device.type != "cpu" or turn == distributed.rank():
             x = noise.randn((1, *config.data.shape))
@@ -127,13 +126,13 @@ def dry_run_sampling(job, device: torch.device) -> None:
         distributed.barrier()
     if distributed.rank():
         return
-    hours = seconds * steps * num_images / distributed.world_size() / 3600
+    hours = seconds * job.calls * num_images / distributed.world_size() / 3600
     _print_table({
         "device": f"{distributed.world_size()} x {device.type}",
         "weights": f"{weights} ({diffusion.weights.kind}, {diffusion.weights.fingerprint})" if weights else "random",
         "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
         "sampler": ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None),
-        "network calls": f"{steps} for each of {num_images:,} images",
+        "network calls": f"{job.calls} for each of {num_images:,} images",
         "time": f"{seconds:.2f} s for one call with one image; at that rate {hours:.1f} h (batches are faster)",
         "absent": ", ".join(job.absent) or "nothing",
     })
