@@ -21,7 +21,7 @@ def parse(argv):
     images = parser.add_argument_group("images")
     images.add_argument("-i", "--image_folder", help="relative: under exp/image_samples/; absolute: as given "
                                                      "(default: DOC)")
-    images.add_argument("--num_samples", type=positive, help="how many (default: 50000, or as --seeds says)")
+    images.add_argument("--num_samples", type=positive, metavar="N", help="how many (default: 50000, or as --seeds says)")
     images.add_argument("--seeds", metavar="LIST", help='such as "0-63" or "1,2,5-10" (default: 0 to num_samples - 1)')
     images.add_argument("--save", choices=["png", "npz", "none"], default="png",
                         help="none: images only pass through the metrics")
@@ -116,7 +116,7 @@ class Job:
         try:
             seeds = parse_seeds(args.seeds) if args.seeds else range(args.num_samples or default)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"--{error}") from None
         if args.seeds and args.num_samples and len(seeds) != args.num_samples:
             raise UserError(f"--seeds names {len(seeds)} images, --num_samples asks for {args.num_samples}; give one")
         return list(seeds)
@@ -162,6 +162,10 @@ class Job:
         found = len(open_originals(args.reconstruct, self.config))
         if max(self.seeds) >= found:
             raise UserError(f"--reconstruct {args.reconstruct} has {found} images; lower --num_samples")
+
+    @property
+    def seed_text(self) -> str:
+        return self.args.seeds or f"0-{len(self.seeds) - 1}"
 
     @property
     def pictures(self) -> bool:
@@ -239,8 +243,10 @@ def produce(job, diffusion):
     evaluation = open_evaluation(job, diffusion.device)
     if args.save != "none":
         manifest = generation.manifest_of(diffusion, job.settings, args.amp)
+        if args.save == "npz":                       # rows have no names: which seed is where is part of the request
+            manifest["seeds"] = job.seed_text
         on_rank_zero(lambda: job.folder.prepare(manifest))
-    writer = {"png": lambda: generation.PngWriter(job.folder),
+    writer = {"png": lambda: generation.PngWriter(job.folder, job.config.data.shape),
               "npz": lambda: generation.NpzWriter(job.folder.path, len(job.seeds), job.config.data.shape),
               "none": generation.NoWriter}[args.save]()
     shown = {}
@@ -282,7 +288,7 @@ def report(job, diffusion, results, seconds):
     details = {
         "weights": str(job.weights), "weights_fingerprint": weights.fingerprint, "weights_kind": weights.kind,
         "step": weights.step, "epoch": weights.epoch, "sampler": job.settings, "network_calls": job.calls,
-        "seeds": job.args.seeds or f"0-{len(job.seeds) - 1}", "batch_size": job.batch_size, "amp": job.args.amp,
+        "seeds": job.seed_text, "batch_size": job.batch_size, "amp": job.args.amp,
         "device": str(diffusion.device), "compiled": diffusion.compiled, "seconds": round(seconds, 2),
         "comment": job.args.comment,
     }

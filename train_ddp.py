@@ -58,14 +58,16 @@ def check(args):
     if args.init_from and not Path(args.init_from).exists():
         raise UserError(f"--init_from {args.init_from}: no such file")
     if not args.dry_run:
-        run.check(config, resume=args.resume_training or restarted(), overwrite=args.overwrite)
+        run.check(config, **mode(args))
         find_dataset(config, run.datasets, download=True)
 
 
-def restarted():
+def mode(args) -> dict:
+    """What to do with an existing run folder; ranks that were started again continue what they began."""
     from runners.distributed import restarted
 
-    return restarted()
+    again = restarted()
+    return {"resume": args.resume_training or again, "overwrite": args.overwrite and not again}
 
 
 def work(args, device):
@@ -77,14 +79,14 @@ def work(args, device):
     config, run = configure(args)
     if args.dry_run:
         return dry_run_training(config, run, device, args.init_from)
-    resume = args.resume_training or restarted()
     with ExitStack() as held:
         diffusion = Diffusion(config, device)
         if args.init_from:
             diffusion.load(args.init_from)
+        diffusion.open_training_images(run)            # bad data are refused before the run folder is touched
         on_rank_zero(lambda: held.enter_context(lock_folder(run.path)))
-        on_rank_zero(lambda: run.prepare(config, resume=resume, overwrite=args.overwrite))
-        result = diffusion.train(run, resume=resume, max_steps=args.max_steps)
+        on_rank_zero(lambda: run.prepare(config, **mode(args)))
+        result = diffusion.train(run, resume=mode(args)["resume"], max_steps=args.max_steps)
     on_rank_zero(lambda: print(f"step {result.step}, epoch {result.epoch}: {result.checkpoint}"))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import Config, load_config, save_config
-from utils.atomic import atomic_path, atomic_write
+from utils.atomic import atomic_path, atomic_write, remove_leftovers
 from utils.errors import DataError, DivergedError, SaveError, UserError
 from utils.safe_load import load_torch
 
@@ -79,6 +79,7 @@ class RunFolder:
         if resume and not self.full_states():
             log.info("%s holds no checkpoint yet: starting fresh", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
         save_config(config, self.config)
 
     def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -89,7 +90,11 @@ class RunFolder:
             raise UserError(f"{self.path} already holds checkpoints; continue with --resume_training, "
                             "or start anew with --overwrite (the old folder is kept under another name)")
         if resume and self.full_states() and self.config.exists():
-            refuse_differences(load_config(self.config), config, self.config)
+            stored = load_config(self.config)
+            refuse_differences(stored, config, self.config)
+            if stored.optim.optimizer != config.optim.optimizer:
+                raise UserError(f"{self.config} contradicts the given configuration: optim.optimizer is "
+                                f"{stored.optim.optimizer} there, {config.optim.optimizer} here; choose one")
 
     def load_newest(self) -> tuple[dict, Path] | None:
         """The newest full state that is whole; broken ones are named in a warning and passed over.
@@ -101,7 +106,7 @@ class RunFolder:
         for path in states:
             try:
                 state = load_torch(path)
-                if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+                if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION or "step" not in state:
                     raise DataError(f"{path}: not a full state of this program; use --init_from for foreign weights")
                 return state, path
             except DataError as error:
@@ -121,26 +126,19 @@ class CheckpointWriter:
         run: Where to.
         keep_last, keep_every: Retention, see training.keep_last. Only snapshots that this run wrote are ever removed.
         snapshots: Epochs of the snapshots that this run has written so far.
-        best: Epoch of the best snapshot, which is kept, or None.
     """
 
-    def __init__(self, run: RunFolder, keep_last: int | None, keep_every: int | None, snapshots: list[int],
-                 best: int | None = None):
+    def __init__(self, run: RunFolder, keep_last: int | None, keep_every: int | None, snapshots: list[int]):
         self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
-        self.snapshots, self.best, self.failure = snapshots, best, None
+        self.snapshots, self.failure = snapshots, None
         self._thread, self._pending = ThreadPoolExecutor(1), None
 
     def save(self, state: dict, epoch: int | None = None) -> None:
-        """Write ckpt.pth; with ``epoch`` also ckpt_{epoch}.pth and model_{epoch}_ema.pth.
-
-        Raises:
-            DivergedError: A weight is not finite; nothing is written.
-        """
+        """Write ckpt.pth; with ``epoch`` also ckpt_{epoch}.pth and model_{epoch}_ema.pth."""
         self._wait()
         if epoch is not None and epoch not in self.snapshots:
             self.snapshots.append(epoch)
         state = to_host({**state, "snapshots": list(self.snapshots)})
-        refuse_non_finite(state)
         self._pending = self._thread.submit(self._write, state, epoch)
 
     def close(self) -> None:
@@ -168,18 +166,18 @@ class CheckpointWriter:
                     atomic_write(average, lambda file: torch.save(state["ema"], file))
                 with atomic_path(self.run.path / "ckpt.pth") as temporary:
                     shutil.copyfile(path, temporary)
-                self._remove_old()
+                self._remove_old(state["best_fid"])
             self.failure = None
             log.info("saved %s at step %d", path, state["step"])
         except (OSError, RuntimeError) as error:             # torch.save turns a full disk into a RuntimeError
             self.failure = error
             log.error("SAVING FAILED, training goes on with the old checkpoint: %s", error)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, best: dict | None) -> None:
         if self.keep_last is None:
             return
         for epoch in self.snapshots[:-self.keep_last]:
-            if epoch != self.best and not (self.keep_every and epoch % self.keep_every == 0):
+            if epoch != (best and best["epoch"]) and not (self.keep_every and epoch % self.keep_every == 0):
                 self.snapshots.remove(epoch)
                 for name in (f"ckpt_{epoch}.pth", f"model_{epoch}_ema.pth"):
                     (self.run.path / name).unlink(missing_ok=True)
@@ -195,10 +193,14 @@ def to_host(value):
 
 
 def refuse_non_finite(state: dict) -> None:
-    for kind in ("model", "ema"):
-        for name, tensor in (state[kind] or {}).items():
+    """DivergedError if a weight, an average or a moment is not finite."""
+    moments = {f"{index} {name}": value for index, slots in state["optimizer"]["state"].items()
+               for name, value in slots.items() if isinstance(value, torch.Tensor)}
+    for kind, tensors in (("model weight", state["model"]), ("ema weight", state["ema"]), ("optimizer state", moments)):
+        for name, tensor in (tensors or {}).items():
             if not torch.isfinite(tensor).all():
-                raise DivergedError(f"{kind} weight {name} is not finite at step {state['step']}; nothing is saved")
+                raise DivergedError(f"{kind} {name} is not finite at step {state['step']}; nothing is saved, the last "
+                                    "checkpoint is kept. Lower optim.lr, or set optim.grad_clip")
 
 
 def refuse_differences(stored: Config, given: Config, where: Path, sections=("data", "model", "diffusion")) -> None:

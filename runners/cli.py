@@ -75,13 +75,13 @@ def add_common(parser: argparse.ArgumentParser, *, config: bool = True, processe
     group.add_argument("--num_process_per_node", type=positive, default=1, metavar="N",
                        help="ranks to start on this node; not used under torchrun, accelerate, srun or mpirun")
     group.add_argument("--num_proc_node", type=positive, default=1, metavar="N", help="number of nodes")
-    group.add_argument("--node_rank", type=int, default=0, help="index of this node")
-    group.add_argument("--max_restarts", type=int, default=0, metavar="N",
+    group.add_argument("--node_rank", type=natural, default=0, help="index of this node")
+    group.add_argument("--max_restarts", type=natural, default=0, metavar="N",
                        help="start the ranks anew, resuming, after a failure, at most so many times")
     group.add_argument("--dist_timeout", type=positive, default=30, metavar="MINUTES",
                        help="how long ranks wait for one another")
     group.add_argument("--master_address", default=None, help="host of rank 0")
-    group.add_argument("--master_port", type=int, default=None, help="default: free on one node, 29500 on several")
+    group.add_argument("--master_port", type=port, default=None, help="default: free on one node, 29500 on several")
 
 
 def positive(text: str) -> int:
@@ -91,12 +91,25 @@ def positive(text: str) -> int:
     return value
 
 
-positive.__name__ = "whole number"             # argparse puts it into its messages
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, given {text}")
+    return value
+
+
+def port(text: str) -> int:
+    if not 0 <= int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"must be in [0, 65535], given {text}")
+    return int(text)
+
+
+positive.__name__ = natural.__name__ = port.__name__ = "whole number"             # argparse puts it into its messages
 
 
 def safe_name(flag: str, name: str) -> str:
     """A relative path that stays below the folder it is joined to."""
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+    if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{flag} {name!r} must be a relative name without '..'")
     return name
 
@@ -109,7 +122,7 @@ def run_folder(args) -> Path:
 
 
 def guarded(script: str, job: Callable, is_told: Callable = lambda error: False) -> int:
-    """Call ``job()`` and return its exit code; a UserError is one line on standard error unless ``is_told(it)``."""
+    """Call ``job()`` and return its exit code; an error of the user's is one line unless ``is_told(it)``."""
     try:
         return job() or 0
     except SystemExit as done:                     # --help
@@ -118,8 +131,18 @@ def guarded(script: str, job: Callable, is_told: Callable = lambda error: False)
         return 130
     except UserError as error:
         if not is_told(error):
-            print(f"{Path(script).name}: {error}", file=sys.stderr)
+            _complain(script, error)
         return error.code
+    except OSError as error:                       # no room, no right, no such device: not a bug either
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise
+        log.debug("", exc_info=True)
+        _complain(script, f"{error.filename or 'a file'}: {error.strerror}")
+        return 3
+
+
+def _complain(script: str, problem) -> None:
+    print(f"{Path(script).name}: {' '.join(str(problem).splitlines())}", file=sys.stderr)
 
 
 def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: Callable, work: Callable) -> int:
@@ -142,6 +165,8 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
 
         world = distributed.detect()
         setup_logging(args.verbose, world.rank if world else 0)
+        if args.node_rank >= args.num_proc_node:
+            raise UserError(f"--node_rank {args.node_rank} must be below --num_proc_node {args.num_proc_node}")
         check(args)
         if world is None and args.num_process_per_node * args.num_proc_node > 1:
             if args.device != "cpu" and distributed.pick_device(args.device, distributed.World()).type == "cuda":

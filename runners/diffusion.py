@@ -19,7 +19,7 @@ from functions.schedule import NoiseSchedule
 from functions.timesteps import sampling_timesteps, training_timesteps
 from models import build_model, load_weights
 from runners import distributed
-from runners.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder
+from runners.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
 from runners.monitor import Monitor, log_to_file
 from runners.network import Network, explain_out_of_memory, resolve_amp, resolve_compile
 from runners.periodic_fid import PeriodicFid
@@ -63,7 +63,7 @@ class Diffusion:
         with seeded(config.training.seed):
             self.model = build_model(config)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.ema = self.weights = self.amp = None
+        self.ema = self.weights = self.amp = self._images = None
         self.compiled = False
 
     @classmethod
@@ -105,7 +105,7 @@ class Diffusion:
             Interrupted: A signal arrived; everything is saved. SaveError: The last state could not be.
         """
         training = self.config.training
-        images = open_images(self.config, run.datasets, "train", self.device)
+        images = self.open_training_images(run)
         plan = Plan.make(training, images.num_images, distributed.world_size(), distributed.rank(), max_steps)
         with log_to_file(run), distributed.Signals().listening() as signals, explain_out_of_memory():
             if run.comment:
@@ -113,8 +113,7 @@ class Diffusion:
             network, state = self._prepare_training(plan)
             stored = self._restore(run, state) if resume else {}
             step, best = stored.get("step", 0), stored.get("best_fid")
-            writer = CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", []),
-                                      best and best["epoch"])
+            writer = CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", []))
             monitor = Monitor(run, plan, self.device, step, stored.get("metric_sums"))
             held_out = self._held_out(run)
             fid = PeriodicFid(self.config, self.device) if training.fid_freq else None
@@ -132,7 +131,7 @@ class Diffusion:
                 event = signals.vote(0 < training.checkpoint_minutes * 60 < time.monotonic() - saved_at)
                 snapshot = plan.snapshot_due(step, training)
                 if snapshot and fid and plan.fid_due(step, training):
-                    best = self._measure_fid(fid, plan, step, best, writer, monitor)
+                    best = self._measure_fid(fid, plan, step, best, monitor)
                 if snapshot or event:
                     full = self._full_state(state, plan, step, best, monitor)
                     if distributed.rank() == 0:
@@ -145,6 +144,14 @@ class Diffusion:
         if event > signals.SAVE:
             raise Interrupted(event, f"stopped by signal {event} after step {step}; saved, --resume_training continues")
         return TrainResult(step, step // plan.steps_per_epoch, line.get("loss"), run.path / "ckpt.pth")
+
+    def open_training_images(self, run: RunFolder):
+        """The ImageStore of ``train``, opened and packed by the first call. DataError: bad, or less than a batch."""
+        if self._images is None:
+            images = open_images(self.config, run.datasets, "train", self.device)
+            Plan.make(self.config.training, images.num_images, distributed.world_size())
+            self._images = images
+        return self._images
 
     def train_step(self, network: Network, state: TrainingState, batches: Iterator[Tensor], plan: Plan, step: int,
                    monitor: Monitor) -> None:
@@ -221,13 +228,18 @@ class Diffusion:
         return stored
 
     def _full_state(self, state: TrainingState, plan: Plan, step: int, best: dict | None, monitor: Monitor) -> dict:
-        """All that resuming needs. Collective, because the sums of all ranks belong into it."""
-        return {"format_version": FORMAT_VERSION, "config": self.config.model_dump(mode="json"), "step": step,
+        """All that resuming needs. Collective, because the sums of all ranks belong into it.
+
+        Raises:
+            DivergedError: On all ranks alike: a weight or a moment is not finite.
+        """
+        full = {"format_version": FORMAT_VERSION, "config": self.config.model_dump(mode="json"), "step": step,
                 "epoch": step // plan.steps_per_epoch, "best_fid": best, "metric_sums": monitor.state(),
                 **state.state_dict()}
+        refuse_non_finite(full)
+        return full
 
-    def _measure_fid(self, fid: PeriodicFid, plan: Plan, step: int, best: dict | None, writer: CheckpointWriter,
-                     monitor: Monitor) -> dict:
+    def _measure_fid(self, fid: PeriodicFid, plan: Plan, step: int, best: dict | None, monitor: Monitor) -> dict:
         """Log the FID; returns the best one so far, whose snapshot is kept."""
         results, epoch = fid.measure(self), step // plan.steps_per_epoch
         self.model.train()
@@ -237,7 +249,6 @@ class Diffusion:
                      f"{best['fid']:.4f} at epoch {best['epoch']}" if best else "none")
         if best is None or results["fid"] < best["fid"]:
             best = {"fid": results["fid"], "epoch": epoch}
-        writer.best = best["epoch"]
         return best
 
     def _sample_grid(self, monitor: Monitor, epoch: int, step: int) -> None:

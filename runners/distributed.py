@@ -20,6 +20,7 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 DEFAULT_PORT = 29500
+SAVING_SECONDS = "600"                               # what ranks get between a signal and being killed
 
 # Variables of (global rank, world size, rank on this node), by launcher, in the order in which they are tried.
 LAUNCHERS = {
@@ -101,8 +102,11 @@ def process_group(world: World | None, device: torch.device, address: str | None
     else:
         init_method = f"tcp://{master_address(os.environ, address)}:{port or DEFAULT_PORT}"
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=init_method, rank=world.rank, world_size=world.size,
-                            timeout=timedelta(minutes=timeout_minutes))
+    try:
+        dist.init_process_group(backend, init_method=init_method, rank=world.rank, world_size=world.size,
+                                timeout=timedelta(minutes=timeout_minutes))
+    except dist.DistError as error:
+        raise UserError(f"rank {world.rank} cannot meet the others through {init_method}: {error}") from None
     try:
         yield
     finally:
@@ -191,7 +195,9 @@ class Signals:
             if self.signum:
                 os._exit(128 + signum)
             self.signum = signum
-            log.warning("%s: finishing this step, then saving; once more ends at once", signal.Signals(signum).name)
+            if log.isEnabledFor(logging.WARNING):    # not through a log, which this may have interrupted
+                name = signal.Signals(signum).name
+                os.write(2, f"{name}: finishing this step, then saving; once more ends at once\n".encode())
 
         before = {s: signal.signal(s, handle) for s in signals}
         try:
@@ -223,12 +229,15 @@ def launch(script: str, argv: list[str], *, processes: int, nodes: int = 1, node
         rdzv_configs={"rank": node_rank, "timeout": 900} if several else {},
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
     signal.signal(signal.SIGUSR1, forward)
     try:
         elastic_launch(config, sys.executable)(script, *argv)
     except SignalException as received:
         return 128 + received.sigval
     except ChildFailedError as failed:
-        _, failure = failed.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        codes = [failure.exitcode for failure in failed.failures.values()]
+        _, first = failed.get_first_failure()
+        code = next((code for code in codes if code in (2, 3, 4)), first.exitcode)       # a reason, if one knew it
+        return code if code > 0 else 128 - code
     return 0

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets.images import decode
 from functions.ode import check_churn
 from functions.pixels import to_uint8
 from functions.rng import SeededNoise
@@ -22,7 +22,7 @@ from runners import distributed
 from runners.diffusion import Diffusion
 from runners.monitor import save_png, tile
 from runners.plan import deal
-from utils.atomic import atomic_path, write_json
+from utils.atomic import atomic_path, atomic_write, remove_leftovers, write_json
 from utils.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class ImageFolder:
             raise UserError(f"{self.path} is not empty and has no {MANIFEST}; choose another --image_folder")
         else:
             write_json(file, manifest)
+        remove_leftovers(self.path)
 
     def _refuse_foreign(self) -> None:
         foreign = [p for p in self.path.rglob("*") if p.is_file() and not p.name.startswith(".")
@@ -86,8 +87,8 @@ def manifest_of(diffusion: Diffusion, settings: dict, amp: str) -> dict:
 class PngWriter:
     """Encodes on threads while the network works; a batch that is wholly there already is not made again."""
 
-    def __init__(self, folder: ImageFolder):
-        self.folder, self.pool, self.pending = folder, ThreadPoolExecutor(2), []
+    def __init__(self, folder: ImageFolder, shape: tuple[int, int, int]):
+        self.folder, self.shape, self.pool, self.pending = folder, shape, ThreadPoolExecutor(2), []
 
     def has(self, start: int, seeds: list[int]) -> bool:
         return all(self.folder.image(seed).exists() for seed in seeds)
@@ -100,14 +101,17 @@ class PngWriter:
 
     def read(self, start: int, seeds: list[int]) -> Tensor:
         arrays = [self._decode(self.folder.image(seed)) for seed in seeds]
-        return torch.from_numpy(np.stack([a if a.ndim == 3 else a[..., None] for a in arrays])).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
-    @staticmethod
-    def _decode(path: Path) -> np.ndarray:
+    def _decode(self, path: Path) -> np.ndarray:
         try:
-            return np.asarray(Image.open(path))
-        except OSError:
-            raise DataError(f"{path}: not a readable image; remove it, and it will be made again") from None
+            pixels = decode(path.read_bytes(), str(path), self.shape[0], strict=True)
+        except DataError as error:
+            raise DataError(f"{error}; remove it, and it will be made again") from None
+        if pixels.shape[:2] != self.shape[1:]:
+            raise DataError(f"{path}: {pixels.shape[0]}x{pixels.shape[1]} pixels, not {self.shape[1]}x{self.shape[2]}; "
+                            "remove it, and it will be made again")
+        return pixels
 
     def finish(self) -> None:
         for future in self.pending:
@@ -133,7 +137,7 @@ class NpzWriter:
             return
         if distributed.rank() == 0 and not self.flags.exists():
             np.lib.format.open_memmap(self.rows, "w+", np.uint8, (count, h, w, c)).flush()
-            np.save(self.flags, np.zeros(count, np.uint8))
+            atomic_write(self.flags, lambda file: np.save(file, np.zeros(count, np.uint8)))
         distributed.barrier()
         self.array = np.load(self.rows, mmap_mode="r+")
         self.done = np.load(self.flags, mmap_mode="r+")

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import math
 import statistics
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -88,17 +89,29 @@ class Monitor:
     def _write(self, line: dict) -> None:
         step = line["step"]
         self._warn_of_spikes(line)
-        with open(self.run.metrics, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        for key, value in line.items():
-            if key not in ("step", "epoch", "spikes") and value is not None:
-                self.board.add_scalar(key, value, step)
+        self._record(line)
         loss = "none finite" if line["loss"] is None else f"{line['loss']:.4g}"
         self.bar.set_postfix_str(f"loss {loss}, {line['images_per_s']:.0f} img/s")
         left = (self.plan.last_step - step) * self.plan.global_batch / line["images_per_s"]
         if self.bar.disable:
             log.info("step %d/%d  epoch %d  loss %s  %.1f images/s  %s left", step, self.plan.last_step, line["epoch"],
                      loss, line["images_per_s"], tqdm.format_interval(left))
+
+    def _record(self, line: dict) -> None:
+        """Append to metrics.jsonl and draw the curves; without room on the disk training goes on."""
+        with self._despite_full_disk():
+            with open(self.run.metrics, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            for key, value in line.items():
+                if key not in ("step", "epoch", "spikes") and value is not None:
+                    self.board.add_scalar(key, value, line["step"])
+
+    @contextmanager
+    def _despite_full_disk(self):
+        try:
+            yield
+        except OSError as error:
+            log.error("metrics or samples could not be written: %s", error)
 
     def _warn_of_spikes(self, line: dict) -> None:
         """Name what jumped, in the line and in the log; measured by the lines before, also those of an earlier job."""
@@ -115,16 +128,15 @@ class Monitor:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """One value beside the regular lines, such as a validation loss. Rank 0 only."""
-        with open(self.run.metrics, "a") as file:
-            file.write(json.dumps({"step": step, name: value}) + "\n")
-        self.board.add_scalar(name, value, step)
+        self._record({"step": step, name: value})
         log.info("step %d  %s %.5g", step, name, value)
 
     def grid(self, images: Tensor, epoch: int, step: int) -> None:
         """Write samples/{epoch}.png from uint8 (N, C, H, W). Rank 0 only."""
         tiled = tile(images)
-        save_png(tiled, self.run.path / "samples" / f"{epoch}.png")
-        self.board.add_image("samples", tiled, step)
+        with self._despite_full_disk():
+            save_png(tiled, self.run.path / "samples" / f"{epoch}.png")
+            self.board.add_image("samples", tiled, step)
 
     def state(self) -> list:
         """What a checkpoint keeps, so that a resumed run logs the same means. Collective."""
@@ -133,7 +145,19 @@ class Monitor:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-            self.board.close()
+            with self._despite_full_disk():
+                self.board.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A full disk costs lines of the file, not the run."""
+
+    def handleError(self, record):
+        pass
+
+    def close(self):
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
@@ -143,7 +167,7 @@ def log_to_file(run: RunFolder):
         yield
         return
     run.path.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run.path / "stdout.txt")
+    handler = _LogFile(run.path / "stdout.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
@@ -159,12 +183,11 @@ def keep_lines_before(metrics: Path, step: int) -> list[dict]:
     if not metrics.exists():
         return []
     kept = []
-    for line in metrics.read_text().splitlines():
-        try:
-            kept.append(json.loads(line))
-        except ValueError:                           # the last line of a killed process may be cut
-            continue
-    kept = [line for line in kept if line["step"] <= step]
+    for text in metrics.read_text(errors="replace").splitlines():
+        with suppress(ValueError):                   # the last line of a killed process may be cut
+            line = json.loads(text)
+            if isinstance(line, dict) and line.get("step", math.inf) <= step:
+                kept.append(line)
     write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
     return [line for line in kept if "loss" in line]
 

@@ -97,10 +97,17 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Continue from ``state_dict()``; learning rate and other settings of the optimizer are those of this run."""
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.load_state_dict(state["ema"], state["ema_updates"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_schedule.load_state_dict(state["lr_schedule"])
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+        schedule, stored = self.lr_schedule, state["lr_schedule"]
+        rates = [base * factor(stored["last_epoch"])
+                 for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict(stored | {"base_lrs": schedule.base_lrs, "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self.scaler.load_state_dict(state["grad_scaler"])
         self.bad_run.fill_(state["bad_run"])

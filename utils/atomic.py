@@ -2,7 +2,8 @@
 
 import json
 import os
-import tempfile
+import re
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +13,16 @@ from pathlib import Path
 def atomic_path(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success it becomes ``path``, on error it is removed.
 
-    The folder is created. The temporary name starts with a dot and ends in ``.tmp``, so no reader takes it for data.
+    The folder is created. The temporary name starts with a dot and ends in ``.tmp``, so no reader takes it for data;
+    what a killed process leaves of these is for ``remove_leftovers``.
     ``durable=False`` skips waiting for the disk: a power cut may then lose the file, a killed process does not.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
         if durable:
             _fsync(temporary)
         os.replace(temporary, path)
@@ -46,10 +46,11 @@ def write_json(path: str | Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of killed processes below ``folder``, which the caller has locked."""
+    for path in folder.rglob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:
