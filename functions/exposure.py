@@ -181,12 +181,10 @@ def fit_scaler(norms_of: Callable[[tuple[float, float]], FeatureStats], training
 
     def fitted(name, start=(1.0, 1.0)):
         ends, inverse = gauss_newton(residual, MODELS[name], np.array(start))
-        relative = [each.cov / np.outer(each.mean, each.mean) / each.count for each in (training, stats_of(ends))]
-        spread = inverse @ sum(relative) @ inverse.T                        # covariance of the two ends
-        (low, high), slope = map(float, ends), np.array([-1.0, 1.0]) / span
-        k_error, b_error = (sqrt(max(0.0, v)) for v in (slope @ spread @ slope, spread[0, 0]))
+        response = np.array([[-1.0, 1.0], [span, 0.0]]) / span @ inverse     # of k and b to the residuals, (2, S)
         mismatch, before = (float(np.median(np.abs(residual(each)))) for each in (ends, np.ones(2)))
-        return Fit((high - low) / span, low, k_error, b_error, mismatch, before, len(cache))
+        return Fit(float(ends[1] - ends[0]) / span, float(ends[0]), *standard_errors(response, training, stats_of(ends)),
+                   mismatch, before, len(cache))
 
     if model != "auto" or len(target) < 3:
         return fitted("constant" if model == "auto" else model)
@@ -194,6 +192,12 @@ def fit_scaler(norms_of: Callable[[tuple[float, float]], FeatureStats], training
     linear = fitted("linear", (constant.b, constant.b))
     chosen = linear if abs(linear.k) > 2 * linear.k_error else constant
     return chosen._replace(runs=len(cache))
+
+
+def standard_errors(response: np.ndarray, *norms: FeatureStats) -> list[float]:
+    """Of unknowns that answer log-norms linearly, (unknowns, S), from the covariance of norms over images."""
+    covariance = sum(each.cov / np.outer(each.mean, each.mean) / each.count for each in norms)
+    return [sqrt(max(0.0, row @ covariance @ row)) for row in response]
 
 
 def gauss_newton(residual: Callable[[np.ndarray], np.ndarray], basis: np.ndarray, start: np.ndarray, *,

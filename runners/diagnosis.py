@@ -179,7 +179,7 @@ class Diagnosis:
 
     @staticmethod
     def _diverged(scaler) -> UserError:
-        error = UserError(f"the chain gives numbers that are not finite with eps_scaler {scaler[0]:.3g},{scaler[1]:.4g}; "
+        error = UserError(f"with eps_scaler {scaler[0]:.3g},{scaler[1]:.4g} the chain gives numbers that are not finite; "
                           "are these weights trained?")
         error.on_all_ranks = True
         return error
@@ -193,6 +193,8 @@ def fid_of_scalings(diagnosis: Diagnosis, fit: Fit, num_images: int, reference, 
     net, found = load_inception(inception_weights, diagnosis.diffusion.device), []
     for strength in (0.0, 0.5, 1.0, 1.5, 2.0):
         k, b = strength * fit.k, 1 + strength * (fit.b - 1)
+        if min(b, b + k * (len(diagnosis.steps) - 1)) <= 0:
+            continue
         evaluation, settings = Evaluation(reference, net), {**diagnosis.settings, "eps_scaler": (k, b)}
         for start, seeds, images in generate(diagnosis.diffusion, list(range(num_images)), settings,
                                              diagnosis.batch_size, NoWriter()):
