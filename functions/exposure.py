@@ -183,8 +183,8 @@ def fit_scaler(norms_of: Callable[[tuple[float, float]], FeatureStats], training
         ends, inverse = gauss_newton(residual, MODELS[name], np.array(start))
         response = np.array([[-1.0, 1.0], [span, 0.0]]) / span @ inverse     # of k and b to the residuals, (2, S)
         mismatch, before = (float(np.median(np.abs(residual(each)))) for each in (ends, np.ones(2)))
-        return Fit(float(ends[1] - ends[0]) / span, float(ends[0]), *standard_errors(response, training, stats_of(ends)),
-                   mismatch, before, len(cache))
+        errors = standard_errors(response, training, stats_of(ends))
+        return Fit(float(ends[1] - ends[0]) / span, float(ends[0]), *errors, mismatch, before, len(cache))
 
     if model != "auto" or len(target) < 3:
         return fitted("constant" if model == "auto" else model)

@@ -179,8 +179,8 @@ class Diagnosis:
 
     @staticmethod
     def _diverged(scaler) -> UserError:
-        error = UserError(f"with eps_scaler {scaler[0]:.3g},{scaler[1]:.4g} the chain gives numbers that are not finite; "
-                          "are these weights trained?")
+        error = UserError(f"with eps_scaler {scaler[0]:.3g},{scaler[1]:.4g} the chain gives numbers that are not "
+                          "finite; are these weights trained?")
         error.on_all_ranks = True
         return error
 
