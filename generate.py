@@ -21,7 +21,7 @@ def parse(argv):
     images = parser.add_argument_group("images")
     images.add_argument("-i", "--image_folder", help="relative: under exp/image_samples/; absolute: as given "
                                                      "(default: DOC)")
-    images.add_argument("--num_samples", type=positive, metavar="N", help="how many (default: 50000, or as --seeds says)")
+    images.add_argument("--num_samples", type=positive, help="how many (default: 50000, or as --seeds says)")
     images.add_argument("--seeds", metavar="LIST", help='such as "0-63" or "1,2,5-10" (default: 0 to num_samples - 1)')
     images.add_argument("--save", choices=["png", "npz", "none"], default="png",
                         help="none: images only pass through the metrics")

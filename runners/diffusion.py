@@ -215,7 +215,8 @@ class Diffusion:
                  "%s, amp %s, compile %s", plan.num_images, plan.steps_per_epoch, plan.last_step, plan.global_batch,
                  plan.world_size, plan.accumulate, plan.micro_batch, self.device, amp or "off",
                  "on" if compiled else "off")
-        return Network(self.model, self.device, amp, compiled=compiled, ddp=plan.world_size > 1), state
+        return Network(self.model, self.device, amp, compiled=compiled, ddp=plan.world_size > 1,
+                       accumulate=plan.accumulate), state
 
     def _restore(self, run: RunFolder, state: TrainingState) -> dict:
         """Continue from the newest full state that is whole; an empty dictionary where there is none."""

@@ -52,16 +52,17 @@ class Network:
         amp: Autocast type, or None.
         compiled: Pass it through torch.compile.
         ddp: Average gradients over ranks; needs a process group.
+        accumulate: Backward passes in one step.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, amp: torch.dtype | None = None, *,
-                 compiled: bool = False, ddp: bool = False):
+                 compiled: bool = False, ddp: bool = False, accumulate: int = 1):
         self.device, self.amp = device, amp
         self.module = torch.compile(model) if compiled else model
         if ddp:
             self.module = DistributedDataParallel(
                 self.module, device_ids=[device.index] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True, static_graph=True)
+                gradient_as_bucket_view=True, static_graph=accumulate == 1)           # no_sync must not come first then
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) -> (B, C, H, W)"""

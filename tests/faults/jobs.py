@@ -1,0 +1,149 @@
+"""Scripts as real processes that break at an exact moment.
+
+Jobs are forked from a server that has torch imported, so that one starts in milliseconds. ``faults`` run in the job
+before the script: most wrap the training step, since that is the clock of everything.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from tests.conftest import TINY
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["runners.diffusion", "train_ddp", "generate", "tests.faults.jobs"])
+HARD = ["--model.dropout", "0.1", "--input_perturbation", "0.1", "--num_consecutive_steps", "2", "--lamda", "1",
+        "--optim.lr_schedule", "cosine", "--optim.warmup_steps", "3", "--training.sample_num", "0"]
+EVERY_TWO = ["--training.snapshot_unit", "steps", "--training.snapshot_freq", "2"]
+
+
+class Job:
+    """``script.main(argv)`` in a process of its own; what it prints is in ``log``."""
+
+    def __init__(self, script: str, argv: list[str], log: Path, faults=(), env: dict | None = None):
+        self.log = log
+        self.process = SERVER.Process(target=_run, args=(script, argv, str(log), tuple(faults), env or {}))
+        self.process.start()
+
+    def wait(self, seconds: float = 60) -> int:
+        """The exit code; negative after a signal."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s: {self.text}")
+        return self.process.exitcode
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def _run(script, argv, log, faults, env):
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(env)
+    torch.set_num_threads(1)                         # no busy waiting for a core that another job has
+    for fault in faults:
+        fault()
+    raise SystemExit(import_module(script).main(argv))
+
+
+def train(exp: Path, *flags, faults=(), env=None, log=None) -> Job:
+    exp.mkdir(exist_ok=True)
+    return Job("train_ddp", [*TINY, *HARD, "--exp", str(exp), *flags], log or exp / "log.txt", faults, env)
+
+
+def train_ranks(exp: Path, world: int, *flags, faults: dict | None = None) -> list[Job]:
+    """One job for each rank, as srun or torchrun would start them; ``faults`` by rank. One rank: no process group."""
+    if world == 1:
+        return [train(exp, *flags, faults=(faults or {}).get(0, ()))]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
+    return [train(exp, *flags, faults=(faults or {}).get(rank, ()), log=exp / f"log{rank}.txt",
+                  env=address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+
+
+# ---------------------------------------------------------------------------------------------------------- faults
+
+def after_step(number: int, action) -> None:
+    """Call ``action()`` when step ``number`` (from 1) is done."""
+    from runners.diffusion import Diffusion
+
+    original = Diffusion.train_step
+
+    def train_step(self, network, state, batches, plan, step, monitor):
+        original(self, network, state, batches, plan, step, monitor)
+        if step + 1 == number:
+            action()
+
+    Diffusion.train_step = train_step
+
+
+def send(*signals: int) -> None:
+    for signum in signals:
+        os.kill(os.getpid(), signum)
+
+
+def killed_after(step: int) -> list:
+    return [partial(after_step, step, partial(send, signal.SIGKILL))]
+
+
+def signalled_after(step: int, *signals: int) -> list:
+    return [partial(after_step, step, partial(send, *signals))]
+
+
+def limit_files(size: int) -> None:
+    """No file may grow beyond ``size`` bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def full_disk(first: int, last: int | None = None) -> list:
+    """The disk is full from step ``first`` on, until ``last``."""
+    free = [partial(after_step, last, partial(limit_files, resource.RLIM_INFINITY))] if last else []
+    return [partial(after_step, first, partial(limit_files, 2000)), *free]
+
+
+def hold_after(step: int, reached, released) -> list:
+    """Stop in step ``step`` until the event ``released`` is set."""
+    return [partial(after_step, step, partial(_hold, reached, released))]
+
+
+def _hold(reached, released) -> None:
+    reached.set()
+    released.wait(60)
+
+
+# --------------------------------------------------------------------------------------------------------- results
+
+def state(exp: Path) -> dict:
+    return torch.load(exp / "logs" / "digits" / "ckpt.pth", weights_only=True)
+
+
+def metrics(exp: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (exp / "logs" / "digits" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+
+
+def same(a, b) -> bool:
+    """Bit for bit, in nested containers."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def files(folder: Path) -> dict:
+    """What lies below a folder: content of each file, None for folders."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}

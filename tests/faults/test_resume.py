@@ -1,0 +1,68 @@
+"""Killed at any step, a run goes on as if nothing had been: weights, moments and logged losses bit for bit."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from tests.faults import jobs
+
+STEPS = ["--training.max_steps", "8", *jobs.EVERY_TWO]
+
+
+def finish(running):
+    codes = [job.wait() for job in running]
+    assert codes == [0] * len(running), [job.text for job in running]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("flags", [["--amp", "off"], ["--amp", "bf16", "--training.micro_batch_size", "4"]],
+                         ids=["fp32", "bf16-accumulation"])
+def test_sigkill_at_a_random_step(tmp_path, world, flags):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    undisturbed = jobs.train_ranks(whole, world, *flags, *STEPS)
+    step, victim = random.randrange(3, 8), random.randrange(world)
+    running = jobs.train_ranks(broken, world, *flags, *STEPS, faults={victim: jobs.killed_after(step)})
+    assert running[victim].wait() == -signal.SIGKILL, running[victim].text
+    died = time.monotonic()
+    assert all(job.wait(60) for job in running), "every rank fails"
+    assert time.monotonic() - died < 60
+    finish(jobs.train_ranks(broken, world, *flags, *STEPS, "--resume_training"))
+    finish(undisturbed)
+    where = f"rank {victim} killed after step {step}"
+    assert jobs.same(jobs.state(whole), jobs.state(broken)), where
+    assert jobs.metrics(whole) == jobs.metrics(broken), where
+    assert not list(broken.rglob(".*.tmp")), "leftovers of the killed process are removed"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_second_ends_at_once(tmp_path, signum):
+    whole, broken, impatient = tmp_path / "whole", tmp_path / "broken", tmp_path / "impatient"
+    undisturbed = jobs.train(whole, *STEPS)
+    stopped = jobs.train(broken, *STEPS, faults=jobs.signalled_after(5, signum))
+    twice = jobs.train(impatient, *STEPS, faults=jobs.signalled_after(1, signum, signum))
+    assert stopped.wait() == 128 + signum, stopped.text
+    assert f"signal {int(signum)} after step 5; saved" in stopped.text and "Traceback" not in stopped.text
+    assert jobs.state(broken)["step"] == 5
+    assert twice.wait() == 128 + signum and not (impatient / "logs" / "digits" / "ckpt.pth").exists()
+    finish([jobs.train(broken, *STEPS, "--resume_training"), undisturbed])
+    assert jobs.same(jobs.state(whole), jobs.state(broken)) and jobs.metrics(whole) == jobs.metrics(broken)
+
+
+def test_checkpoint_minutes_bound_the_loss(tmp_path):
+    """A limit of no time at all: ckpt.pth follows every step, without snapshots."""
+    often = ["--training.max_steps", "6", "--training.checkpoint_minutes", "1e-9"]
+    job = jobs.train(tmp_path, *often, faults=jobs.killed_after(5))
+    assert job.wait() == -signal.SIGKILL
+    assert jobs.state(tmp_path)["step"] >= 3                  # of 4 steps saved, the last may have been under way
+    assert not (tmp_path / "logs" / "digits" / "ckpt_0.pth").exists()
+
+
+def test_the_learning_rate_of_a_resumed_run_is_the_one_given(tmp_path):
+    finish([jobs.train(tmp_path, "--max_steps", "2")])
+    finish([jobs.train(tmp_path, "--max_steps", "3", "--resume_training", "--optim.lr", "3e-5")])
+    finish([jobs.train(tmp_path, "--max_steps", "4", "--resume_training", "--optim.lr_schedule", "constant")])
+    assert [line["lr"] for line in jobs.metrics(tmp_path)][2:] == pytest.approx([3e-5, 1e-3], rel=1e-6)
+    other = jobs.train(tmp_path, "--resume_training", "--optim.optimizer", "SGD")
+    assert other.wait() == 2 and "optim.optimizer is Adam there, SGD here" in other.text
