@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from utils.errors import UserError
@@ -142,7 +143,8 @@ def guarded(script: str, job: Callable, is_told: Callable = lambda error: False)
 
 
 def _complain(script: str, problem) -> None:
-    print(f"{Path(script).name}: {' '.join(str(problem).splitlines())}", file=sys.stderr)
+    with suppress(OSError):                        # standard error may lie on the full disk, too
+        print(f"{Path(script).name}: {' '.join(str(problem).splitlines())}", file=sys.stderr)
 
 
 def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: Callable, work: Callable) -> int:

@@ -10,7 +10,8 @@ import os
 import resource
 import signal
 import socket
-from functools import partial
+import time
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -26,12 +27,13 @@ EVERY_TWO = ["--training.snapshot_unit", "steps", "--training.snapshot_freq", "2
 
 
 class Job:
-    """``script.main(argv)`` in a process of its own; what it prints is in ``log``."""
+    """``script.main(argv)`` in a process of its own."""
 
-    def __init__(self, script: str, argv: list[str], log: Path, faults=(), env: dict | None = None):
-        self.log = log
-        self.process = SERVER.Process(target=_run, args=(script, argv, str(log), tuple(faults), env or {}))
+    def __init__(self, script: str, argv: list[str], faults=(), env: dict | None = None):
+        self._printed, there = SERVER.Pipe(duplex=False)
+        self.process = SERVER.Process(target=_run, args=(script, argv, there, tuple(faults), env or {}))
         self.process.start()
+        there.close()
 
     def wait(self, seconds: float = 60) -> int:
         """The exit code; negative after a signal."""
@@ -41,15 +43,16 @@ class Job:
             raise AssertionError(f"still running after {seconds} s: {self.text}")
         return self.process.exitcode
 
-    @property
+    @cached_property
     def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        """What it printed; ask when it has ended."""
+        with open(os.dup(self._printed.fileno()), errors="replace") as file:
+            return file.read()
 
 
-def _run(script, argv, log, faults, env):
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _run(script, argv, output, faults, env):
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
     os.environ.update(env)
     torch.set_num_threads(1)                         # no busy waiting for a core that another job has
     for fault in faults:
@@ -57,9 +60,9 @@ def _run(script, argv, log, faults, env):
     raise SystemExit(import_module(script).main(argv))
 
 
-def train(exp: Path, *flags, faults=(), env=None, log=None) -> Job:
+def train(exp: Path, *flags, faults=(), env=None) -> Job:
     exp.mkdir(exist_ok=True)
-    return Job("train_ddp", [*TINY, *HARD, "--exp", str(exp), *flags], log or exp / "log.txt", faults, env)
+    return Job("train_ddp", [*TINY, *HARD, "--exp", str(exp), *flags], faults, env)
 
 
 def train_ranks(exp: Path, world: int, *flags, faults: dict | None = None) -> list[Job]:
@@ -69,7 +72,7 @@ def train_ranks(exp: Path, world: int, *flags, faults: dict | None = None) -> li
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
-    return [train(exp, *flags, faults=(faults or {}).get(rank, ()), log=exp / f"log{rank}.txt",
+    return [train(exp, *flags, faults=(faults or {}).get(rank, ()),
                   env=address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
 
 
@@ -147,3 +150,22 @@ def same(a, b) -> bool:
 def files(folder: Path) -> dict:
     """What lies below a folder: content of each file, None for folders."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    """For what another process does and cannot tell: its files and its death."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing happened within {seconds} s"
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that ``pid`` has started, such as the ranks of a launcher."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def alive(pid: int) -> bool:
+    path = Path(f"/proc/{pid}/stat")
+    return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"

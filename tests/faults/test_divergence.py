@@ -1,0 +1,85 @@
+"""Not-a-number in the loss, in a gradient, in the data, on one rank only: skipped, counted, stopped; never saved."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from tests.faults import jobs
+
+
+def poison(where: str, steps: list[int]) -> None:
+    """Make the training steps ``steps`` (from 1) not finite."""
+    from runners import diffusion
+
+    original, current = diffusion.Diffusion.train_step, [0]
+
+    def train_step(self, network, state, batches, plan, step, monitor):
+        current[0] = step + 1
+        if where == "gradient" and step == 0:
+            state.parameters[3].register_hook(lambda g: g * math.inf if current[0] in steps else g)
+        original(self, network, state, batches, plan, step, monitor)
+
+    diffusion.Diffusion.train_step = train_step
+    if where == "loss":
+        loss = diffusion.sequence_aware_loss
+        diffusion.sequence_aware_loss = lambda *args, **kwargs: (
+            terms := loss(*args, **kwargs))._replace(total=terms.total * (math.nan if current[0] in steps else 1))
+    if where == "data":
+        prepare = diffusion.to_model_range
+        diffusion.to_model_range = lambda images, *rest: prepare(images, *rest) * (
+            math.nan if current[0] in steps else 1)
+
+
+def finite(exp) -> bool:
+    state = jobs.state(exp)
+    moments = [slot for slots in state["optimizer"]["state"].values() for slot in slots.values()]
+    return all(torch.isfinite(t).all() for t in [*state["model"].values(), *state["ema"].values(), *moments])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "data"])
+def test_isolated_bad_steps_are_skipped_and_many_in_a_row_end_the_run(tmp_path, where):
+    flags = ["--training.max_bad_steps", "3", *jobs.EVERY_TWO, "--verbose", "warning"]
+    some = jobs.train(tmp_path / "some", "--training.max_steps", "8", *flags,
+                      faults=[partial(poison, where, [1, 3, 4, 6])])
+    many = jobs.train(tmp_path / "many", "--training.max_steps", "12", *flags,
+                      faults=[partial(poison, where, [4, *range(6, 13)])])
+    assert some.wait() == 0, some.text
+    assert finite(tmp_path / "some") and jobs.state(tmp_path / "some")["step"] == 8
+    assert [line["skipped_steps"] for line in jobs.metrics(tmp_path / "some")] == [1, 0, 1, 1, 0, 1, 0, 0]
+    assert many.wait() == 4 and "Traceback" not in many.text, many.text
+    assert "3 steps in a row" in many.text and "training.max_bad_steps 3" in many.text
+    assert finite(tmp_path / "many") and jobs.state(tmp_path / "many")["step"] <= 8
+
+
+def test_one_bad_rank_stops_all_with_4(tmp_path):
+    """Gradients are averaged, so every rank skips the same steps."""
+    flags = ["--training.max_steps", "8", "--training.max_bad_steps", "2", *jobs.EVERY_TWO]
+    ranks = jobs.train_ranks(tmp_path, 2, *flags, faults={1: [partial(poison, "loss", [2, 5, 6, 7])]})
+    assert [job.wait() for job in ranks] == [4, 4], [job.text for job in ranks]
+    assert "2 steps in a row" in ranks[0].text and ranks[1].text == ""
+    assert [line["skipped_steps"] for line in jobs.metrics(tmp_path)] == [0, 1, 0, 0, 1, 1]
+    assert finite(tmp_path) and jobs.state(tmp_path)["step"] == 4
+
+
+def overflow() -> None:
+    """Weights that leave float32 although every gradient was finite."""
+    from runners.state import TrainingState
+
+    original = TrainingState.update
+
+    def update(self):
+        result = original(self)
+        with torch.no_grad():
+            self.parameters[0].mul_(math.inf)
+        return result
+
+    TrainingState.update = update
+
+
+def test_nothing_that_is_not_finite_is_saved(tmp_path):
+    ranks = jobs.train_ranks(tmp_path, 2, "--training.max_steps", "1", faults={0: [overflow], 1: [overflow]})
+    assert [job.wait() for job in ranks] == [4, 4], [job.text for job in ranks]
+    assert "is not finite at step 1; nothing is saved" in ranks[0].text and ranks[1].text == ""
+    assert not list((tmp_path / "logs" / "digits").glob("*.pth"))
