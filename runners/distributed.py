@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import UserError
 
@@ -103,14 +104,25 @@ def process_group(world: World | None, device: torch.device, address: str | None
         init_method = f"tcp://{master_address(os.environ, address)}:{port or DEFAULT_PORT}"
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, init_method=init_method, rank=world.rank, world_size=world.size,
-                                timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        store, _, _ = next(rendezvous(init_method, world.rank, world.size, timeout=timeout))
+        dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=world.rank,
+                                world_size=world.size, timeout=timeout)
     except dist.DistError as error:
         raise UserError(f"rank {world.rank} cannot meet the others through {init_method}: {error}") from None
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """Restarted ranks must not find the addresses of the dead ones, which the agent's store still holds.
+
+    Only on one node: agents of several count their restarts each on its own.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}"
 
 
 def _processes_on_this_node(world: World) -> int:

@@ -39,7 +39,8 @@ class Job:
         """The exit code; negative after a signal."""
         self.process.join(seconds)
         if self.process.exitcode is None:
-            self.process.kill()
+            for pid in [*children(self.process.pid), self.process.pid]:
+                os.kill(pid, signal.SIGKILL)
             raise AssertionError(f"still running after {seconds} s: {self.text}")
         return self.process.exitcode
 

@@ -1,0 +1,54 @@
+"""A lost rank under our launcher, which starts real ranks: brought back, or the end of the job within a minute."""
+
+import os
+import signal
+import time
+
+from tests.faults import jobs
+
+STEPS = ["--training.max_steps", "40", "--training.snapshot_unit", "steps", "--training.snapshot_freq", "4"]
+TWO = ["--num_process_per_node", "2"]
+
+
+def kill_a_rank(job, exp) -> list[int]:
+    """SIGKILL the second rank once there is a checkpoint. Returns all ranks."""
+    jobs.wait_until(lambda: (exp / "logs" / "digits" / "ckpt.pth").exists())
+    ranks = jobs.children(job.process.pid)
+    assert len(ranks) == 2, ranks
+    os.kill(ranks[1], signal.SIGKILL)
+    return ranks
+
+
+def test_a_killed_rank_is_brought_back_and_changes_nothing(tmp_path):
+    """Started with --overwrite over an older run, which the second start must not take away again."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert jobs.train(broken, "--max_steps", "1").wait() == 0
+    job = jobs.train(broken, *STEPS, *TWO, "--max_restarts", "1", "--overwrite", "--verbose", "info",
+                     env={"OMP_NUM_THREADS": "1"})
+    jobs.wait_until(lambda: list((broken / "logs").glob("digits.bak-*")))
+    kill_a_rank(job, broken)
+    undisturbed = jobs.train_ranks(whole, 2, *STEPS)
+    assert [rank.wait() for rank in undisturbed] == [0, 0]
+    assert job.wait() == 0, job.text
+    assert "resumed from" in job.text and len(list((broken / "logs").glob("digits.bak-*"))) == 1
+    assert jobs.same(jobs.state(whole), jobs.state(broken))
+    assert jobs.metrics(whole) == jobs.metrics(broken)
+
+
+def test_without_restarts_the_job_ends_soon_and_leaves_nobody(tmp_path):
+    job = jobs.train(tmp_path, *STEPS, *TWO, "--training.max_steps", "100000", env={"OMP_NUM_THREADS": "1"})
+    ranks = kill_a_rank(job, tmp_path)
+    died = time.monotonic()
+    assert job.wait(60) > 0, job.text
+    assert time.monotonic() - died < 60
+    assert not any(jobs.alive(pid) for pid in ranks)
+
+
+def test_two_jobs_of_two_ranks_share_a_machine_and_a_data_set(tmp_path):
+    """Default ports, nothing packed yet."""
+    (tmp_path / "a").mkdir()
+    pair = [jobs.train(tmp_path / "a", "--doc", doc, *TWO, "--max_steps", "2", "--verbose", "info",
+                       env={"OMP_NUM_THREADS": "1"}) for doc in ("first", "second")]
+    assert [job.wait(120) for job in pair] == [0, 0], [job.text for job in pair]
+    assert sum(job.text.count("packed 1797 images") for job in pair) <= 1          # other ranks than 0 log errors only
+    assert len(list((tmp_path / "a" / "datasets" / ".packed").glob("*.npy"))) == 1
