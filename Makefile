@@ -8,7 +8,7 @@ EXP ?= exp
 STEPS ?= 100000
 IMAGES ?= 500
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint clean soak
 
 install: .venv/installed
 
@@ -27,6 +27,9 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+soak: install
+	$(BIN)/python -m benchmarks.soak --minutes 10
 
 clean:
 	rm -rf .venv

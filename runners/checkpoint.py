@@ -29,6 +29,7 @@ class RunFolder:
         self.path = Path(path)
         self.datasets = Path(datasets)           # where the data sets of its training lie
         self.comment = comment                   # for the log
+        self._loaded = None                      # what ``prepare`` has read for ``load_newest``
 
     @property
     def config(self) -> Path:
@@ -76,7 +77,8 @@ class RunFolder:
             backup = self.path.with_name(f"{self.path.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(self.path, backup)
             log.info("%s moved to %s", self.path, backup)
-        if resume and not self.full_states():
+        self._loaded = self.load_newest() if resume else None      # before anything is changed
+        if resume and not self._loaded:
             log.info("%s holds no checkpoint yet: starting fresh", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
@@ -102,6 +104,9 @@ class RunFolder:
         Raises:
             DataError: There are checkpoints, and none can be read.
         """
+        if self._loaded:
+            found, self._loaded = self._loaded, None
+            return found
         states = self.full_states()
         for path in states:
             try:

@@ -34,6 +34,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse flags; ``--section.key value`` pairs end up in ``args.overrides`` as "section.key=value"."""
+        if any("\0" in word for word in argv):
+            raise UserError("an argument holds a null byte")
         argv, overrides = split_overrides(argv)
         args, unknown = self.parse_known_args(argv)
         if unknown:
