@@ -52,7 +52,7 @@ def test_the_documentation_shows_this_list():
 
 # ------------------------------------------------------------------------------------------------------- hypothesis
 
-SCRIPTS = {"train_ddp": "configure", "generate": "Job", "fid": "check", "dataset_tool": None, "diagnose": "check"}
+SCRIPTS = {"train_ddp": "configure", "generate": "check", "fid": "check", "dataset_tool": None, "diagnose": "check"}
 COMMANDS = {"fid": ["ref", "calc", "compare"], "dataset_tool": ["convert", "verify", "info"],
             "diagnose": ["eps-norm", "exposure", "gap", "fit-eps-scaler"]}
 FLAGS = ["--config", "--doc", "--exp", "--num_consecutive_steps", "--lamda", "--input_perturbation", "--seed", "--amp",

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, whatever ends their writer; a full disk costs no run; what retention deletes."""
 
+import logging
 import os
 import random
 import signal
@@ -89,6 +90,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_and_is_told_at_the_end(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
     writer = CheckpointWriter(RunFolder(tmp_path), None, None, [])
     writer.save(make_state(1, size=10))
     writer._wait()
@@ -117,7 +119,7 @@ def test_retention(tmp_path, keep_last, keep_every, best_at, kept):
     for epochs in (range(1, 6), range(6, 10)):                 # the second job continues the list of the first
         writer = CheckpointWriter(RunFolder(tmp_path), keep_last, keep_every, snapshots)
         for epoch in epochs:
-            best = {"fid": 1.0, "epoch": best_at if best_at and epoch >= best_at else 1} if best_at else None
+            best = {"fid": 1.0, "snapshot": best_at if best_at and epoch >= best_at else 1} if best_at else None
             writer.save(make_state(epoch, best, size=10), epoch)
         writer.close()
         snapshots = torch.load(tmp_path / "ckpt.pth", weights_only=True)["snapshots"]
@@ -128,6 +130,7 @@ def test_retention(tmp_path, keep_last, keep_every, best_at, kept):
 
 
 def test_the_newest_whole_state_is_used_and_the_broken_ones_are_named(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     run, writer = RunFolder(tmp_path), CheckpointWriter(RunFolder(tmp_path), None, None, [])
     for epoch in (1, 2, 3):
         writer.save(make_state(epoch, size=10), epoch)

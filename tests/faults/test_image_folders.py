@@ -35,7 +35,7 @@ def test_a_foreign_picture_under_a_right_name_is_refused(run, tmp_path, capsys, 
     else:
         Image.fromarray(np.zeros((9, 9) if content == "another size" else (8, 8, 3), np.uint8)).save(image)
     assert run("--num_samples", "2") == 3
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate.py: ")]       # not the bar
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate.py: ")]
     assert len(told) == 1 and "000001.png" in told[0] and "it will be made again" in told[0]
     image.unlink()
     assert run("--num_samples", "2") == 0
