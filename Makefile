@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXP ?= exp
-STEPS ?= 100000
+TRAIN ?=
 IMAGES ?= 500
 
 .PHONY: install quickstart test lint clean soak
@@ -14,13 +14,13 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml .ci/requirements.py
 	$(PYTHON) -m venv .venv
-	$(PYTHON) .ci/requirements.py dev offline > .venv/requirements.txt
+	$(BIN)/python .ci/requirements.py dev offline > .venv/requirements.txt
 	$(BIN)/pip install --disable-pip-version-check -r .venv/requirements.txt
 	touch $@
 
 quickstart: install
-	$(BIN)/python train_ddp.py --config digits.yml --exp $(EXP) --max_steps $(STEPS) --resume_training
-	$(BIN)/python generate.py --config digits.yml --exp $(EXP) --num_samples $(IMAGES) --timesteps 50 --fid_stats auto
+	$(BIN)/python train_ddp.py --config digits.yml --exp $(EXP) --resume_training $(TRAIN)
+	$(BIN)/python generate.py --config digits.yml --exp $(EXP) --num_samples $(IMAGES) --timesteps 50 --eta 1 --fid_stats auto
 
 lint: install
 	$(BIN)/ruff check .

@@ -172,10 +172,14 @@ def tabulate(args, device):
 
 
 CHECKS = {"ref": check_ref, "calc": check_calc, "compare": check_compare}
-COMMANDS = {"ref": make, "calc": measure, "compare": tabulate}
+COMMANDS = {"ref": make, "calc": measure}
 
 
 def work(args, device):
+    from runners.distributed import on_rank_zero
+
+    if args.command == "compare":                        # nothing to share among ranks
+        return on_rank_zero(lambda: tabulate(args, device))
     return COMMANDS[args.command](args, device)
 
 

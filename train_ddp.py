@@ -51,7 +51,7 @@ def configure(args):
 
 def check(args):
     """Everything that can be refused before a process starts or a file is touched."""
-    from datasets import find_dataset
+    from datasets import check_held_out, find_dataset
     from runners.dry_run import check_training
     from utils.errors import UserError
 
@@ -62,6 +62,12 @@ def check(args):
     if not args.dry_run:
         run.check(config, **mode(args))
         find_dataset(config, run.datasets, download=True)
+        if config.training.validation_freq:
+            check_held_out(config, run.datasets)
+        if config.training.fid_freq:
+            from runners.references import find_reference
+
+            find_reference(config, config_name=args.config)
 
 
 def mode(args) -> dict:

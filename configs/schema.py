@@ -179,6 +179,8 @@ class Training(Section):
     """Seed of weights, data order and noise."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Autocast of the network; auto: on CUDA bf16 where the GPU has it, else fp16; on CPU off."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time, the same gradients."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the network; auto: on CUDA for runs of 2,000 steps or more."""
 

@@ -10,7 +10,7 @@ from datasets.source import Images, Subset, held_out
 from datasets.specs import DATASETS, DatasetSpec
 from utils.errors import DataError, UserError, choose
 
-__all__ = ["DATASETS", "DEFAULT_ROOT", "DatasetSpec", "build_dataset", "find_dataset", "open_dataset"]
+__all__ = ["DATASETS", "DEFAULT_ROOT", "DatasetSpec", "build_dataset", "check_held_out", "find_dataset", "open_dataset"]
 
 DEFAULT_ROOT = "exp/datasets"
 SPLITS = {"train": "", "test": "-test"}
@@ -73,9 +73,18 @@ def open_dataset(config, root=None, split: str = "train") -> Images:
     elif fraction:
         source = Subset(source, partial(held_out, fraction, split))
     elif split == "test":
-        raise DataError(f"{data.dataset} has no official test images; set data.validation_fraction to hold some out")
+        check_held_out(config, root)
     return Images(data.dataset.lower() + SPLITS[split], source, spec.transform, data.shape,
                   (str(folder), data.category, split, fraction))
+
+
+def check_held_out(config, root=None) -> None:
+    """DataError if the configuration has no split ``test``, or its files are not there."""
+    spec = choose(DATASETS, config.data.dataset, "data.dataset")
+    if not (spec.official_split or spec.held_out or config.data.validation_fraction):
+        raise DataError(f"{config.data.dataset} has no official test images; set data.validation_fraction to hold some "
+                        "out")
+    find_dataset(config, root, "test")
 
 
 def build_dataset(config, root=None, split: str = "train"):

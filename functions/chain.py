@@ -9,7 +9,7 @@ Notation, for a step from i to the next lower j of the list (the last j is -1, a
 """
 
 from collections.abc import Iterator, Sequence
-from math import sqrt
+from math import inf, sqrt
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def chain(schedule, timesteps: Sequence[int], eps_scaler) -> Iterator[tuple[int,
         raise ValueError(f"timesteps must lie in [0, {schedule.num_timesteps}), given {steps[0]} to {steps[-1]}")
     slope, constant = linear_scaler(eps_scaler)
     scales = [slope * i + constant for i in range(len(steps))]
-    if min(scales) <= 0:
+    if not all(0 < scale < inf for scale in scales):
         raise ValueError(f"eps_scaler {eps_scaler} gives a divisor of {min(scales)}; it must stay above 0")
     lower = [-1, *steps]
     for i in reversed(range(len(steps))):

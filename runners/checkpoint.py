@@ -43,6 +43,10 @@ class RunFolder:
         """Checkpoints to resume from, newest first: ckpt.pth, then by falling epoch."""
         return [p for p in [self.path / "ckpt.pth"] if p.exists()] + _by_epoch(self.path, r"ckpt_(\d+)\.pth")
 
+    def averages(self) -> list[Path]:
+        """model_{epoch}_ema.pth by falling epoch."""
+        return _by_epoch(self.path, r"model_(\d+)_ema\.pth")
+
     def weights(self, ckpt_id: int | None = None, ema: bool = True) -> Path:
         """The file to sample from.
 
@@ -53,14 +57,12 @@ class RunFolder:
         Raises:
             UserError: There is none; lists the epochs that exist.
         """
-        averages = _by_epoch(self.path, r"model_(\d+)_ema\.pth") if ema else []
-        candidates = [*self.full_states(), *averages]
+        candidates = [*(self.averages() if ema else []), *self.full_states()]
         if ckpt_id is not None:
-            candidates = [p for p in [*averages, *self.full_states()] if re.search(rf"_{ckpt_id}(_ema)?\.pth$", p.name)]
+            candidates = [p for p in candidates if _epoch(p) == ckpt_id]
         if candidates:
-            return candidates[0]
-        known = sorted({int(n) for p in [*self.full_states(), *_by_epoch(self.path, r"model_(\d+)_ema\.pth")]
-                        for n in re.findall(r"\d+", p.name)})
+            return max(candidates, key=_epoch)               # the first of equals; ckpt.pth is newer than all
+        known = sorted({_epoch(p) for p in [*self.full_states(), *self.averages()] if p.name != "ckpt.pth"})
         wanted = "no checkpoint" if ckpt_id is None else f"no checkpoint {ckpt_id}"
         raise UserError(f"{wanted} in {self.path}; " + (f"there are: {', '.join(map(str, known))}" if known else
                         "train first, or name a file with --weights"))
@@ -73,7 +75,7 @@ class RunFolder:
                 the data or the process.
         """
         self.check(config, resume=resume, overwrite=overwrite)
-        if self.full_states() and overwrite:
+        if overwrite and (self.full_states() or self.averages()):
             backup = self.path.with_name(f"{self.path.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(self.path, backup)
             log.info("%s moved to %s", self.path, backup)
@@ -88,15 +90,17 @@ class RunFolder:
         """The refusals of ``prepare``, without changing anything."""
         if resume and overwrite:
             raise UserError("--resume_training and --overwrite exclude each other")
-        if self.full_states() and not (resume or overwrite):
+        if (self.full_states() or self.averages()) and not (resume or overwrite):
             raise UserError(f"{self.path} already holds checkpoints; continue with --resume_training, "
                             "or start anew with --overwrite (the old folder is kept under another name)")
+        if resume and self.averages() and not self.full_states():
+            raise UserError(f"{self.path} holds weights but no full state to resume from; start another --doc with "
+                            f"--init_from {self.averages()[0]}")
         if resume and self.full_states() and self.config.exists():
             stored = load_config(self.config)
-            refuse_differences(stored, config, self.config)
-            if stored.optim.optimizer != config.optim.optimizer:
-                raise UserError(f"{self.config} contradicts the given configuration: optim.optimizer is "
-                                f"{stored.optim.optimizer} there, {config.optim.optimizer} here; choose one")
+            refuse_differences(stored, config, self.config, DECIDE_A_RUN)
+            for line in differences(stored, config, {"training": None, "optim": None}):
+                log.warning("resuming with another setting: %s", line)
 
     def load_newest(self) -> tuple[dict, Path] | None:
         """The newest full state that is whole; broken ones are named in a warning and passed over.
@@ -112,7 +116,8 @@ class RunFolder:
             try:
                 state = load_torch(path)
                 if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION or "step" not in state:
-                    raise DataError(f"{path}: not a full state of this program; use --init_from for foreign weights")
+                    raise UserError(f"{path} is not a full state of this program; start another --doc with "
+                                    f"--init_from {path}")
                 return state, path
             except DataError as error:
                 log.warning("%s; trying the one before", error)
@@ -163,14 +168,14 @@ class CheckpointWriter:
 
     def _write(self, state: dict, epoch: int | None) -> None:
         try:
-            path = self.run.path / ("ckpt.pth" if epoch is None else f"ckpt_{epoch}.pth")
+            path = self.run.path / "ckpt.pth"
             atomic_write(path, lambda file: torch.save(state, file))
             if epoch is not None:
+                with atomic_path(self.run.path / f"ckpt_{epoch}.pth") as temporary:
+                    shutil.copyfile(path, temporary)
                 if state["ema"] is not None:
                     average = self.run.path / f"model_{epoch}_ema.pth"
                     atomic_write(average, lambda file: torch.save(state["ema"], file))
-                with atomic_path(self.run.path / "ckpt.pth") as temporary:
-                    shutil.copyfile(path, temporary)
                 self._remove_old(state["best_fid"])
             self.failure = None
             log.info("saved %s at step %d", path, state["step"])
@@ -182,7 +187,7 @@ class CheckpointWriter:
         if self.keep_last is None:
             return
         for epoch in self.snapshots[:-self.keep_last]:
-            if epoch != (best and best["epoch"]) and not (self.keep_every and epoch % self.keep_every == 0):
+            if epoch != (best and best["snapshot"]) and not (self.keep_every and epoch % self.keep_every == 0):
                 self.snapshots.remove(epoch)
                 for name in (f"ckpt_{epoch}.pth", f"model_{epoch}_ema.pth"):
                     (self.run.path / name).unlink(missing_ok=True)
@@ -208,23 +213,39 @@ def refuse_non_finite(state: dict) -> None:
                                     "checkpoint is kept. Lower optim.lr, or set optim.grad_clip")
 
 
-def refuse_differences(stored: Config, given: Config, where: Path, sections=("data", "model", "diffusion")) -> None:
-    """UserError that lists the keys in which two configurations describe different networks, data or processes."""
-    different = [f"{section}.{key} is {old!r} there, {new!r} here" for section in sections
-                 for key, old in getattr(stored, section)
-                 if old != (new := getattr(getattr(given, section), key)) and (section, key) not in HARMLESS]
-    if different:
-        raise UserError(f"{where} contradicts the given configuration: {'; '.join(different)}")
+# What makes two configurations the same network on the same images; None: every key of the section counts.
+# How data are found, fed and mirrored, and how the average is made, may change between training and use.
+DECIDE_IMAGES = {
+    "data": ("dataset", "image_size", "channels", "category", "rescaled", "logit_transform", "uniform_dequantization",
+             "gaussian_dequantization"),
+    "model": ("arch", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions",
+              "resamp_with_conv"),
+    "diffusion": None,
+}
+# What a run keeps when it is resumed.
+DECIDE_A_RUN = {**DECIDE_IMAGES, "loss": None, "optim": ("optimizer", "amsgrad")}
 
 
-# How data are found and fed, and how the average is made, may change between training and use.
-HARMLESS = {("data", "root"), ("data", "num_workers"), ("data", "cache"), ("data", "skip_bad"),
-            ("data", "validation_fraction"), ("data", "random_flip"), ("model", "dropout"), ("model", "ema"),
-            ("model", "ema_rate"), ("model", "ema_warmup"), ("model", "var_type")}
+def differences(stored: Config, given: Config, sections: dict) -> list[str]:
+    return [f"{section}.{key} is {old!r} there, {new!r} here" for section, keys in sections.items()
+            for key, old in getattr(stored, section)
+            if (keys is None or key in keys) and old != (new := getattr(getattr(given, section), key))]
+
+
+def refuse_differences(stored: Config, given: Config, where: Path, sections: dict = DECIDE_IMAGES) -> None:
+    """UserError that lists the keys in which two configurations contradict each other."""
+    found = differences(stored, given, sections)
+    if found:
+        raise UserError(f"{where} contradicts the given configuration: {'; '.join(found)}")
+
+
+def _epoch(path: Path) -> float:
+    """The number in a checkpoint's name; infinite for ckpt.pth."""
+    number = re.search(r"\d+", path.name)
+    return int(number[0]) if number else float("inf")
 
 
 def _by_epoch(folder: Path, pattern: str) -> list[Path]:
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), p) for p in folder.iterdir() if (match := re.fullmatch(pattern, p.name))]
-    return [p for _, p in sorted(found, reverse=True)]
+    return sorted((p for p in folder.iterdir() if re.fullmatch(pattern, p.name)), key=_epoch, reverse=True)

@@ -63,7 +63,7 @@ class Diffusion:
         with seeded(config.training.seed):
             self.model = build_model(config)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.ema = self.weights = self.amp = self._images = None
+        self.ema = self.weights = self.amp = self._images = self._held_out = None
         self.compiled = False
 
     @classmethod
@@ -72,7 +72,7 @@ class Diffusion:
 
         Args:
             folder: exp/logs/DOC, with its config.yml.
-            ckpt_id: Epoch; none: the newest.
+            ckpt_id: Epoch; none: sampling.ckpt_id, else the newest.
             ema: Averaged rather than raw weights.
 
         Raises:
@@ -82,12 +82,14 @@ class Diffusion:
         if not run.config.exists():
             raise UserError(f"{run.config} not found; is {folder} the folder of a run?")
         diffusion = cls(load_config(run.config), device)
-        diffusion.load(run.weights(ckpt_id, ema), ema)
+        default = diffusion.config.sampling.ckpt_id
+        diffusion.load(run.weights(default if ckpt_id is None else ckpt_id, ema), ema)
         return diffusion
 
     def load(self, path: str | Path, ema: bool = True) -> None:
         """Load weights in any format that ``models.load_weights`` knows."""
         self.weights = load_weights(self.model, path, ema=ema)
+        self.ema = None
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -115,7 +117,7 @@ class Diffusion:
             step, best = stored.get("step", 0), stored.get("best_fid")
             writer = CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", []))
             monitor = Monitor(run, plan, self.device, step, stored.get("metric_sums"))
-            held_out = self._held_out(run)
+            self._open_held_out(run)
             fid = PeriodicFid(self.config, self.device) if training.fid_freq else None
             batches = images.batches(plan.index_lists(step))
             event, line, saved_at = 0, {}, time.monotonic()
@@ -126,21 +128,23 @@ class Diffusion:
                     line = monitor.publish(step, state.lr)
                 if step % min(training.log_freq, training.max_bad_steps) == 0 or step == plan.last_step:
                     state.check_divergence(step)
-                if held_out and step % training.validation_freq == 0:
-                    monitor.scalar("validation_loss", self.validation_loss(held_out), step)
-                event = signals.vote(0 < training.checkpoint_minutes * 60 < time.monotonic() - saved_at)
-                snapshot = plan.snapshot_due(step, training)
-                if snapshot and fid and plan.fid_due(step, training):
-                    best = self._measure_fid(fid, plan, step, best, monitor)
-                if snapshot or event:
+                if self._held_out and step % training.validation_freq == 0:
+                    monitor.scalar("validation_loss", self.validation_loss(self._held_out), step)
+                snapshot = plan.snapshot(step, training)
+                if plan.fid_due(step, training):
+                    best = self._measure_fid(fid, snapshot, step, best, monitor)
+                due = 0 < training.checkpoint_minutes * 60 < time.monotonic() - saved_at
+                event = signals.vote(due)
+                if due or snapshot is not None:
+                    saved_at = time.monotonic()
+                if event or snapshot is not None or step == plan.last_step:
                     full = self._full_state(state, plan, step, best, monitor)
                     if distributed.rank() == 0:
-                        writer.save(full, step // plan.steps_per_epoch if snapshot else None)
-                    saved_at = time.monotonic()
-                if snapshot and not event:
-                    self._sample_grid(monitor, step // plan.steps_per_epoch, step)
+                        writer.save(full, snapshot)
+                    if event <= signals.SAVE and (snapshot is not None or step == plan.last_step):
+                        self._sample_grid(monitor, snapshot or step // plan.steps_per_epoch, step)
             monitor.close()
-            writer.close()
+            distributed.on_rank_zero(writer.close)
         if event > signals.SAVE:
             raise Interrupted(event, f"stopped by signal {event} after step {step}; saved, --resume_training continues")
         return TrainResult(step, step // plan.steps_per_epoch, line.get("loss"), run.path / "ckpt.pth")
@@ -157,6 +161,8 @@ class Diffusion:
                    monitor: Monitor) -> None:
         """One optimizer step on this rank's shards of the global batch."""
         loss = self.config.loss
+        if not self.model.training:                  # pictures and validation in between leave it in eval mode
+            self.model.train()
         for shard in plan.shards():
             x0, t, noise, xi = self.draw(next(batches), shard_generator(plan.seed, step, shard, self.device))
             with network.gradient_sync(now=shard == plan.shards()[-1]):
@@ -199,15 +205,18 @@ class Diffusion:
             total += float(sequence_aware_loss(network, self.schedule, x0, t, noise, lamda=0.0).total.sum())
         return total / num
 
-    def _held_out(self, run: RunFolder):
-        wanted = self.config.training.validation_freq and distributed.rank() == 0
-        return open_images(self.config, run.datasets, "test", self.device) if wanted else None
+    def _open_held_out(self, run: RunFolder) -> None:
+        def open_on_rank_zero():
+            self._held_out = open_images(self.config, run.datasets, "test", self.device)
+
+        if self.config.training.validation_freq:
+            distributed.on_rank_zero(open_on_rank_zero)
 
     def _prepare_training(self, plan: Plan) -> tuple[Network, TrainingState]:
         """The network to differentiate, and what a step changes."""
         training = self.config.training
         amp = resolve_amp(training.amp, self.device)
-        self.model.train()
+        self.model.checkpointing = training.activation_checkpointing
         state = TrainingState(self.model, self.config, plan.total_steps, loss_scaling=amp is torch.float16)
         self.ema = state.ema
         compiled = resolve_compile(training.compile, self.device, plan.last_step)
@@ -219,8 +228,14 @@ class Diffusion:
                        accumulate=plan.accumulate), state
 
     def _restore(self, run: RunFolder, state: TrainingState) -> dict:
-        """Continue from the newest full state that is whole; an empty dictionary where there is none."""
+        """Continue from the newest full state that is whole; an empty dictionary where there is none.
+
+        Raises:
+            UserError: The ranks do not see the same run folder.
+        """
         found = run.load_newest()
+        if len(set(distributed.gather_objects(found and found[0]["step"]))) > 1:
+            raise UserError(f"the ranks find different checkpoints in {run.path}; it must lie on a shared file system")
         if found is None:
             return {}
         stored, path = found
@@ -240,16 +255,16 @@ class Diffusion:
         refuse_non_finite(full)
         return full
 
-    def _measure_fid(self, fid: PeriodicFid, plan: Plan, step: int, best: dict | None, monitor: Monitor) -> dict:
+    def _measure_fid(self, fid: PeriodicFid, snapshot: int | None, step: int, best: dict | None,
+                     monitor: Monitor) -> dict:
         """Log the FID; returns the best one so far, whose snapshot is kept."""
-        results, epoch = fid.measure(self), step // plan.steps_per_epoch
-        self.model.train()
+        results = fid.measure(self)
+        if best is None or results["fid"] < best["fid"]:
+            best = {"fid": results["fid"], "snapshot": snapshot, "step": step}
         if distributed.rank() == 0:
             monitor.scalar("fid", results["fid"], step)
-            log.info("%s %.4f at epoch %d; the best so far: %s", results["name"], results["fid"], epoch,
-                     f"{best['fid']:.4f} at epoch {best['epoch']}" if best else "none")
-        if best is None or results["fid"] < best["fid"]:
-            best = {"fid": results["fid"], "epoch": epoch}
+            log.info("%s %.4f; the best so far: %.4f at step %d", results["name"], results["fid"], best["fid"],
+                     best["step"])
         return best
 
     def _sample_grid(self, monitor: Monitor, epoch: int, step: int) -> None:
@@ -258,7 +273,6 @@ class Diffusion:
         if training.sample_num and distributed.rank() == 0:
             batches = self.sample(range(training.sample_num), timesteps=training.sample_timesteps)
             monitor.grid(to_uint8(torch.cat([batch.images for batch in batches])), epoch, step)
-            self.model.train()
 
     # ------------------------------------------------------------------------------------------------------- sampling
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import UserError
+from utils.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
 DEFAULT_PORT = 29500
@@ -27,8 +27,8 @@ SAVING_SECONDS = "600"                               # what ranks get between a 
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),                        # accelerate launch sets the same
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),               # before MPICH, whose names it sets too
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 
 
@@ -76,6 +76,8 @@ def pick_device(name: str, world: World) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda was given, but this machine has no usable CUDA GPU; use --device cpu or auto")
+    if os.environ.get("SLURM_GPUS_PER_TASK") == "1" and torch.cuda.device_count() == 1:
+        return torch.device("cuda", 0)                   # Slurm shows each task its own GPU only
     check_gpus(world.local_rank + 1)
     return torch.device("cuda", world.local_rank)
 
@@ -101,7 +103,8 @@ def process_group(world: World | None, device: torch.device, address: str | None
         init_method = "env://"
         os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     else:
-        init_method = f"tcp://{master_address(os.environ, address)}:{port or DEFAULT_PORT}"
+        port = port or DEFAULT_PORT + int(os.environ.get("SLURM_JOB_ID", 0)) % 1000     # jobs that share a node
+        init_method = f"tcp://{master_address(os.environ, address)}:{port}"
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         timeout = timedelta(minutes=timeout_minutes)
@@ -112,8 +115,11 @@ def process_group(world: World | None, device: torch.device, address: str | None
         raise UserError(f"rank {world.rank} cannot meet the others through {init_method}: {error}") from None
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except UserError as error:
+        if error.on_all_ranks:
+            dist.destroy_process_group()
+        raise                                            # else the others may still wait in a collective: just leave
+    dist.destroy_process_group()
 
 
 def _attempt() -> str:
@@ -163,6 +169,8 @@ def on_rank_zero(function: Callable):
             outcome = (function(), None)
         except UserError as error:
             outcome = (None, error)
+        except OSError as error:
+            outcome = (None, DataError(f"{error.filename or 'a file'}: {error.strerror}"))
     if dist.is_initialized():
         box = [outcome]
         dist.broadcast_object_list(box)
@@ -234,6 +242,10 @@ def launch(script: str, argv: list[str], *, processes: int, nodes: int = 1, node
         raise SignalException(f"got {signum}", signal.Signals(signum))
 
     several = nodes > 1
+    if several and not address:
+        raise UserError(f"--num_proc_node {nodes} needs --master_address, the host of node 0")
+    if several and max_restarts:
+        raise UserError("--max_restarts is for one node; on several, start torchrun with its c10d rendezvous")
     config = LaunchConfig(
         min_nodes=nodes, max_nodes=nodes, nproc_per_node=processes, max_restarts=max_restarts, run_id="sa-ddim",
         rdzv_backend="static" if several else "c10d",

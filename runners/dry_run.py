@@ -29,8 +29,7 @@ def check_training(config: Config, args) -> int:
     processes = world.size if world else args.num_process_per_node * args.num_proc_node
     choose(MODELS, config.model.arch, "model.arch")
     split_batch(config.training, processes)
-    if args.device == "cpu":
-        resolve_amp(config.training.amp, torch.device("cpu"))
+    resolve_amp(config.training.amp, distributed.pick_device(args.device, distributed.World()))
     return processes
 
 
@@ -96,13 +95,17 @@ def _step_memory(diffusion: Diffusion, images: torch.Tensor) -> int:
         return tensor
 
     parameters = {p.untyped_storage().data_ptr() for p in diffusion.model.parameters()}
+
+    def step():
+        sequence_aware_loss(network, diffusion.schedule, x0, t, noise, perturbation_noise=xi,
+                            **dict(config.loss)).total.mean().backward()
+
     if device.type == "cuda":
+        step()                                       # the gradients are there now, and counted elsewhere
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = sequence_aware_loss(network, diffusion.schedule, x0, t, noise, perturbation_noise=xi,
-                                   **dict(config.loss)).total.mean()
-    loss.backward()
+        step()
     diffusion.model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before

@@ -72,11 +72,11 @@ class ImageFolder:
                             f"{min(foreign).name}; choose another --image_folder")
 
 
-def manifest_of(diffusion: Diffusion, settings: dict, amp: str) -> dict:
+def manifest_of(diffusion: Diffusion, settings: dict) -> dict:
     """What determines the images beside the seed, as plain values."""
     config = diffusion.config
     return {
-        "weights": diffusion.weights.fingerprint, "amp": amp,
+        "weights": diffusion.weights.fingerprint, "amp": str(diffusion.amp or "off"),
         "sampler": {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
         "model": config.model.model_dump(mode="json", include={"arch"}),
         "diffusion": config.diffusion.model_dump(mode="json"),

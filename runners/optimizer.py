@@ -13,7 +13,7 @@ OPTIMIZERS = {
     "Adam": lambda params, o: optim.Adam(params, **_adam(o)),
     "AdamW": lambda params, o: optim.AdamW(params, **_adam(o)),
     "RMSProp": lambda params, o: optim.RMSprop(params, o.lr, eps=o.eps, weight_decay=o.weight_decay),
-    "SGD": lambda params, o: optim.SGD(params, o.lr, o.beta1, weight_decay=o.weight_decay, fused=True),
+    "SGD": lambda params, o: optim.SGD(params, o.lr, o.beta1, weight_decay=o.weight_decay),
 }
 
 # Factor of the learning rate, for the part p in [0, 1] of the steps after warm-up.

@@ -54,10 +54,15 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(self.num_images, self.global_batch)
 
-    def snapshot_due(self, step: int, training: Training) -> bool:
-        """After ``step`` steps: every snapshot_freq epochs or steps, with every FID, and at the end of this call."""
+    def snapshot(self, step: int, training: Training) -> int | None:
+        """Id of the snapshot to take after ``step`` steps: completed epochs, or steps where snapshot_freq counts those.
+
+        Every snapshot_freq of them, with every FID, and at the end of this call if it ends there; else None.
+        """
         unit = self.steps_per_epoch if training.snapshot_unit == "epochs" else 1
-        return step % (training.snapshot_freq * unit) == 0 or step == self.last_step or self.fid_due(step, training)
+        count, rest = divmod(step, unit)
+        due = count % training.snapshot_freq == 0 or self.fid_due(step, training) or step == self.last_step
+        return count if due and not rest else None
 
     def fid_due(self, step: int, training: Training) -> bool:
         return training.fid_freq > 0 and step % (training.fid_freq * self.steps_per_epoch) == 0

@@ -99,8 +99,8 @@ class TrainingState:
     def load_state_dict(self, state: dict) -> None:
         """Continue from ``state_dict()``; learning rate and other settings of the optimizer are those of this run."""
         self.model.load_state_dict(state["model"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"], state["ema_updates"])
+        if self.ema:                                        # a run that kept none starts one here
+            self.ema.load_state_dict(state["ema"] or state["model"], state["ema_updates"])
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
         schedule, stored = self.lr_schedule, state["lr_schedule"]
@@ -109,5 +109,6 @@ class TrainingState:
         schedule.load_state_dict(stored | {"base_lrs": schedule.base_lrs, "_last_lr": rates})
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self.scaler.load_state_dict(state["grad_scaler"])
+        if state["grad_scaler"]:                            # empty where the loss was not scaled
+            self.scaler.load_state_dict(state["grad_scaler"])
         self.bad_run.fill_(state["bad_run"])

@@ -158,7 +158,7 @@ def test_a_contradicting_config_is_refused(exp, capsys):
 
 
 def test_weights_from_a_file_use_the_given_config(exp):
-    weights = exp / "logs" / "digits" / "model_0_ema.pth"
+    weights = exp / "logs" / "digits" / "ckpt.pth"
     tiny = [flag for flag in TINY if flag not in ("--verbose", "critical")]
     assert run(exp, *tiny, "--weights", str(weights), "--doc", "other", "--num_samples", "1") == 0
 

@@ -74,10 +74,10 @@ def test_flags_win_over_the_file_and_the_run_remembers_them(tmp_path):
 
 
 def test_init_from_starts_from_the_averaged_weights(trained, tmp_path):
-    source = trained / "logs" / "digits" / "model_0_ema.pth"
+    source = trained / "logs" / "digits" / "ckpt.pth"
     assert run(tmp_path, "--init_from", str(source), "--max_steps", "1", "--optim.lr", "1e-30") == 0
     started = torch.load(tmp_path / "logs" / "digits" / "ckpt.pth", weights_only=True)["model"]
-    for name, value in torch.load(source, weights_only=True).items():
+    for name, value in torch.load(source, weights_only=True)["ema"].items():
         assert torch.equal(started[name], value)
 
 
