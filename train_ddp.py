@@ -1,6 +1,5 @@
 """Train a diffusion model with the sequence-aware loss and input perturbation, on any number of processes."""
 
-import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,8 +43,7 @@ def configure(args):
     source = args.config or (args.resume_training and (folder / "config.yml").exists() and folder / "config.yml")
     if not source:
         raise UserError("--config is required: a file, or a name in configs/ such as digits.yml")
-    given = {key: getattr(args, flag) for flag, key in FLAG_KEYS.items() if getattr(args, flag) is not None}
-    flags = [f"{key}={json.dumps(value)}" for key, value in given.items()]                # a bare off is false in YAML
+    flags = [f"{key}={getattr(args, flag)}" for flag, key in FLAG_KEYS.items() if getattr(args, flag) is not None]
     return load_config(source, [*args.overrides, *flags]), RunFolder(folder, f"{args.exp}/datasets", args.comment)
 
 

@@ -32,6 +32,10 @@ class Loader(yaml.SafeLoader):
         return self.construct_mapping(node, deep=True)
 
 
+Loader.yaml_implicit_resolvers = {                       # on, off, yes and no are words, as in YAML 1.2
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+    for first, found in Loader.yaml_implicit_resolvers.items()}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 Loader.add_implicit_resolver("tag:yaml.org,2002:float",
                              re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 Loader.add_constructor(NAMESPACE_TAG, Loader.construct_namespace)

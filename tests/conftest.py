@@ -53,10 +53,12 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch):
-    """Tests run as if nobody had started them with torchrun, srun or mpirun."""
+def _fresh_process(monkeypatch):
+    """Tests run as if nobody had started them with torchrun, srun or mpirun, or had set up logging before."""
+    import logging
     import os
 
+    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
     for name in list(os.environ):
         if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(("SLURM_", "OMPI_", "PMI_")):
             monkeypatch.delenv(name)

@@ -225,3 +225,9 @@ def test_namespace_dump_of_pyyaml_itself(tmp_path):
 def test_runtime_objects_elsewhere_are_not_dropped_silently(tmp_path):
     with pytest.raises(ConfigError, match="could not determine a constructor"):
         load(as_namespace_dump(DDIM) + "other: !!python/object/apply:torch.device [cpu]\n", tmp_path)
+
+
+@pytest.mark.parametrize("word", ["off", "on", "yes", "no"])
+def test_only_true_and_false_are_booleans(word):
+    assert parse_yaml(f"cache: {word}", "here") == {"cache": word}
+    assert parse_yaml("[true, False]", "here") == [True, False]

@@ -13,8 +13,8 @@ import train_ddp
 from tests.conftest import REPOSITORY, TINY
 
 HARD = ["--model.dropout", "0.1", "--input_perturbation", "0.1", "--num_consecutive_steps", "2", "--lamda", "1",
-        "--data.random_flip", "true", "--optim.lr_schedule", "cosine", "--optim.warmup_steps", "3",
-        "--training.max_steps", "8"]
+        "--data.random_flip", "true", "--optim.lr", "2e-4", "--optim.lr_schedule", "cosine",
+        "--optim.warmup_steps", "3", "--training.max_steps", "8"]
 
 
 def train(exp, *flags):
@@ -82,7 +82,8 @@ def test_the_number_of_processes_changes_nothing_when_the_shards_are_the_same(tm
 
 def test_without_perturbation_the_random_stream_is_that_of_the_plain_loss(tmp_path):
     """gamma = 0 and lamda = 0: t, noise and weights equal those of a loop written out here."""
-    plain = ["--num_consecutive_steps", "0", "--lamda", "0", "--max_steps", "2", "--optim.grad_clip", "null"]
+    plain = ["--num_consecutive_steps", "0", "--lamda", "0", "--max_steps", "2", "--optim.grad_clip", "null",
+             "--optim.lr_schedule", "constant", "--optim.warmup_steps", "0"]
     assert train(tmp_path, *plain, "--input_perturbation", "0") == 0
     from configs.schema import load_config
     from datasets.order import batch_indices
@@ -149,7 +150,8 @@ def test_resuming_with_another_network_is_refused(tmp_path, capsys):
 
 
 def test_a_broken_newest_checkpoint_is_passed_over(tmp_path):
-    assert train(tmp_path, "--max_steps", "2") == 0
+    every_step = ["--training.snapshot_unit", "steps", "--training.snapshot_freq", "1"]
+    assert train(tmp_path, "--max_steps", "2", *every_step) == 0
     path = tmp_path / "logs" / "digits" / "ckpt.pth"
     path.write_bytes(path.read_bytes()[:1000])
     assert train(tmp_path, "--max_steps", "3", "--resume_training") == 0
