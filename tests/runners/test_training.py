@@ -73,11 +73,6 @@ def test_the_number_of_processes_changes_nothing_when_the_shards_are_the_same(tm
     one, two = state(tmp_path / "one")["ema"], state(tmp_path / "two")["ema"]
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
-    # and two processes resume exactly as well
-    assert train(tmp_path / "cut", *flags, "--num_process_per_node", "2", "--max_steps", "3") == 0
-    assert train(tmp_path / "cut", *flags, "--num_process_per_node", "2", "--resume_training") == 0
-    assert_same(state(tmp_path / "two"), state(tmp_path / "cut"))
-    assert lines(tmp_path / "two") == lines(tmp_path / "cut")
 
 
 def test_without_perturbation_the_random_stream_is_that_of_the_plain_loss(tmp_path):
@@ -164,9 +159,8 @@ def test_a_diverged_run_ends_with_4_and_saves_nothing(tmp_path, capsys):
     assert not (tmp_path / "logs" / "digits" / "ckpt.pth").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_exits_143(tmp_path, processes):
-    command = [sys.executable, "train_ddp.py", *TINY, "--exp", str(tmp_path), "--num_process_per_node", str(processes)]
+def test_sigterm_reaches_all_ranks_which_save_and_exit_143(tmp_path):
+    command = [sys.executable, "train_ddp.py", *TINY, "--exp", str(tmp_path), "--num_process_per_node", "2"]
     job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "logs" / "digits" / "metrics.jsonl"
     deadline = time.monotonic() + 90
