@@ -26,7 +26,7 @@ lint: install
 	$(BIN)/ruff check .
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest          # many small processes: threads would wait for one another
 
 soak: install
 	$(BIN)/python -m benchmarks.soak --minutes 10

@@ -30,7 +30,7 @@ def sets(tmp_path_factory):
 
 @needs_weights
 def test_reference_then_distance_on_one_and_two_ranks(sets, capsys):
-    """One rank with batch 7, two ranks with batch 3; a logged line, replayed with what it records, repeats exactly."""
+    """One rank with batch 7, two ranks with batch 3: the same distance."""
     a, b, ref, log = (str(sets / name) for name in ("a.npz", "b.npz", "ref.npz", "fid.txt"))
     assert fid.main(["ref", "--images", a, "--out", ref, "--cache_features", "--verbose", "critical"]) == 0
     arguments = ["calc", "--images", b, "--ref", ref, "--metrics", "fid,kid", "--fid_log", log]
@@ -45,12 +45,6 @@ def test_reference_then_distance_on_one_and_two_ranks(sets, capsys):
     assert second["kid"] == pytest.approx(first["kid"], rel=1e-4)
     assert (first["world_size"], second["world_size"], first["name"]) == (1, 2, "FID-8")
     assert Path(log).read_text().splitlines()[0] == f"Checkpoint {sets.name}/b.npz  --> FID {first['fid']}"
-
-    replay = ["calc", "--images", first["images"], "--ref", first["reference_path"], "--fid_log", log,
-              "--preprocess", first["preprocess"], "--batch_size", str(first["batch_size"])]
-    assert fid.main(replay) == 0
-    again = json.loads(Path(log).with_suffix(".jsonl").read_text().splitlines()[-1])
-    assert again["fid"] == first["fid"] and again["reference_fingerprint"] == first["reference_fingerprint"]
 
 
 @pytest.mark.parametrize("argv, code, message", [
