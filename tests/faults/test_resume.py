@@ -16,9 +16,11 @@ def finish(running):
     assert codes == [0] * len(running), [job.text for job in running]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("flags", [["--amp", "off"], ["--amp", "bf16", "--training.micro_batch_size", "4"]],
-                         ids=["fp32", "bf16-accumulation"])
+FP32, ACCUMULATION = ["--amp", "off"], ["--amp", "bf16", "--training.micro_batch_size", "4"]
+
+
+@pytest.mark.parametrize(("world", "flags"), [(1, ACCUMULATION), (2, FP32), (2, ACCUMULATION)],
+                         ids=["bf16-accumulation-1", "fp32-2", "bf16-accumulation-2"])
 def test_sigkill_at_a_random_step(tmp_path, world, flags):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     undisturbed = jobs.train_ranks(whole, world, *flags, *STEPS)
