@@ -57,6 +57,30 @@ def report(title: str, rates: dict[str, list[float]], *, baseline: str, unit: st
     return table
 
 
+def table(title: str, header: list[str], rows: list[list], **about) -> str:
+    """Print and return a Markdown table of anything else that was measured; append it to results.jsonl."""
+    lines = [f"| {' | '.join([title, *header])} |", "|---" * (len(header) + 1) + "|"]
+    lines += [f"| {' | '.join(map(_shown, row))} |" for row in rows]
+    text = "\n".join(lines)
+    print(text, flush=True)
+    line = {"title": title, "header": header, "rows": rows, "command": " ".join(sys.argv), **machine(), **about}
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    return text
+
+
+def _shown(value) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def matrix_rate(dtype: torch.dtype, device="cpu", rounds: int = 5) -> float:
+    """FLOP/s of a product of two square matrices, the best that the machine does: median of ``rounds``."""
+    side = 8192 if torch.device(device).type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    rates = alternate({"matrix": lambda: (a @ b).shape[0]}, rounds, warm_up=2)["matrix"]
+    return statistics.median(rates) * 2 * side**2
+
+
 def machine() -> dict:
     """Where and with what a measurement was made."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

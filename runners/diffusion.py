@@ -112,7 +112,7 @@ class Diffusion:
         with log_to_file(run), distributed.Signals().listening() as signals, explain_out_of_memory():
             if run.comment:
                 log.info("comment: %s", run.comment)
-            network, state = self._prepare_training(plan)
+            network, state = self.prepare_training(plan)
             stored = self._restore(run, state) if resume else {}
             step, best = stored.get("step", 0), stored.get("best_fid")
             writer = CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", []))
@@ -212,7 +212,7 @@ class Diffusion:
         if self.config.training.validation_freq:
             distributed.on_rank_zero(open_on_rank_zero)
 
-    def _prepare_training(self, plan: Plan) -> tuple[Network, TrainingState]:
+    def prepare_training(self, plan: Plan) -> tuple[Network, TrainingState]:
         """The network to differentiate, and what a step changes."""
         training = self.config.training
         amp = resolve_amp(training.amp, self.device)

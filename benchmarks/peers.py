@@ -1,0 +1,97 @@
+"""The same network and recipe in the libraries that people use: diffusers, denoising-diffusion-pytorch."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from benchmarks.reference import Pictures
+
+WANTED = {"diffusers": "diffusers", "denoising_diffusion_pytorch": "denoising-diffusion-pytorch"}
+
+
+def diffusers_network():
+    """DDPM's CIFAR-10 network, 35,746,307 parameters."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=32, in_channels=3, out_channels=3, block_out_channels=(128, 256, 256, 256), layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), downsample_padding=0,
+        flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, attention_head_dim=None, dropout=0.1)
+
+
+def endless(folder: Path, batch: int, workers: int = 2):
+    loader = DataLoader(Pictures(folder, flip=False), batch, shuffle=True, drop_last=True, num_workers=workers,
+                        persistent_workers=workers > 0)
+    while True:
+        yield from loader
+
+
+def diffusers_training(folder: Path, batch: int, device):
+    """A step as in the library's example of unconditional generation, without its accelerator: fp32, AdamW, EMA."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    network, scheduler, batches = diffusers_network().to(device).train(), DDPMScheduler(), endless(folder, batch)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4)
+    ema = EMAModel(network.parameters(), decay=0.9999)
+
+    def step() -> int:
+        x0 = next(batches).to(device)
+        noise, t = torch.randn_like(x0), torch.randint(1000, (len(x0),), device=device)
+        F.mse_loss(network(scheduler.add_noise(x0, noise, t), t).sample, noise).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(network.parameters())
+        return len(x0)
+
+    return step
+
+
+def diffusers_sampling(batch: int, steps: int, device):
+    """``DDIMPipeline``: NumPy images at the end."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    pipeline = DDIMPipeline(diffusers_network().to(device).eval(), DDIMScheduler(clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample() -> int:
+        return len(pipeline(batch_size=batch, num_inference_steps=steps, output_type="np").images)
+
+    return sample
+
+
+def denoising_diffusion_training(folder: Path, batch: int, device):
+    """The package's own network (28.5 M parameters), loss and average."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    diffusion = GaussianDiffusion(Unet(dim=128, dim_mults=(1, 2, 2, 2), dropout=0.1), image_size=32, timesteps=1000,
+                                  objective="pred_noise").to(device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=2e-4)
+    average, batches = EMA(diffusion, beta=0.9999, update_every=1), endless(folder, batch)
+
+    def step() -> int:
+        x0 = next(batches).to(device)
+        diffusion((x0 + 1) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+        return len(x0)
+
+    return step
+
+
+def available(makers: dict) -> dict:
+    """``{name: function that makes the call}`` of the packages that are installed, called; the others are named."""
+    calls = {}
+    for name, (module, make) in makers.items():
+        try:
+            calls[name] = make()
+        except ImportError as error:
+            print(f"{name} left out ({error}): pip install {WANTED[module]}\n", flush=True)
+    return calls

@@ -1,0 +1,137 @@
+"""The training step, optimizer and EMA included, against the reference procedure and against libraries.
+
+    python -m benchmarks.train                                      # CPU, batch 8, some ten minutes
+    python -m benchmarks.train --device cuda --batch 128 --rounds 50
+
+DDPM's CIFAR-10 network. Each figure is the median over rounds in which all candidates take a step in turn.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import peers
+from benchmarks.harness import alternate, matrix_rate, report, table
+from benchmarks.reference import ReferenceTraining
+from benchmarks.workload import Training, make_config, quiet, step_flops, write_pictures
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def against_reference(args, folder: Path, pictures: Path, steps: int) -> dict[str, float]:
+    """Images/s of a step with K = ``steps``; returns the medians."""
+    calls = {"reference": ReferenceTraining(make_config(pictures, args.batch, steps=steps), pictures, args.device)}
+    if steps == 1:
+        calls |= peers.available({
+            "diffusers": ("diffusers", partial(peers.diffusers_training, pictures, args.batch, args.device)),
+            "denoising-diffusion-pytorch (28.5 M)": ("denoising_diffusion_pytorch", partial(
+                peers.denoising_diffusion_training, pictures, args.batch, args.device))})
+    for precision in ("fp32", "bf16") + ("bf16 compiled",) * args.compile:
+        calls[f"here, {precision}"] = Training(make_config(pictures, args.batch, precision, steps), folder, args.device)
+    first = {name: _seconds(call) for name, call in calls.items()}
+    rates = alternate(calls, args.rounds)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    report(f"K = {steps}, batch {args.batch}, {args.device}", rates, baseline="reference", precision="as named",
+           batch=args.batch, first_call_seconds=first)
+    compiling = {name: first[name] - args.batch / medians[name] for name in calls if "compiled" in name}
+    print("".join(f"\nCompiling ({name}) took {spent:.0f} s more than a step.\n" for name, spent in compiling.items()))
+    return medians
+
+
+def _seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def utilisation(args, medians: dict[str, float], steps: int) -> None:
+    """How much of the machine's matrix rate a step reaches."""
+    forward, whole = step_flops(make_config(Path("."), args.batch))
+    rates = {name: matrix_rate(dtype, args.device) for name, dtype in DTYPES.items()}
+    rows = []
+    for name, images in medians.items():
+        if name == "reference" or name.startswith("here"):
+            peak = rates["bf16" if "bf16" in name else "fp32"]
+            achieved = images * whole * steps
+            rows.append([name, achieved / 1e9, peak / 1e9, f"{achieved / peak:.0%}"])
+    table(f"K = {steps}: model FLOPs ({forward / 1e9:.1f} G forward, {whole / 1e9:.1f} G with backward, per image and "
+          "network evaluation)", ["GFLOP/s", "matrix product GFLOP/s", "share"], rows)
+    print()
+
+
+def cost_of_k(args, folder: Path, pictures: Path, precision: str) -> None:
+    calls = {f"K = {k}": Training(make_config(pictures, args.batch, precision, k), folder, args.device)
+             for k in (1, 2, 3, 4)}
+    seconds = {name: [args.batch / rate for rate in rates] for name, rates in alternate(calls, args.rounds).items()}
+    report(f"step in {precision}, batch {args.batch}", seconds, baseline="K = 1", unit="seconds", precision=precision,
+           batch=args.batch)
+    print()
+
+
+def step_memory(pictures: Path, folder: Path, device: str, batch: int, steps: int, checkpointing: bool) -> list[float]:
+    """GiB that two training steps take beyond the process as it was: measured, and as --dry_run predicts it."""
+    from runners.dry_run import training_memory
+
+    quiet()
+    config = make_config(pictures, batch, steps=steps, **{"training.activation_checkpointing": checkpointing})
+    before = _resident()
+    step = Training(config, folder, device)
+    for _ in range(2):
+        step()
+    cuda = device == "cuda"
+    measured = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    x = torch.zeros(2, *config.data.shape, dtype=torch.uint8)
+    return [(measured - (0 if cuda else before)) / 2**30, training_memory(step.diffusion, x, step.plan)[0] / 2**30]
+
+
+def _resident() -> int:
+    """Bytes of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def memory(args, folder: Path, pictures: Path) -> None:
+    rows = []
+    for checkpointing in (False, True):
+        for steps in (1, 2, 3, 4):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:    # its own peak
+                job = fresh.submit(step_memory, pictures, folder, args.device, args.batch, steps, checkpointing)
+                measured, predicted = job.result()
+            name = f"K = {steps}" + ", activation checkpointing" * checkpointing
+            rows.append([name, measured, predicted, f"{predicted / measured - 1:+.0%}"])
+    table(f"memory of a step, fp32, batch {args.batch}", ["peak, GiB", "--dry_run, GiB", "off by"], rows)
+    print()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=512, help="how many PNG files to train on")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--parts", nargs="+", default=["speed", "cost", "memory"], choices=["speed", "cost", "memory"])
+    args = parser.parse_args()
+    quiet()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pictures = write_pictures(folder / "pictures", max(args.pictures, 2 * args.batch), 32)
+        if "speed" in args.parts:
+            for steps in (2, 1):
+                utilisation(args, against_reference(args, folder, pictures, steps), steps)
+        if "cost" in args.parts:
+            for precision in ("fp32", "bf16"):
+                cost_of_k(args, folder, pictures, precision)
+        if "memory" in args.parts:
+            memory(args, folder, pictures)
+
+
+if __name__ == "__main__":
+    main()

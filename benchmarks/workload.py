@@ -1,0 +1,77 @@
+"""What the scripts here measure: pictures to train on, configurations, and this project's own step and chain."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.reference import build_reference
+from configs.schema import Config, load_config
+from runners.checkpoint import RunFolder
+from runners.diffusion import Diffusion
+from runners.monitor import Monitor
+from runners.plan import Plan
+
+AMP = {"fp32": "off", "bf16": "bf16", "bf16 compiled": "bf16"}
+
+
+def write_pictures(folder: Path, num: int, side: int) -> Path:
+    """PNG files that compress like photographs: coarse noise, enlarged, with some fine noise on top."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(num):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((side, side), Image.BICUBIC)
+        pixels = np.asarray(coarse).astype(int) + rng.integers(-8, 9, (side, side, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:06d}.png")
+    return folder
+
+
+def make_config(folder: Path, batch: int, precision: str = "fp32", steps: int = 2, name: str = "cifar10.yml",
+                **overrides) -> Config:
+    """A shipped configuration on ``folder``; ``precision`` is a key of AMP, ``steps`` is K, 1 without its term."""
+    keys = {"data.dataset": "FOLDER", "data.root": folder, "data.num_workers": 0, "training.batch_size": batch,
+            "training.amp": AMP[precision], "training.compile": "on" if "compiled" in precision else "off",
+            "loss.num_consecutive_steps": steps, "loss.lamda": 1.0 if steps > 1 else 0.0, **overrides}
+    return load_config(name, [f"{key}={value}" for key, value in keys.items()])
+
+
+class Training:
+    """``Diffusion.train_step`` with all that belongs to it: data, optimizer, EMA, metrics. Call it for one step."""
+
+    def __init__(self, config: Config, folder: Path, device):
+        self.config, self.diffusion = config, Diffusion(config, device)
+        run = RunFolder(folder / "run", folder / "datasets")
+        images = self.diffusion.open_training_images(run)
+        self.plan = Plan.make(config.training, images.num_images, 1)
+        self.network, self.state = self.diffusion.prepare_training(self.plan)
+        self.monitor = Monitor(run, self.plan, self.diffusion.device, 0)
+        self.batches, self.step = images.batches(self.plan.index_lists(0)), 0
+
+    def __call__(self) -> int:
+        self.diffusion.train_step(self.network, self.state, self.batches, self.plan, self.step, self.monitor)
+        self.step += 1
+        if self.step % self.config.training.log_freq == 0:
+            self.monitor.publish(self.step, self.state.lr)
+        return self.plan.global_batch
+
+
+def step_flops(config: Config) -> tuple[int, int]:
+    """FLOPs of one image through the network: forward, and forward with backward. Counted without computing."""
+    with FakeTensorMode():
+        network = build_reference(config, "cpu")          # its attention is made of products that are counted
+        x, t = torch.empty(1, *config.data.shape), torch.empty(1)
+        with FlopCounterMode(display=False) as counter:
+            loss = network(x, t).sum()
+        forward = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+    return forward, forward + counter.get_total_flops()
+
+
+def quiet() -> None:
+    """The scripts' own tables are the output."""
+    logging.getLogger().setLevel(logging.WARNING)
