@@ -160,14 +160,38 @@ def bootstrap_interval(features, mu, sigma, *, resamples: int = 100, level: floa
         Lower and upper end.
     """
     features = torch.as_tensor(features)
-    root = covariance_root(sigma)
     random = np.random.RandomState(seed)
-
-    def distance(rows) -> float:
-        stats = FeatureStats(features.shape[1])
-        stats.update(rows)
-        return frechet_distance(mu, sigma, stats.mean, stats.cov, root1=root)
-
-    values = np.array([distance(features[random.randint(len(features), size=len(features))]) for _ in range(resamples)])
-    ends = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - values.mean() + distance(features)
+    distance = _distance_of_rows(features, mu, sigma)
+    values = np.array([distance(random.randint(len(features), size=len(features))) for _ in range(resamples)])
+    ends = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - values.mean() + distance(np.arange(len(features)))
     return float(ends[0]), float(ends[1])
+
+
+def _distance_of_rows(features: Tensor, mu, sigma):
+    """A function: indices (M,) -> Frechet distance of features[indices] to N(mu, sigma).
+
+    With B B^T = sigma and Y the centred rows, the cross term needs the eigenvalues of B^T Y^T Y B / (M - 1), (D, D).
+    Those of Y B B^T Y^T / (M - 1), (M, M), are the same but for zeros, and far fewer when M < D; centring its rows and
+    columns is centring Y.
+    """
+    root = covariance_root(sigma)                                          # (D, k)
+    if len(features) >= features.shape[1]:
+        def of_many(rows) -> float:
+            stats = FeatureStats(features.shape[1])
+            stats.update(features[rows])
+            return frechet_distance(mu, sigma, stats.mean, stats.cov, root1=root)
+
+        return of_many
+    features, mu = features.double().cpu(), torch.as_tensor(mu).double()
+    projected = features @ root                                            # (N, k)
+    gram, trace = projected @ projected.T, root.square().sum()             # (N, N), tr sigma
+
+    def of_few(rows) -> float:
+        chosen, part = features[rows], gram[rows][:, rows]                 # (M, D), (M, M)
+        mean = chosen.mean(0)
+        centred = part - part.mean(0) - part.mean(1, keepdim=True) + part.mean()
+        cross = torch.linalg.eigvalsh(centred / (len(rows) - 1)).clamp(min=0).sqrt().sum()
+        own = (chosen - mean).square().sum() / (len(rows) - 1)
+        return float((mean - mu).square().sum() + own + trace - 2 * cross)
+
+    return of_few

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from functions.frechet import FeatureStats, frechet_distance
-from functions.metrics import bootstrap_interval, inception_score, kernel_distance, kid, precision_recall
+from functions.metrics import (
+    _distance_of_rows,
+    bootstrap_interval,
+    inception_score,
+    kernel_distance,
+    kid,
+    precision_recall,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,17 @@ def test_bootstrap_interval_holds_the_distance_and_shrinks(sets):
     assert bootstrap_interval(fake, mu, sigma, resamples=40) == (low, high)
     few = bootstrap_interval(fake[:50], mu, sigma, resamples=40)
     assert few[1] - few[0] > high - low
+
+
+@pytest.mark.parametrize("count", [10, 40])               # below and above the 16 dimensions
+def test_resamples_have_the_distance_of_their_statistics(sets, count):
+    real, fake = sets[0], sets[1][:count]
+    mu, sigma = real.double().mean(0), real.double().T.cov()
+    rows = np.arange(count) % (count - 2)
+    stats = FeatureStats(16)
+    stats.update(fake[rows])
+    expected = frechet_distance(mu, sigma, stats.mean, stats.cov)
+    assert _distance_of_rows(fake, mu, sigma)(rows) == pytest.approx(expected, rel=1e-6)
 
 
 def test_torch_fidelity_on_the_same_features(sets):
