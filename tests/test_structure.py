@@ -16,7 +16,7 @@ LAYERS = {
     "datasets": {"configs", "utils"},
     "runners": {"functions", "models", "datasets", "configs", "utils"},
 }
-SCRIPTS = ["train_ddp", "generate", "fid", "dataset_tool", "diagnose"]
+SCRIPTS = ["train_ddp", "generate", "fid", "dataset_tool", "diagnose", "study"]
 MAY_READ_PROCESS_STATE = {"runners/distributed.py", "runners/cli.py", *(f"{name}.py" for name in SCRIPTS)}
 FILES = {layer: sorted((REPOSITORY / layer).rglob("*.py")) for layer in LAYERS}
 

@@ -1,0 +1,135 @@
+"""The typed description of a study: which runs to train alike, when and how to measure them."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from configs.messages import describe
+from configs.reading import CONFIG_FOLDER, parse_yaml
+from configs.schema import AsTuple, Count, Counts, Natural, Section
+from utils.errors import ConfigError
+
+STUDIES = CONFIG_FOLDER / "studies"
+
+
+def _usable_as_folder(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_+.]*", name):
+        raise ValueError(f"name {name!r} must consist of letters, digits, '_', '+' and '.'")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_usable_as_folder)]
+Overrides = dict[str, Any]
+
+
+class Sampler(Section):
+    """A way to sample, and what it is applied to: one cell for each run, seed, number of images and number of steps."""
+
+    timesteps: Annotated[Counts, Field(min_length=1)]
+    """Numbers of sampling steps."""
+    sample_type: str = "generalized"
+    """Name in SAMPLERS: generalized (DDIM), ddpm_noisy, heun, euler or dpmpp_2m."""
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """0 (deterministic) to 1, for generalized."""
+    var_type: Literal["fixedlarge", "fixedsmall"] = "fixedlarge"
+    """Variance of ddpm_noisy."""
+    skip_type: str = "uniform"
+    """How the steps are spaced."""
+    eps_scaler: Literal["fit"] | float | Annotated[tuple[float, float], AsTuple] | None = None
+    """Divide the predicted noise by B, or by K i + B; fit: by what diagnose.py fit-eps-scaler finds."""
+    images_seen: Counts | None = None
+    """Measure after so many training images; none: at the end of training only."""
+    runs: Annotated[tuple[RunName, ...], AsTuple] | None = None
+    """Measure these runs; none: all."""
+
+
+class Study(Section):
+    """A grid of runs that differ in what ``runs`` says and in nothing else, and the cells that are measured."""
+
+    config: str
+    """Configuration that all runs share: a file, or a name in configs/."""
+    overrides: Overrides = {}
+    """Keys of it that are changed for all runs, such as training.global_batch_size: 64."""
+    runs: Annotated[dict[RunName, Overrides], Field(min_length=1)]
+    """Name of a run: the keys in which it differs from the others, such as loss.lamda: 0."""
+    seeds: Annotated[tuple[Natural, ...], AsTuple, Field(min_length=1)] = (1024,)
+    """training.seed; every run is trained once with each. Equal seeds: equal first weights, data order and noise."""
+    images_seen: Annotated[Counts, Field(min_length=1)]
+    """Training images after which weights are kept to be measured, ascending; the last is the budget."""
+    samplers: Annotated[tuple[Sampler, ...], AsTuple, Field(min_length=1)]
+    """What to measure, the most telling first."""
+    num_images: Annotated[int, Field(ge=10)] = 500
+    """Generated images in each cell, of the seeds 0, 1, ...: the number in FID-500."""
+    metrics: Annotated[tuple[Literal["fid", "kid", "is", "pr"], ...], AsTuple] = ("fid", "pr")
+    """Of one feature pass; fid is always among them."""
+    bootstrap: Natural = 100
+    """Resamples of the 95% interval of FID; 0: none."""
+    fid_stats: str | None = None
+    """Reference statistics with features (fid.py ref --cache_features); none: made when missing."""
+    reference_images: Annotated[int, Field(ge=10)] | None = None
+    """Training images in a reference that is made here, drawn with seed 0; none: all."""
+    fit_images: Annotated[int, Field(ge=2)] = 64
+    """Real images and chains with which eps_scaler: fit is found."""
+    grid: Count = 16
+    """Images of each cell that the report shows, the same seeds for all runs."""
+
+    @model_validator(mode="after")
+    def _parts_agree(self):
+        if list(self.images_seen) != sorted(set(self.images_seen)):
+            raise ValueError(f"images_seen {list(self.images_seen)} must ascend")
+        if "fid" not in self.metrics:
+            raise ValueError("metrics must hold fid, which the report is about")
+        for number, sampler in enumerate(self.samplers):
+            for key, known in (("images_seen", self.images_seen), ("runs", self.runs)):
+                unknown = set(getattr(sampler, key) or ()) - set(known)
+                if unknown:
+                    raise ValueError(f"samplers[{number}].{key} names {sorted(unknown)}, which the study's {key} does "
+                                     f"not hold: {list(known)}")
+        return self
+
+
+def load_study(path: str | Path) -> Study:
+    """Read the YAML of a study: a file, or a name in configs/studies/.
+
+    Raises:
+        ConfigError: With the file, the key, what was given and what is allowed.
+    """
+    path = _find(Path(path))
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must hold the keys of a study: {', '.join(Study.model_fields)}")
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        problems = sorted(error.errors(include_url=False), key=lambda p: p["type"] != "extra_forbidden")
+        raise ConfigError(f"{path}: {describe({**problems[0], 'loc': _place(problems[0]['loc'])}, _keys(raw))}") \
+            from None
+
+
+def study_yaml(study: Study) -> str:
+    """Text that ``load_study`` reads back to an equal object."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(path: Path) -> Path:
+    for candidate in (path, STUDIES / path, STUDIES / f"{path}.yml"):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(p.name for p in STUDIES.glob("*.yml")))
+    raise ConfigError(f"study {str(path)!r} not found; give a path, or one of configs/studies/: {known}")
+
+
+def _place(loc: tuple) -> tuple:
+    """("samplers", 1, "eta") -> ("samplers[1]", "eta"), which is how ``describe`` takes it."""
+    return (f"samplers[{loc[1]}]", *loc[2:]) if loc[:1] == ("samplers",) and len(loc) > 1 else loc
+
+
+def _keys(raw: dict) -> list[str]:
+    count = len(raw["samplers"]) if isinstance(raw.get("samplers"), list) else 0
+    return [*Study.model_fields, *(f"samplers[{i}].{key}" for i in range(count) for key in Sampler.model_fields)]

@@ -1,0 +1,294 @@
+"""A study: runs that differ in their remedies only, trained alike and measured in a grid of cells.
+
+    EXP/studies/NAME/    study.yml  cells/RUN.jsonl  grids/*.png  reference.npz  report.md  report.html
+    EXP/logs/NAME/RUN/   the runs, as train_ddp.py writes them
+"""
+
+import json
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from configs.reading import parse_yaml
+from configs.schema import Config, Data, load_config
+from configs.study import Study, load_study, study_yaml
+from datasets import find_dataset
+from datasets.packed import open_images
+from functions.denoising import network_calls
+from functions.schedule import NoiseSchedule
+from models.inception import load_inception
+from runners import distributed
+from runners.checkpoint import RunFolder, differences
+from runners.cli import safe_name
+from runners.diagnosis import Diagnosis, check_settings
+from runners.diffusion import Diffusion
+from runners.evaluation import Evaluation, append_log, find_reference, make_reference
+from runners.generation import NoWriter, generate, write_grid
+from runners.network import explain_out_of_memory
+from runners.plan import Plan
+from runners.study_grid import Cell, cells_of, drop_broken_lines, read_cells
+from utils.atomic import write_text
+from utils.errors import Interrupted, UserError
+
+log = logging.getLogger(__name__)
+
+# What the study itself decides about its runs: snapshots at ``images_seen`` and no others, no pictures meanwhile.
+OWN_KEYS = {"training.snapshot_unit": "steps", "training.snapshot_freq": 10**9, "training.sample_num": 0,
+            "training.fid_freq": 0}
+# Cells with different values of these do not belong into one table.
+KEPT = ("num_images", "metrics", "bootstrap", "fid_stats", "reference_images", "fit_images", "grid")
+DECIDE_A_RUN = {**dict.fromkeys(("model", "diffusion", "loss", "training", "optim")),
+                "data": tuple(set(Data.model_fields) - {"root", "num_workers", "cache"})}
+
+
+class StudyJob:
+    """The checked request: runs, their configurations, cells.
+
+    Args:
+        study: File, or a name in configs/studies/.
+        exp: Folder of runs and studies.
+        name: Of the study's folders; default: the file's.
+        overrides: ``"section.key=value"`` for all runs.
+        only: Names of the runs to work on; none: all.
+    """
+
+    def __init__(self, study: str | Path, exp: str | Path = "exp", name: str | None = None, overrides=(), only=None):
+        self.study = with_overrides(load_study(study), overrides)
+        self.name, exp = safe_name("--name", name or Path(study).stem), Path(exp)
+        self.folder, self.logs, self.datasets = exp / "studies" / self.name, exp / "logs" / self.name, exp / "datasets"
+        unknown = set(only or ()) - set(self.study.runs)
+        if unknown:
+            raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; runs: {', '.join(self.study.runs)}")
+        self.runs = [(run, seed) for run in self.study.runs if not only or run in only for seed in self.study.seeds]
+        self.configs = {f"{run}-{seed}": run_config(self.study, run, seed) for run in self.study.runs
+                        for seed in self.study.seeds}
+        docs = {f"{run}-{seed}" for run, seed in self.runs}
+        self.cells = [cell for cell in cells_of(self.study) if cell.doc in docs]
+        self._check()
+
+    def run(self, doc: str) -> RunFolder:
+        return RunFolder(self.logs / doc, self.datasets)
+
+    def step(self, images_seen: int) -> int:
+        """Optimizer steps after so many images."""
+        return images_seen // self.any_config.training.global_batch_size
+
+    @property
+    def any_config(self) -> Config:
+        return next(iter(self.configs.values()))
+
+    def read_cells(self) -> dict[str, dict]:
+        return read_cells(self.folder / "cells")
+
+    def trained(self, doc: str) -> bool:
+        """Whether all weights to be measured are there."""
+        return all(self.weights(doc, images) is not None for images in self.study.images_seen)
+
+    def weights(self, doc: str, images_seen: int) -> Path | None:
+        step = self.step(images_seen)
+        files = [self.run(doc).path / name for name in (f"model_{step}_ema.pth", f"ckpt_{step}.pth")]
+        return next((file for file in files if file.exists()), None)
+
+    def reference(self):
+        """The checked reference, or None: it is to be made first."""
+        own = self.folder / "reference.npz"
+        if self.study.fid_stats is None and not own.exists():
+            return None
+        return find_reference(self.any_config, self.study.fid_stats or own)
+
+    def _check(self) -> None:
+        batch = self.any_config.training.global_batch_size
+        for doc, config in self.configs.items():
+            if config.data != self.any_config.data or config.training.global_batch_size != batch:
+                raise UserError(f"run {doc}: the runs of a study have the same data section and global_batch_size")
+        for images in self.study.images_seen:
+            if images % batch:
+                raise UserError(f"images_seen {images} is not a multiple of the global batch of {batch} images")
+        self.calls = {}                                              # network calls for each image, by Cell.key
+        for cell in self.cells:
+            scaler = None if cell.settings["eps_scaler"] == "fit" else cell.settings["eps_scaler"]
+            schedule = NoiseSchedule.from_config(self.configs[cell.doc].diffusion)
+            steps = check_settings(schedule, {**cell.settings, "eps_scaler": scaler})
+            self.calls[cell.key] = network_calls(cell.settings["sample_type"], len(steps))
+        find_dataset(self.any_config, self.datasets)
+        self._refuse_mixing()
+        self.reference()
+
+    def _refuse_mixing(self) -> None:
+        """Cells may be added to a study; what is measured already must not change its meaning."""
+        changed, file = [], self.folder / "study.yml"
+        if file.exists():
+            stored = load_study(file)
+            changed = [f"{key} was {getattr(stored, key)!r}, is {getattr(self.study, key)!r}" for key in KEPT
+                       if getattr(stored, key) != getattr(self.study, key)]
+            changed += [f"run {run} was {old}, is {self.study.runs[run]}" for run, old in stored.runs.items()
+                        if self.study.runs.get(run, old) != old]
+        for doc, config in self.configs.items():
+            if self.run(doc).config.exists():
+                changed += [f"run {doc}: {line}" for line in
+                            differences(load_config(self.run(doc).config), config, DECIDE_A_RUN)]
+        if changed:
+            raise UserError(f"{self.folder} holds another study ({'; '.join(changed)}); choose another --name")
+
+
+def with_overrides(study: Study, overrides) -> Study:
+    """``"section.key=value"`` for all runs, beside what the file says."""
+    given = dict(override.split("=", 1) for override in overrides)
+    parsed = {key: parse_yaml(text, f"--{key} {text}") for key, text in given.items()}
+    return study.model_copy(update={"overrides": {**study.overrides, **parsed}})
+
+
+def run_config(study: Study, run: str, seed: int) -> Config:
+    """Its batch is global, so that a study is the same on any number of processes."""
+    keys = {**study.overrides, **study.runs[run], **OWN_KEYS, "training.seed": seed}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+    config = load_config(study.config, overrides)
+    if config.training.global_batch_size is None:
+        overrides.append(f"training.global_batch_size={config.training.batch_size}")
+    return load_config(study.config, overrides)
+
+
+class StudyRunner:
+    """Trains and measures; what is done is not done again.
+
+    Args:
+        job: The request. ``work`` wants the folders of its runs to be locked by the caller.
+        device: Where to compute.
+        net: Feature network; default: Inception.
+        inception_weights: See ``load_inception``.
+    """
+
+    def __init__(self, job: StudyJob, device, net=None, inception_weights=None):
+        self.job, self.device, self.net, self.inception_weights = job, device, net, inception_weights
+        self.reference = self.signals = None
+
+    def work(self) -> None:
+        """Train what is not trained, then measure what is not measured.
+
+        Raises:
+            Interrupted: A signal came; the same command goes on.
+        """
+        job = self.job
+        distributed.on_rank_zero(self._prepare_folder)
+        with explain_out_of_memory():
+            for run, seed in job.runs:
+                self.train(f"{run}-{seed}")
+            done = distributed.on_rank_zero(job.read_cells)
+            todo = [cell for cell in job.cells if cell.key not in done]
+            log.info("%d of %d cells are measured already", len(job.cells) - len(todo), len(job.cells))
+            if todo:
+                self._open_metrics()
+            with distributed.Signals().listening() as self.signals:
+                self._measure_all(todo)
+
+    def _prepare_folder(self) -> None:
+        write_text(self.job.folder / "study.yml", study_yaml(self.job.study))
+        for run, seed in self.job.runs:
+            drop_broken_lines(self.job.folder / "cells" / f"{run}-{seed}.jsonl")
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def train(self, doc: str) -> None:
+        """Train run ``doc`` to the budget, keeping weights after each of ``images_seen``."""
+        job, config = self.job, self.job.configs[doc]
+        if distributed.on_rank_zero(lambda: job.trained(doc)):
+            log.info("%s is trained", doc)
+            return
+        run, diffusion = job.run(doc), Diffusion(config, self.device)
+        images = diffusion.open_training_images(run)
+        budget = Plan.make(config.training, images.num_images, distributed.world_size()).total_steps
+        needed = job.step(job.study.images_seen[-1])
+        if budget < needed:
+            raise UserError(f"images_seen {job.study.images_seen[-1]} needs {needed} steps, {doc} ends after {budget}: "
+                            "raise training.n_epochs or training.max_steps")
+        distributed.on_rank_zero(lambda: run.prepare(config, resume=True, overwrite=False))
+        for seen in job.study.images_seen:
+            if distributed.on_rank_zero(lambda seen=seen: job.weights(doc, seen)) is None:
+                log.info("%s: training to %d images", doc, seen)
+                self._train_to(diffusion, run, doc, seen)
+
+    def _train_to(self, diffusion: Diffusion, run: RunFolder, doc: str, seen: int) -> None:
+        try:
+            result = diffusion.train(run, resume=True, max_steps=self.job.step(seen))
+        except Interrupted as stop:
+            raise Interrupted(stop.code - 128, f"{doc}: training is saved; the same command goes on") from None
+        if result.step > self.job.step(seen):
+            raise UserError(f"{run.path} is trained beyond {seen} images and has kept no weights of then: images_seen "
+                            "can be added at the end only; choose another --name")
+
+    # ------------------------------------------------------------------------------------------------------ measuring
+
+    def _open_metrics(self) -> None:
+        """Feature network and reference, which is made here when the study names none."""
+        torch.backends.cudnn.allow_tf32 = False                    # float32, as generate.py samples
+        job, study = self.job, self.job.study
+        self.net = self.net or load_inception(self.inception_weights, self.device)
+        if distributed.on_rank_zero(lambda: job.reference() is None):
+            log.info("making %s", job.folder / "reference.npz")
+            make_reference(job.any_config, self.net, job.folder / "reference.npz", root=job.datasets,
+                           num=study.reference_images, keep_features=True)
+        self.reference = job.reference()
+
+    def _measure_all(self, cells: list[Cell]) -> None:
+        started, diffusion, loaded = time.monotonic(), None, None
+        for number, cell in enumerate(cells):
+            path = distributed.on_rank_zero(lambda cell=cell: self.job.weights(cell.doc, cell.images_seen))
+            if path != loaded:
+                diffusion, loaded = Diffusion(self.job.configs[cell.doc], self.device), path
+                diffusion.load(path)
+            entry = self.measure(cell, diffusion, path)
+            left = (time.monotonic() - started) / (number + 1) * (len(cells) - number - 1)
+            log.info("%s: %s %.2f; %.0f s; %d cells and about %.0f min left", cell, entry["name"], entry["fid"],
+                     entry["seconds"], len(cells) - number - 1, left / 60)
+            self._stop_if_told()
+
+    def measure(self, cell: Cell, diffusion: Diffusion, path: Path) -> dict:
+        """Sample, compare with the reference, append the line of ``cell``; returns its numbers."""
+        study, started = self.job.study, time.perf_counter()
+        settings, fit = self._resolve(cell, diffusion)
+        evaluation = Evaluation(self.reference, self.net, study.metrics, bootstrap=study.bootstrap)
+        batch_size, shown, sampling = diffusion.config.sampling.batch_size, {}, time.perf_counter()
+        seconds_of_features = 0.0
+        for start, seeds, images in generate(diffusion, list(range(study.num_images)), settings, batch_size,
+                                             NoWriter()):
+            began = time.perf_counter()
+            evaluation.update(images, list(range(start, start + len(seeds))))
+            seconds_of_features += time.perf_counter() - began
+            shown.update((start + i, images[i].clone()) for i in range(len(seeds)) if start + i < study.grid)
+            if distributed.world_size() == 1:                  # else ranks would stop at different batches
+                self._stop_if_told()
+        sampling = time.perf_counter() - sampling - seconds_of_features
+        results = evaluation.results()
+        write_grid(shown, self.job.folder / "grids" / f"{cell.file_name}.png")
+        weights = diffusion.weights
+        details = {
+            "study": asdict(cell), "weights": str(path), "weights_fingerprint": weights.fingerprint,
+            "weights_kind": weights.kind, "step": self.job.step(cell.images_seen), "sampler": settings, "fit": fit,
+            "network_calls": self.job.calls[cell.key],
+            "seeds": f"0-{study.num_images - 1}", "batch_size": batch_size, "amp": "off",
+            "device": str(diffusion.device), "sampling_seconds": round(sampling, 2),
+            "seconds": round(time.perf_counter() - started, 2)}
+        distributed.on_rank_zero(
+            lambda: append_log(self.job.folder / "cells" / f"{cell.doc}.txt", path, results, details))
+        return {**details, **results}
+
+    def _resolve(self, cell: Cell, diffusion: Diffusion) -> tuple[dict, dict | None]:
+        """The sampler's settings with numbers for ``eps_scaler: fit``, and that fit."""
+        settings = {**cell.settings, "clip_denoised": None}
+        if settings["eps_scaler"] != "fit":
+            return settings, None
+        settings["eps_scaler"] = None
+        images = open_images(diffusion.config, self.job.datasets, "train", self.device)
+        diagnosis = Diagnosis(diffusion, images, settings, num_images=self.job.study.fit_images,
+                              batch_size=diffusion.config.sampling.batch_size)
+        fit, _ = diagnosis.fit("constant")
+        return {**settings, "eps_scaler": fit.b}, fit._asdict()
+
+    def _stop_if_told(self) -> None:
+        event = max(distributed.gather_objects(self.signals.signum if self.signals else 0))
+        if event:
+            raise Interrupted(event, f"stopped by signal {event}: the cells measured so far are in "
+                                     f"{self.job.folder / 'cells'}; the same command goes on")

@@ -1,0 +1,112 @@
+"""The cells of a study: which there are, how they are called, and which are measured already."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from configs.study import Sampler, Study
+from utils.atomic import write_text
+from utils.errors import DataError
+
+NAMES = {"generalized": "DDIM", "ddpm_noisy": "ancestral"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        run: Name in the study.
+        seed: Of its training.
+        images_seen: Training images after which its weights are taken.
+        settings: Arguments of ``Diffusion.chain``; ``eps_scaler`` may be "fit".
+    """
+
+    run: str
+    seed: int
+    images_seen: int
+    settings: dict
+
+    @property
+    def doc(self) -> str:
+        """Folder of the run."""
+        return f"{self.run}-{self.seed}"
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def label(self) -> str:
+        """The sampler in few words, without its number of steps."""
+        settings = self.settings
+        sampler, scaler = settings["sample_type"], settings["eps_scaler"]
+        parts = [NAMES.get(sampler, sampler),
+                 f"eta {settings['eta']:g}" if sampler == "generalized" and settings["eta"] else "",
+                 settings["var_type"] if sampler == "ddpm_noisy" else "",
+                 settings["skip_type"] if settings["skip_type"] != "uniform" else "",
+                 "" if scaler is None else f"eps / {scaler}" if isinstance(scaler, float) else
+                 "eps scaled (fit)" if scaler == "fit" else "eps / ({:g} i + {:g})".format(*scaler)]
+        return ", ".join(part for part in parts if part)
+
+    def __str__(self) -> str:
+        return f"{self.doc} at {self.images_seen:,} images, {self.label}, {self.settings['timesteps']} steps"
+
+    @property
+    def file_name(self) -> str:
+        words = f"{self.doc} {self.images_seen} {self.label} {self.settings['timesteps']}"
+        return "_".join("".join(c if c.isalnum() or c in "+-." else " " for c in words).split())
+
+
+def cells_of(study: Study) -> list[Cell]:
+    """All cells in the order in which they are measured: by sampler, images seen, steps; then the runs side by side."""
+    cells = {}
+    for sampler in study.samplers:
+        for images_seen in sampler.images_seen or study.images_seen[-1:]:
+            for steps in sampler.timesteps:
+                for seed in study.seeds:
+                    for run in sampler.runs or study.runs:
+                        cell = Cell(run, seed, images_seen, _settings(sampler, steps))
+                        cells.setdefault(cell.key, cell)
+    return list(cells.values())
+
+
+def _settings(sampler: Sampler, steps: int) -> dict:
+    keys = ("eta", "sample_type", "skip_type", "var_type", "eps_scaler")
+    return {"timesteps": steps, **{key: getattr(sampler, key) for key in keys}}
+
+
+def read_cells(folder: Path) -> dict[str, dict]:
+    """``{Cell.key: line}`` of all FOLDER/RUN.jsonl; a line that a power cut has broken is left out.
+
+    Raises:
+        DataError: A line of another kind.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for text in path.read_text(errors="replace").splitlines():
+            entry = _parse(text)
+            if entry is None:
+                continue
+            try:
+                found[Cell(**entry["study"]).key] = entry
+            except (KeyError, TypeError):
+                raise DataError(f"{path}: holds a line that is no cell of a study; move the file away") from None
+    return found
+
+
+def drop_broken_lines(path: Path) -> None:
+    """So that the next line does not stick to half a line; only for the job that has locked the run."""
+    if path.exists():
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n") and _parse(line) is not None]
+        if whole != lines:
+            write_text(path, "".join(whole))
+
+
+def _parse(text: str) -> dict | None:
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None

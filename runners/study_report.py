@@ -1,0 +1,229 @@
+"""What a study found, complete or not: tables, curves and sample grids, as report.md and report.html."""
+
+import json
+from pathlib import Path
+
+from runners.curves import PALETTE
+from runners.evaluation import count_name
+from runners.study import StudyJob
+from runners.study_page import Gallery, Heading, Picture, Table, Text, to_html, to_markdown
+from utils.atomic import atomic_path, write_text
+from utils.errors import UserError
+
+
+class Findings:
+    """The measured cells, grouped for tables: ``values[(label, steps, images_seen)][run]`` lists those of all seeds."""
+
+    def __init__(self, job: StudyJob):
+        found = job.read_cells()
+        self.job, self.cells = job, [(cell, found[cell.key]) for cell in job.cells if cell.key in found]
+        if not self.cells:
+            raise UserError(f"{job.folder} holds no measured cell yet")
+        self.runs = [run for run in job.study.runs if any(cell.run == run for cell, _ in self.cells)]
+        self.name, self.budget = count_name(job.study.num_images), job.study.images_seen[-1]
+        self.values: dict[tuple, dict[str, list]] = {}
+        for cell, entry in self.cells:
+            key = cell.label, cell.settings["timesteps"], cell.images_seen
+            self.values.setdefault(key, {}).setdefault(cell.run, []).append((cell, entry))
+
+    def fid(self, key: tuple, run: str) -> tuple[float, float, float] | None:
+        """Mean over seeds of training, and an interval: their range, or the bootstrap's where there is one seed."""
+        entries = [entry for _, entry in self.values[key].get(run, [])]
+        if not entries:
+            return None
+        fids = [entry["fid"] for entry in entries]
+        mean = sum(fids) / len(fids)
+        low, high = entries[0].get("fid_interval_95", [mean, mean]) if len(fids) == 1 else (min(fids), max(fids))
+        return mean, low, high
+
+
+def write_report(job: StudyJob) -> list[Path]:
+    """Write report.md, report.html and figures of the cells measured so far; returns the paths of the two.
+
+    Raises:
+        UserError: Nothing is measured yet.
+    """
+    findings, title = Findings(job), f"Study {job.name}"
+    blocks = [*introduction(findings), *runs_table(findings), *steps_part(findings), *images_part(findings),
+              *precision_part(findings), *grids_part(findings), *cells_part(findings)]
+    markdown, page = job.folder / "report.md", job.folder / "report.html"
+    write_text(markdown, to_markdown(title, blocks, job.folder))
+    write_text(page, to_html(title, blocks))
+    return [markdown, page]
+
+
+def introduction(findings: Findings) -> list:
+    job, (_, entry) = findings.job, findings.cells[0]
+    spread = "the range over them" if len(job.study.seeds) > 1 else \
+        f"the 95% interval of {job.study.bootstrap} bootstrap resamples of the images, the weights held fixed"
+    reference = f"{entry['reference_count']:,} " if entry.get("reference_count") else ""
+    seeds = ", ".join(map(str, job.study.seeds))
+    return [Text(
+        f"{len(findings.cells)} of {len(job.cells)} cells are measured. All runs share network, data order, noise and "
+        f"first weights (seeds: {seeds}) and differ in the keys of the first table. {findings.name} is of "
+        f"{job.study.num_images} images, the same seeds in every cell, against {reference}training images: comparable "
+        f"within this report only. In brackets: {spread}. Bold is the lowest of a row; where brackets overlap, that is "
+        f"no difference. Made with study.py from {job.study.config}.")]
+
+
+def runs_table(findings: Findings) -> list:
+    job, rows = findings.job, []
+    for run in findings.runs:
+        config = job.configs[f"{run}-{job.study.seeds[0]}"]
+        loss = config.loss
+        calls = loss.num_consecutive_steps if loss.lamda > 0 else 1
+        minutes = [_training_minutes(job, f"{run}-{seed}") for seed in job.study.seeds]
+        rows.append([run, str(loss.num_consecutive_steps), f"{loss.lamda:g}", f"{loss.input_perturbation:g}",
+                     f"{job.step(findings.budget):,}", str(calls), f"{sum(minutes) / len(minutes):.1f}"])
+    return [Heading("Runs"),
+            Table(["run", "K", "lamda", "gamma", "steps", "network calls for each image", "minutes"], rows)]
+
+
+def _training_minutes(job: StudyJob, doc: str) -> float:
+    """From the speeds that metrics.jsonl has, so that pauses do not count."""
+    seconds, before, path = 0.0, 0, job.run(doc).metrics
+    for text in path.read_text().splitlines() if path.exists() else []:
+        line = json.loads(text)
+        if "images_per_s" in line:
+            batch = job.configs[doc].training.global_batch_size
+            seconds, before = seconds + (line["step"] - before) * batch / line["images_per_s"], line["step"]
+    return seconds / 60
+
+
+def steps_part(findings: Findings) -> list:
+    """FID of every sampler after the whole training, and its curves over the number of steps."""
+    keys = [key for key in findings.values if key[2] == findings.budget]
+    labels = [label for label in dict.fromkeys(key[0] for key in keys)
+              if len([key for key in keys if key[0] == label]) > 1]
+    curves = [(label, "sampling steps", [(key, key[1]) for key in keys if key[0] == label]) for label in labels]
+    blocks = [Heading(f"{findings.name} after {findings.budget:,} training images"),
+              _fid_table(findings, keys, ["sampler", "steps"], lambda key: [key[0], str(key[1])])]
+    if curves:
+        path = findings.job.folder / "figures" / "fid_over_steps.png"
+        draw(findings, curves, path)
+        blocks.append(Picture(path, f"{findings.name} against the number of sampling steps; bars: intervals"))
+    return blocks
+
+
+def images_part(findings: Findings) -> list:
+    """FID in the course of training."""
+    courses = {}
+    for key in findings.values:
+        courses.setdefault(key[:2], []).append(key)
+    courses = {course: sorted(keys, key=lambda key: key[2]) for course, keys in courses.items() if len(keys) > 1}
+    if not courses:
+        return []
+    path = findings.job.folder / "figures" / "fid_over_training.png"
+    draw(findings, [(f"{label}, {steps} steps", "training images", [(key, key[2]) for key in keys])
+                    for (label, steps), keys in courses.items()], path)
+    table = _fid_table(findings, [key for keys in courses.values() for key in keys],
+                       ["sampler", "steps", "training images"], lambda key: [key[0], str(key[1]), f"{key[2]:,}"])
+    return [Heading(f"{findings.name} in the course of training"), table,
+            Picture(path, f"{findings.name} against the number of training images seen; bars: intervals")]
+
+
+def _fid_table(findings: Findings, keys: list[tuple], header: list[str], name) -> Table:
+    rows, bold = [], set()
+    for number, key in enumerate(keys):
+        values = [findings.fid(key, run) for run in findings.runs]
+        best = min((value[0] for value in values if value), default=None)
+        bold |= {(number, len(header) + i) for i, value in enumerate(values) if value and value[0] == best}
+        rows.append([*name(key), *(f"{value[0]:.1f} ({value[1]:.1f} to {value[2]:.1f})" if value else ""
+                                   for value in values)])
+    return Table([*header, *findings.runs], rows, bold)
+
+
+def precision_part(findings: Findings) -> list:
+    keys = [key for key in findings.values if key[2] == findings.budget]
+    if "pr" not in findings.job.study.metrics:
+        return []
+    rows = []
+    for key in keys:
+        means = [[_mean(findings.values[key].get(run, []), name) for name in ("precision", "recall")]
+                 for run in findings.runs]
+        rows.append([key[0], str(key[1]), *(f"{p:.3f} / {r:.3f}" if p is not None else "" for p, r in means)])
+    return [Heading(f"Precision / recall after {findings.budget:,} training images"),
+            Table(["sampler", "steps", *findings.runs], rows)]
+
+
+def _mean(found: list, name: str) -> float | None:
+    return sum(entry[name] for _, entry in found) / len(found) if found else None
+
+
+def grids_part(findings: Findings) -> list:
+    blocks = [Heading("Samples")]
+    for (label, steps, images), by_run in findings.values.items():
+        pictures = []
+        for run in findings.runs:
+            for cell, _ in by_run.get(run, [])[:1]:
+                path = findings.job.folder / "grids" / f"{cell.file_name}.png"
+                if path.exists():
+                    pictures.append((run, path))
+        if pictures and images == findings.budget:
+            blocks.append(Gallery(f"{label}, {steps} steps: the same seeds for all runs", pictures))
+    return blocks if len(blocks) > 1 else []
+
+
+def cells_part(findings: Findings) -> list:
+    header = ["run", "seed", "images seen", "sampler", "steps", "calls", findings.name, "95% interval", "precision",
+              "recall", "sampling s", "cell s"]
+    rows = []
+    for cell, entry in findings.cells:
+        fit = f", B = {entry['fit']['b']:.4f}" if entry.get("fit") else ""
+        low, high = entry.get("fid_interval_95", ["", ""])
+        rows.append([cell.run, str(cell.seed), f"{cell.images_seen:,}", cell.label + fit,
+                     str(cell.settings["timesteps"]), str(entry["network_calls"]), f"{entry['fid']:.2f}",
+                     f"{low:.2f} to {high:.2f}" if low else "",
+                     *(f"{entry[name]:.3f}" if name in entry else "" for name in ("precision", "recall")),
+                     f"{entry['sampling_seconds']:.0f}", f"{entry['seconds']:.0f}"])
+    return [Heading("All cells"), Table(header, rows)]
+
+
+def draw(findings: Findings, panels: list, path: Path) -> None:
+    """One panel for each (title, x label, [(key, x), ...]), one line for each run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(panels), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, xlabel, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, run in enumerate(findings.runs):
+            found = [(x, *findings.fid(key, run)) for key, x in sorted(points, key=lambda point: point[1])
+                     if findings.fid(key, run)]
+            if found:
+                x, y, low, high = zip(*found, strict=True)
+                shift = 1.012 ** (number - (len(findings.runs) - 1) / 2)    # bars side by side
+                errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+                axes.errorbar([value * shift for value in x], y, errors, color=PALETTE[number % len(PALETTE)],
+                              label=run, marker="o", markersize=4, linewidth=1.6, elinewidth=1)
+        ticks = sorted({x for _, x in points})
+        axes.set(xlabel=xlabel, ylabel=findings.name, xscale="log")
+        axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.legend(fontsize="small", frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def describe_plan(job: StudyJob) -> str:
+    """The grid, with its network calls; what --dry_run prints."""
+    done, lines, total = job.read_cells(), ["dry run: nothing was written"], 0
+    for run, seed in job.runs:
+        doc, loss = f"{run}-{seed}", job.configs[f"{run}-{seed}"].loss
+        calls = job.study.images_seen[-1] * (loss.num_consecutive_steps if loss.lamda > 0 else 1)
+        state = "trained" if job.trained(doc) else "to train"
+        lines.append(f"  {doc:16} {job.step(job.study.images_seen[-1]):,} steps, {calls:,} images through the network, "
+                     f"forward and back; {state}")
+    for number, cell in enumerate(job.cells, 1):
+        calls = job.calls[cell.key] * job.study.num_images
+        state = "measured" if cell.key in done else "to measure"
+        total += calls * (cell.key not in done)
+        fit = " and the fit" if cell.settings["eps_scaler"] == "fit" else ""
+        lines.append(f"  {number:3} {cell}: {calls:,} images through the network{fit}; {state}")
+    left = sum(cell.key not in done for cell in job.cells)
+    lines.append(f"{left} of {len(job.cells)} cells to measure: {total:,} images through the network, "
+                 f"{left * job.study.num_images:,} through Inception")
+    return "\n".join(lines)

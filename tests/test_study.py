@@ -1,0 +1,170 @@
+"""study.py: the grid is trained and measured once, a stopped study goes on, what would mix results is refused."""
+
+import json
+import signal
+
+import pytest
+import torch
+import yaml
+
+import study
+from configs.study import load_study, study_yaml
+from runners import references
+from runners.diffusion import Diffusion
+from runners.study_grid import drop_broken_lines, read_cells
+
+TINY = {
+    "config": "digits.yml",
+    "overrides": {"model.ch": 32, "model.ch_mult": [1], "model.num_res_blocks": 1, "model.attn_resolutions": [],
+                  "data.image_size": 8, "training.global_batch_size": 8, "training.log_freq": 1,
+                  "sampling.batch_size": 8},
+    "runs": {"base": {"loss.lamda": 0}, "SA+IP": {"loss.lamda": 1.0, "loss.input_perturbation": 0.1}},
+    "images_seen": [8, 24],
+    "num_images": 12, "bootstrap": 3, "reference_images": 40, "fit_images": 4, "grid": 4,
+    "samplers": [{"timesteps": [2, 3]}, {"timesteps": [2], "images_seen": [8], "runs": ["base"]},
+                 {"timesteps": [2], "eps_scaler": "fit", "runs": ["base"]},
+                 {"timesteps": [2], "sample_type": "ddpm_noisy", "runs": ["base"]}],
+}
+CELLS = 7
+
+
+class TinyNet:
+    """A fixed random projection of the pixels in the place of Inception."""
+
+    dim, device, preprocess, fingerprint, source = 16, torch.device("cpu"), "pytorch-fid", "tiny", "a test"
+    images = 0
+
+    def __init__(self, *args):
+        self.weight = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) / 8
+
+    def __call__(self, images):
+        TinyNet.images += len(images)
+        return (images.float() / 255).flatten(1) @ self.weight
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """``start(*flags, key=value)`` runs study.py in an empty folder with TINY and these keys."""
+    monkeypatch.setattr("runners.study.load_inception", TinyNet)
+    monkeypatch.setattr(references, "DIM", 16)
+    monkeypatch.setattr(TinyNet, "images", 0)
+
+    def run(*flags, **changes):
+        (tmp_path / "tiny.yml").write_text(yaml.safe_dump({**TINY, **changes}))
+        return study.main(["--study", str(tmp_path / "tiny.yml"), "--exp", str(tmp_path / "exp"), "--device", "cpu",
+                           "--verbose", "critical", *flags])
+
+    run.folder, run.logs = tmp_path / "exp" / "studies" / "tiny", tmp_path / "exp" / "logs" / "tiny"
+    return run
+
+
+def fids(start):
+    return {key: entry["fid"] for key, entry in read_cells(start.folder / "cells").items()}
+
+
+def test_a_grid_is_measured_once_and_reported_whole(start, capsys):
+    assert start("--dry_run") == 0
+    assert f"{CELLS} of {CELLS} cells to measure" in capsys.readouterr().out and not start.folder.exists()
+    assert start() == 0
+    first, seen = fids(start), TinyNet.images
+    assert len(first) == CELLS and seen == 40 + 12 * CELLS
+    assert sorted(p.name for p in (start.logs / "base-1024").glob("model_*")) == ["model_1_ema.pth", "model_3_ema.pth"]
+
+    page, text = ((start.folder / f"report.{kind}").read_text() for kind in ("html", "md"))
+    for value in first.values():
+        assert f"{value:.2f}" in page and f"{value:.2f}" in text
+    assert text.count("![") == len(list(start.folder.glob("*/*.png"))) - 1           # earlier weights: no gallery
+    assert page.count("data:image/png;base64,") == text.count("![") and "src=\"f" not in page
+    assert page.count('class="scroll"') == page.count("<table>") == 5
+
+    assert start() == 0                                                              # nothing is done again
+    assert TinyNet.images == seen and fids(start) == first
+    file = start.folder / "cells" / "SA+IP-1024.jsonl"
+    *lines, last = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines) + last[:40])                                      # as a power cut leaves it
+    assert start("--only", "SA+IP") == 0
+    assert TinyNet.images == seen + 12 and fids(start) == first                      # one cell again: the same number
+    added = [*TINY["samplers"], {"timesteps": [4], "runs": ["base"]}]
+    assert start(samplers=added) == 0
+    assert TinyNet.images == seen + 24 and first.items() < fids(start).items()
+
+
+@pytest.mark.parametrize("moment", ["training", "measuring"])
+def test_a_stopped_study_goes_on(start, monkeypatch, capsys, moment):
+    small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2, 3]}], "bootstrap": 0}
+    assert start("--name", "whole", **small) == 0
+    target, name = (Diffusion, "train_step") if moment == "training" else (TinyNet, "__call__")
+    original, calls = getattr(target, name), 0
+
+    def stopping(*args):
+        nonlocal calls
+        calls += 1
+        if calls == (2 if moment == "training" else 3):         # of all; the first batch of images after the reference
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(target, name, stopping)
+    assert start(**small) == 143
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(target, name, original)
+    assert start(**small) == 0
+    whole = read_cells(start.folder.with_name("whole") / "cells")
+    assert fids(start) == {key: entry["fid"] for key, entry in whole.items()}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seedz": [1]}, "did you mean seeds"),
+    ({"samplers": [{"timesteps": [2], "etaa": 0}]}, "samplers[0].etaa: unknown key; did you mean samplers[0].eta"),
+    ({"samplers": [{"timesteps": [1001]}]}, "1 to 1000"),
+    ({"samplers": [{"timesteps": [2], "images_seen": [16]}]}, "samplers[0].images_seen names [16]"),
+    ({"samplers": [{"timesteps": [2], "sample_type": "magic"}]}, "ddpm_noisy"),
+    ({"runs": {"a/b": {}}}, "letters, digits"),
+    ({"runs": {"a": {"loss.lamdaa": 1}}}, "did you mean loss.lamda"),
+    ({"runs": {"a": {}, "b": {"training.global_batch_size": 4}}}, "global_batch_size"),
+    ({"images_seen": [24, 8]}, "must ascend"),
+    ({"images_seen": [12]}, "not a multiple of the global batch of 8"),
+    ({"metrics": ["pr"]}, "metrics must hold fid"),
+    ({"fid_stats": "nowhere.npz"}, "fid.py ref"),
+])
+def test_a_wrong_study_gets_one_line_and_exit_2(start, capsys, changes, message):
+    assert start(**{"samplers": TINY["samplers"][:1], **changes}) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not start.folder.exists() and not start.logs.exists()
+
+
+def test_what_would_mix_results_is_refused(start, capsys):
+    small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2]}], "images_seen": [8]}
+    assert start("--report_only", **small) == 2 and "no measured cell" in capsys.readouterr().err
+    assert start(**small) == 0
+    before, _ = (start.folder / "study.yml").read_text(), capsys.readouterr()
+    for change, message in (({"num_images": 20}, "num_images was 12, is 20"),
+                            ({"runs": {"base": {"loss.lamda": 0.5}}}, "loss.lamda is 0"),
+                            ({"overrides": {**TINY["overrides"], "optim.lr": 0.1}}, "optim.lr")):
+        assert start(**{**small, **change}) == 2
+        error = capsys.readouterr().err
+        assert message in error and "--name" in error and error.count("\n") == 1
+    assert (start.folder / "study.yml").read_text() == before
+    assert start("--only", "SA", **small) == 2 and "runs: base" in capsys.readouterr().err
+    assert start("--data.image_sizes", "4", **small) == 2 and "data.image_size" in capsys.readouterr().err
+
+
+def test_a_run_that_has_passed_a_place_cannot_be_measured_there(start, capsys):
+    small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2]}], "images_seen": [16]}
+    assert start(**small) == 0
+    assert start(**{**small, "images_seen": [8, 16]}) == 2 and "at the end only" in capsys.readouterr().err
+    assert start(**{**small, "images_seen": [16, 24]}) == 0
+    assert start(**{**small, "images_seen": [16, 10**6]}) == 2 and "raise training.n_epochs" in capsys.readouterr().err
+
+
+def test_shipped_studies_load_and_survive_a_round_trip(tmp_path):
+    shipped = load_study("cifar10_tiny")
+    (tmp_path / "study.yml").write_text(study_yaml(shipped))
+    assert load_study(tmp_path / "study.yml") == shipped and len(shipped.runs) == 4
+
+
+def test_only_broken_lines_are_dropped(tmp_path):
+    file = tmp_path / "base-1.jsonl"
+    file.write_text(json.dumps({"a": 1}) + "\n" + '{"a": ')
+    drop_broken_lines(file)
+    assert file.read_text() == '{"a": 1}\n'
