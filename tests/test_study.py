@@ -99,7 +99,7 @@ def test_a_stopped_study_goes_on(start, monkeypatch, capsys, moment):
     def stopping(*args):
         nonlocal calls
         calls += 1
-        if calls == (2 if moment == "training" else 3):         # of all; the first batch of images after the reference
+        if calls == (2 if moment == "training" else 3):         # the second batch of the first cell
             signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
