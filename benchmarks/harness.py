@@ -59,14 +59,17 @@ def report(title: str, rates: dict[str, list[float]], *, baseline: str, unit: st
 
 def table(title: str, header: list[str], rows: list[list], **about) -> str:
     """Print and return a Markdown table of anything else that was measured; append it to results.jsonl."""
-    lines = [f"| {' | '.join([title, *header])} |", "|---" * (len(header) + 1) + "|"]
-    lines += [f"| {' | '.join(map(_shown, row))} |" for row in rows]
-    text = "\n".join(lines)
+    text = markdown([title, *header], rows)
     print(text, flush=True)
     line = {"title": title, "header": header, "rows": rows, "command": " ".join(sys.argv), **machine(), **about}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(line) + "\n")
     return text
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(map(_shown, row))} |" for row in rows])
 
 
 def _shown(value) -> str:

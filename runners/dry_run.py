@@ -44,26 +44,36 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
     for turn in range(plan.world_size if device.type == "cpu" else 1):
         if device.type != "cpu" or turn == plan.rank:
             diffusion.model.train()
-            one = _step_memory(diffusion, images[:1])
+            _step_memory(diffusion, images[:1])
         distributed.barrier()
     if plan.rank:
         return
-    two = _step_memory(diffusion, images)
-    parameters = sum(p.numel() for p in diffusion.model.parameters())
-    fixed = parameters * 4 * (4 + config.model.ema)                # weights, gradients, two Adam moments, EMA
-    memory = fixed + one + (two - one) * (plan.micro_batch - 1)
+    memory, fixed, further = training_memory(diffusion, images, plan)
     _print_table({
         "configuration": " ".join(f"{key}={value}" for key, value in config.loss),
         "device": f"{plan.world_size} x {device.type}, amp {resolve_amp(config.training.amp, device) or 'off'}",
-        "parameters": f"{parameters:,}",
+        "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
         "batch": f"{plan.global_batch} = {plan.world_size} processes x {plan.accumulate} network calls x "
                  f"{plan.micro_batch} images",
         "memory of a process": f"about {memory / 2**30:.2f} GiB ({fixed / 2**30:.2f} for weights and optimizer, "
-                               f"{(two - one) / 2**20:.0f} MiB for each further image)",
+                               f"{further / 2**20:.0f} MiB for each further image)",
         "training images": f"{num_images:,}",
         "steps": f"{plan.steps_per_epoch:,} in an epoch, {plan.total_steps:,} in the run",
         "absent": ", ".join(absent) or "nothing",
     })
+
+
+def training_memory(diffusion: Diffusion, images: torch.Tensor, plan: Plan) -> tuple[int, int, int]:
+    """Bytes that training by ``plan`` takes, judged by steps with one and with two of ``images``, uint8 (2, C, H, W).
+
+    Returns:
+        All of it, the part of weights and optimizer, and what each further image of a network call adds.
+    """
+    parameters = sum(p.numel() for p in diffusion.model.parameters())
+    fixed = parameters * 4 * (4 + diffusion.config.model.ema)      # weights, gradients, two Adam moments, EMA
+    one, two = (_step_memory(diffusion, images[:count]) for count in (1, 2))
+    further = two - one
+    return fixed + one + further * (plan.micro_batch - 1), fixed, further
 
 
 def _training_images(config: Config, root, absent: list[str]):
