@@ -66,7 +66,8 @@ class StudyJob:
         self.configs = {f"{run}-{seed}": run_config(self.study, run, seed) for run in self.study.runs
                         for seed in self.study.seeds}
         docs = {f"{run}-{seed}" for run, seed in self.runs}
-        self.cells = [cell for cell in cells_of(self.study) if cell.doc in docs]
+        self.all_cells = cells_of(self.study)
+        self.cells = [cell for cell in self.all_cells if cell.doc in docs]
         self._check()
 
     def run(self, doc: str) -> RunFolder:
@@ -108,7 +109,7 @@ class StudyJob:
             if images % batch:
                 raise UserError(f"images_seen {images} is not a multiple of the global batch of {batch} images")
         self.calls = {}                                              # network calls for each image, by Cell.key
-        for cell in self.cells:
+        for cell in self.all_cells:
             scaler = None if cell.settings["eps_scaler"] == "fit" else cell.settings["eps_scaler"]
             schedule = NoiseSchedule.from_config(self.configs[cell.doc].diffusion)
             steps = check_settings(schedule, {**cell.settings, "eps_scaler": scaler})
@@ -252,13 +253,14 @@ class StudyRunner:
         evaluation = Evaluation(self.reference, self.net, study.metrics, bootstrap=study.bootstrap)
         batch_size, shown, sampling = diffusion.config.sampling.batch_size, {}, time.perf_counter()
         seconds_of_features = 0.0
-        for start, seeds, images in generate(diffusion, list(range(study.num_images)), settings, batch_size,
-                                             NoWriter()):
+        all_ranks_have = -(-study.num_images // batch_size) // distributed.world_size()        # so many batches
+        made = generate(diffusion, list(range(study.num_images)), settings, batch_size, NoWriter())
+        for number, (start, seeds, images) in enumerate(made):
             began = time.perf_counter()
             evaluation.update(images, list(range(start, start + len(seeds))))
             seconds_of_features += time.perf_counter() - began
             shown.update((start + i, images[i].clone()) for i in range(len(seeds)) if start + i < study.grid)
-            if distributed.world_size() == 1:                  # else ranks would stop at different batches
+            if number < all_ranks_have:
                 self._stop_if_told()
         sampling = time.perf_counter() - sampling - seconds_of_features
         results = evaluation.results()

@@ -16,7 +16,7 @@ class Findings:
 
     def __init__(self, job: StudyJob):
         found = job.read_cells()
-        self.job, self.cells = job, [(cell, found[cell.key]) for cell in job.cells if cell.key in found]
+        self.job, self.cells = job, [(cell, found[cell.key]) for cell in job.all_cells if cell.key in found]
         if not self.cells:
             raise UserError(f"{job.folder} holds no measured cell yet")
         self.runs = [run for run in job.study.runs if any(cell.run == run for cell, _ in self.cells)]
@@ -59,8 +59,8 @@ def introduction(findings: Findings) -> list:
     reference = f"{entry['reference_count']:,} " if entry.get("reference_count") else ""
     seeds = ", ".join(map(str, job.study.seeds))
     return [Text(
-        f"{len(findings.cells)} of {len(job.cells)} cells are measured. All runs share network, data order, noise and "
-        f"first weights (seeds: {seeds}) and differ in the keys of the first table. {findings.name} is of "
+        f"{len(findings.cells)} of {len(job.all_cells)} cells are measured. All runs share network, data order, noise "
+        f"and first weights (seeds: {seeds}) and differ in the keys of the first table. {findings.name} is of "
         f"{job.study.num_images} images, the same seeds in every cell, against {reference}training images: comparable "
         f"within this report only. In brackets: {spread}. Bold is the lowest of a row; where brackets overlap, that is "
         f"no difference. Made with study.py from {job.study.config}.")]

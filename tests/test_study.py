@@ -84,6 +84,7 @@ def test_a_grid_is_measured_once_and_reported_whole(start, capsys):
     file.write_text("".join(lines) + last[:40])                                      # as a power cut leaves it
     assert start("--only", "SA+IP") == 0
     assert TinyNet.images == seen + 12 and fids(start) == first                      # one cell again: the same number
+    assert f"{CELLS} of {CELLS} cells" in (start.folder / "report.md").read_text()   # also of the runs left out
     added = [*TINY["samplers"], {"timesteps": [4], "runs": ["base"]}]
     assert start(samplers=added) == 0
     assert TinyNet.images == seen + 24 and first.items() < fids(start).items()
