@@ -43,7 +43,8 @@ def parse(argv):
     sampler.add_argument("--churn", metavar="S[,MIN,MAX,NOISE]", help="EDM's S_churn, S_min, S_max and S_noise, for "
                                                                       "heun and euler")
     sampler.add_argument("--clip_denoised", action=on_off, help="clamp estimates of x0 (default: only for ddpm_noisy)")
-    sampler.add_argument("--batch_size", type=positive, help="images at a time (default: sampling.batch_size)")
+    sampler.add_argument("--batch_size", type=number_or_auto, metavar="N", help="images at a time, which does not change "
+                         "them; auto: what fills the device (default: sampling.batch_size)")
     sampler.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="off")
     sampler.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     fid = parser.add_argument_group("FID")
@@ -58,6 +59,13 @@ def parse(argv):
     fid.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid")
     parser.add_argument("--dry_run", action="store_true", help="check everything, call the network once; write nothing")
     return parser.parse(argv)
+
+
+def number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
+
+
+number_or_auto.__name__ = "whole number or auto"                                  # argparse puts it into its message
 
 
 def check(args):
@@ -77,7 +85,7 @@ def work(args, device):
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero, world_size
     from runners.dry_run import dry_run_sampling
-    from runners.network import explain_out_of_memory, resolve_amp, resolve_compile
+    from runners.network import explain_out_of_memory, fill_device, resolve_amp, resolve_compile
     from runners.sampling_job import SamplingJob
     from utils.locks import lock_folder
 
@@ -93,6 +101,9 @@ def work(args, device):
     diffusion.amp = amp
     if amp is None:
         torch.backends.cudnn.allow_tf32 = False                               # "off" means float32
+    if job.batch_size == "auto":                                              # the same on all ranks
+        network, share = diffusion.network(), -(-len(job.seeds) // world_size())
+        job.batch_size = on_rank_zero(lambda: fill_device(network, job.config.data.shape, share))
     batches = len(job.seeds) // (job.batch_size * world_size())
     diffusion.compiled = resolve_compile(args.compile, device, job.calls * batches)
     with ExitStack() as held:

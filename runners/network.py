@@ -1,5 +1,6 @@
 """From a bare module to what a training step or a sampler calls: precision, memory layout, compilation, DDP."""
 
+import logging
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -9,7 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.errors import UserError
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-COMPILE_FROM_STEPS = 2000                            # fewer steps do not earn back the minutes of compiling
+COMPILE_FROM_CALLS = 2000                            # fewer do not earn back the minutes of compiling
+CPU_PIXELS = 64 * 1024                               # of batch_size auto
+GPU_BATCH, GPU_SHARE = 2048, 0.6                     # of batch_size auto: at most, and of the free memory
+PROBES = (4, 12)                                     # images of the calls that measure memory
+log = logging.getLogger(__name__)
 
 
 def resolve_amp(name: str, device: torch.device) -> torch.dtype | None:
@@ -27,9 +32,55 @@ def resolve_amp(name: str, device: torch.device) -> torch.dtype | None:
     return AMP[name]
 
 
-def resolve_compile(name: str, device: torch.device, steps: int) -> bool:
-    """``auto``: on CUDA, where at least COMPILE_FROM_STEPS network calls follow."""
-    return name == "on" or (name == "auto" and device.type == "cuda" and steps >= COMPILE_FROM_STEPS)
+def resolve_compile(name: str, device: torch.device, calls: int) -> bool:
+    """``auto``: on CUDA, where at least COMPILE_FROM_CALLS network calls follow. Says in the log why."""
+    if name != "auto":
+        return name == "on"
+    worth_it = device.type == "cuda" and calls >= COMPILE_FROM_CALLS
+    reason = "a CPU runs without" if device.type == "cpu" else f"{calls} network calls, {COMPILE_FROM_CALLS} pay for it"
+    log.info("compile auto: %s (%s)", "on" if worth_it else "off", reason)
+    return worth_it
+
+
+def fill_device(network: "Network", shape: tuple[int, int, int], share: int) -> int:
+    """Images of one network call of sampling, for ``--batch_size auto``; says in the log why.
+
+    On a GPU as many as fit, by the memory that calls with few images take. A CPU gains nothing from more than keep
+    its cores busy, so there it is CPU_PIXELS together.
+
+    Args:
+        network: As sampling calls it, not compiled.
+        shape: (C, H, W).
+        share: Images that this process has to make; more are never chosen.
+    """
+    if network.device.type == "cuda":
+        each, free = memory_of_an_image(network, shape)
+        fitting = min(GPU_BATCH, int(GPU_SHARE * free / each))
+        reason = f"{each / 2**20:.0f} MiB for each image, {free / 2**30:.1f} GiB free"
+    else:
+        fitting, reason = CPU_PIXELS // (shape[1] * shape[2]), f"{CPU_PIXELS:,} pixels at a time on a CPU"
+    chosen = min(power_of_two(fitting), max(1, share))
+    log.info("batch_size auto: %d (%s)", chosen, reason)
+    return chosen
+
+
+def power_of_two(limit: int) -> int:
+    """The largest that is not above ``limit``, at least 1."""
+    return 1 << (max(1, limit).bit_length() - 1)
+
+
+@torch.no_grad()
+def memory_of_an_image(network: "Network", shape: tuple[int, int, int]) -> tuple[float, int]:
+    """Bytes at the peak of a network call for each further image, and bytes that are free on this GPU."""
+    device, peaks = network.device, []
+    for count in PROBES:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        network(torch.zeros(count, *shape, device=device), torch.zeros(count, device=device))
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    torch.cuda.empty_cache()
+    each = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
+    return max(each, 1.0), torch.cuda.mem_get_info(device)[0]
 
 
 @contextmanager
