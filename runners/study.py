@@ -174,16 +174,16 @@ class StudyRunner:
         """
         job = self.job
         distributed.on_rank_zero(self._prepare_folder)
-        with explain_out_of_memory():
+        done = distributed.on_rank_zero(job.read_cells)
+        todo = [cell for cell in job.cells if cell.key not in done]
+        log.info("%d of %d cells are measured already", len(job.cells) - len(todo), len(job.cells))
+        if todo:
+            self._open_metrics()                                   # first: a wrong reference must not cost a training
+        with explain_out_of_memory(), distributed.Signals().listening() as self.signals:
             for run, seed in job.runs:
                 self.train(f"{run}-{seed}")
-            done = distributed.on_rank_zero(job.read_cells)
-            todo = [cell for cell in job.cells if cell.key not in done]
-            log.info("%d of %d cells are measured already", len(job.cells) - len(todo), len(job.cells))
-            if todo:
-                self._open_metrics()
-            with distributed.Signals().listening() as self.signals:
-                self._measure_all(todo)
+                self._stop_if_told()
+            self._measure_all(todo)
 
     def _prepare_folder(self) -> None:
         write_text(self.job.folder / "study.yml", study_yaml(self.job.study))
@@ -223,7 +223,7 @@ class StudyRunner:
     # ------------------------------------------------------------------------------------------------------ measuring
 
     def _open_metrics(self) -> None:
-        """Feature network and reference, which is made here when the study names none."""
+        """Feature network and reference, which is made when the study names none; signals end the process meanwhile."""
         torch.backends.cudnn.allow_tf32 = False                    # float32, as generate.py samples
         job, study = self.job, self.job.study
         self.net = self.net or load_inception(self.inception_weights, self.device)
@@ -232,6 +232,7 @@ class StudyRunner:
             make_reference(job.any_config, self.net, job.folder / "reference.npz", root=job.datasets,
                            num=study.reference_images, keep_features=True)
         self.reference = job.reference()
+        Evaluation(self.reference, self.net, study.metrics)        # refuses what does not fit
 
     def _measure_all(self, cells: list[Cell]) -> None:
         started, diffusion, loaded = time.monotonic(), None, None
@@ -290,7 +291,7 @@ class StudyRunner:
         return {**settings, "eps_scaler": fit.b}, fit._asdict()
 
     def _stop_if_told(self) -> None:
-        event = max(distributed.gather_objects(self.signals.signum if self.signals else 0))
+        event = max(distributed.gather_objects(self.signals.signum))
         if event:
             raise Interrupted(event, f"stopped by signal {event}: the cells measured so far are in "
                                      f"{self.job.folder / 'cells'}; the same command goes on")
