@@ -117,9 +117,23 @@ def process_group(world: World | None, device: torch.device, address: str | None
         yield
     except UserError as error:
         if error.on_all_ranks:
-            dist.destroy_process_group()
+            _leave_together()
         raise                                            # else the others may still wait in a collective: just leave
+    _leave_together()
+
+
+def _leave_together() -> None:
+    """Nobody ends while another still waits for something from it."""
+    barrier()
     dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End this rank now: tearing Python down beside the threads that DDP leaves behind was seen to abort (code 134)."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _attempt() -> str:
@@ -222,6 +236,8 @@ class Signals:
         before = {s: signal.signal(s, handle) for s in signals}
         try:
             yield self
+            if self._pending:                        # the vote of the last step
+                self._pending[0].wait()
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)

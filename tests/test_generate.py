@@ -12,6 +12,7 @@ import generate
 from runners.diffusion import Diffusion
 from runners.generation import deal, parse_scaler
 from tests.conftest import TINY
+from tests.faults import jobs
 from utils.errors import UserError
 
 SAMPLERS = [("generalized", "0"), ("generalized", "0.5"), ("generalized", "1"), ("ddpm_noisy", "0")]
@@ -24,9 +25,12 @@ def exp(trained, tmp_path):
     return tmp_path
 
 
+def base(exp):
+    return ["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--timesteps", "4", "--verbose", "critical"]
+
+
 def run(exp, *flags, fid=False):
-    base = ["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--timesteps", "4", "--verbose", "critical"]
-    return generate.main([*base, *flags, *([] if fid else ["--no-fid"])])
+    return generate.main([*base(exp), *flags, *([] if fid else ["--no-fid"])])
 
 
 def images(folder):
@@ -54,9 +58,9 @@ def test_two_processes_make_the_same_images_and_the_same_fid(exp, capsys):
     assert fid.main(["ref", "--images", str(exp / "image_samples" / "reference"), "--out", str(reference),
                      "--device", "cpu"]) == 0
     common = ["--num_samples", "6", "--eta", "1", "--batch_size", "2", "--fid_stats", str(reference)]
-    for name, processes in (("one", "1"), ("two", "2")):
-        assert run(exp, *common, "-i", name, "--fid_log", str(exp / f"{name}.txt"), "--num_process_per_node", processes,
-                   fid=True) == 0
+    assert run(exp, *common, "-i", "one", "--fid_log", str(exp / "one.txt"), fid=True) == 0
+    ranks = jobs.ranks("generate", [*base(exp), *common, "-i", "two", "--fid_log", str(exp / "two.txt")])
+    assert [rank.wait(180) for rank in ranks] == [0, 0], [rank.text for rank in ranks]
     one, two = images(exp / "image_samples" / "one"), images(exp / "image_samples" / "two")
     assert one.keys() == two.keys() and len(one) == 6
     assert max(abs(one[name] - two[name]).max() for name in one) <= 1

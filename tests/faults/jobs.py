@@ -67,14 +67,24 @@ def train(exp: Path, *flags, faults=(), env=None) -> Job:
 
 
 def train_ranks(exp: Path, world: int, *flags, faults: dict | None = None) -> list[Job]:
-    """One job for each rank, as srun or torchrun would start them; ``faults`` by rank. One rank: no process group."""
+    """``faults`` by rank. One rank: no process group."""
     if world == 1:
         return [train(exp, *flags, faults=(faults or {}).get(0, ()))]
+    exp.mkdir(exist_ok=True)
+    return ranks("train_ddp", [*TINY, *HARD, "--exp", str(exp), *flags], world, faults or {})
+
+
+def ranks(script: str, argv: list[str], world: int = 2, faults: dict | None = None) -> list[Job]:
+    """One job for each rank, with the variables that torchrun would give it."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    return [Job(script, argv, (faults or {}).get(rank, ()), address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world)]
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
-    return [train(exp, *flags, faults=(faults or {}).get(rank, ()),
-                  env=address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+        return probe.getsockname()[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- faults

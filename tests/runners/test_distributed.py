@@ -11,6 +11,7 @@ import torch
 from runners import distributed
 from runners.distributed import Signals, World, detect, master_address, on_rank_zero
 from tests.conftest import REPOSITORY, TINY
+from tests.faults import jobs
 
 
 @pytest.mark.parametrize(("env", "world"), [
@@ -76,14 +77,10 @@ def test_foreign_launchers(tmp_path, launcher):
                          ids=["srun", "mpirun"])
 def test_ranks_by_their_variables(tmp_path, names):
     """What srun and mpirun do: start the same command with a number in its environment."""
-    port = str(20000 + os.getpid() % 20000)
-    command = [sys.executable, "train_ddp.py", *TINY, "--exp", str(tmp_path), "--max_steps", "1", "--master_port", port]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI_", "MASTER_"))}
-    jobs = [subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
-                             env=clean | dict(zip(names, (str(rank), "2", str(rank)), strict=True)))
-            for rank in range(2)]
-    outputs = [job.communicate(timeout=120)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs
+    argv = [*TINY, "--exp", str(tmp_path), "--max_steps", "1", "--master_port", str(jobs.free_port())]
+    ranks = [jobs.Job("train_ddp", argv, env=dict(zip(names, (str(rank), "2", str(rank)), strict=True)))
+             for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.text for rank in ranks]
     assert len(torch.load(tmp_path / "logs" / "digits" / "ckpt.pth", weights_only=True)["metric_sums"]) == 2
 
 

@@ -1,11 +1,8 @@
 """References, the pass over images and its bookkeeping, with a feature network of 16 numbers that costs nothing."""
 
 import json
-import os
 import pickle
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -34,6 +31,7 @@ from runners.evaluation import (
     load_reference,
     make_reference,
 )
+from tests.faults import jobs
 from utils.errors import DataError, UserError
 
 
@@ -87,7 +85,6 @@ def folder(tmp_path):
 # ---- the pass
 
 def one_of_two_ranks(rank: int, out: str) -> None:
-    """What ``python test_evaluation.py RANK FOLDER`` does."""
     torch.set_num_threads(1)
     net, world = TinyNet(), 2
     array, reference = pixels(90, seed=3), reference_of(pixels(120, seed=4), net)
@@ -119,14 +116,12 @@ def test_results_do_not_depend_on_ranks_order_or_batches(net, folder, tmp_path):
     assert (expected["precision"], expected["recall"]) == precision_recall(reference.features, features)
     assert (expected["name"], expected["num_images"], expected["reference_count"]) == ("FID-90", 90, 120)
 
-    repository = str(Path(__file__).parents[2])
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], cwd=repository,
-                              env={**os.environ, "PYTHONPATH": repository}) for rank in range(2)]
-    try:
-        assert [process.wait(90) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
+    ranks = [jobs.SERVER.Process(target=one_of_two_ranks, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+    assert [process.exitcode for process in ranks] == [0, 0]
     first, second = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
     assert first == second
     for key, value in expected.items():
@@ -353,7 +348,3 @@ def test_log_lines(tmp_path):
 @pytest.mark.parametrize("count, name", [(50000, "FID-50k"), (5000, "FID-5k"), (1797, "FID-1797"), (1000, "FID-1k")])
 def test_the_count_is_part_of_the_name(count, name):
     assert count_name(count) == name
-
-
-if __name__ == "__main__":
-    one_of_two_ranks(int(sys.argv[1]), sys.argv[2])

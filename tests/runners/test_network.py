@@ -1,11 +1,16 @@
 """How a network is called: what ``auto`` chooses."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 import generate
+from configs.schema import load_config
+from models import build_model
 from runners import network
-from runners.network import Network, fill_device, resolve_compile
+from runners.network import Network, fill_device, memory_format, resolve_compile
+from runners.state import TrainingState
 from tests.conftest import TINY
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -32,8 +37,36 @@ def test_batch_size_auto_makes_the_same_images(trained, tmp_path):
         assert file.read_bytes() == (tmp_path / "auto" / file.name).read_bytes()
 
 
+def test_images_get_the_memory_format_of_the_weights():
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 3)).to(memory_format=layout)
+        assert Network(model, CPU).memory_format == layout
+    assert [memory_format(device, 32) for device in (CPU, CUDA)] == [torch.contiguous_format, torch.channels_last]
+
+
 def test_compile_auto_is_for_long_runs_on_a_gpu():
     assert not resolve_compile("auto", CPU, 10**6)
     assert not resolve_compile("auto", CUDA, 100)
     assert resolve_compile("auto", CUDA, 10**6)
     assert resolve_compile("on", CPU, 1)
+
+
+def test_training_continues_in_another_memory_format():
+    """A checkpoint of a GPU, where weights are channels_last, goes on a CPU, where narrow networks are not."""
+    config = load_config("digits.yml", ["model.ch_mult=[1]", "model.num_res_blocks=1", "model.attn_resolutions=[]"])
+    states = [TrainingState(build_model(config).to(memory_format=layout), config, 10)
+              for layout in (torch.channels_last, torch.contiguous_format)]
+    first, second = states
+    gradients = [torch.randn(p.shape) for p in first.parameters]
+
+    def step(state):
+        for parameter, gradient in zip(state.parameters, gradients, strict=True):
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        state.update()
+
+    step(first)
+    second.load_state_dict(deepcopy(first.state_dict()))
+    for state in states:
+        step(state)
+    for a, b in zip(first.parameters, second.parameters, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,16 +1,13 @@
 """The training loop: exact resume, accumulation and processes that change nothing, interruption, refusals."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
 import train_ddp
-from tests.conftest import REPOSITORY, TINY
+from tests.conftest import TINY
+from tests.faults import jobs
 
 HARD = ["--model.dropout", "0.1", "--input_perturbation", "0.1", "--num_consecutive_steps", "2", "--lamda", "1",
         "--data.random_flip", "true", "--optim.lr", "2e-4", "--optim.lr_schedule", "cosine",
@@ -93,7 +90,7 @@ def test_without_perturbation_the_random_stream_is_that_of_the_plain_loss(tmp_pa
     images = open_images(config, tmp_path / "datasets")
     schedule = NoiseSchedule.from_config(config.diffusion)
     with seeded(1024):
-        model = build_model(config).to(memory_format=torch.channels_last)
+        model = build_model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr, fused=True)
     for step in range(2):
         batch = next(iter(images.batches([batch_indices(images.num_images, 8, step, 1024)])))
@@ -101,7 +98,7 @@ def test_without_perturbation_the_random_stream_is_that_of_the_plain_loss(tmp_pa
         x0 = to_model_range(batch, config.data)
         t = training_timesteps(8, 1000, generator)
         noise = torch.randn((1, *x0.shape), generator=generator)[0]
-        eps = model(schedule.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last), t)
+        eps = model(schedule.add_noise(x0, noise, t), t)
         (noise - eps).square().flatten(1).sum(1).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -160,14 +157,9 @@ def test_a_diverged_run_ends_with_4_and_saves_nothing(tmp_path, capsys):
 
 
 def test_sigterm_reaches_all_ranks_which_save_and_exit_143(tmp_path):
-    command = [sys.executable, "train_ddp.py", *TINY, "--exp", str(tmp_path), "--num_process_per_node", "2"]
-    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "logs" / "digits" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    job.send_signal(signal.SIGTERM)
-    _, err = job.communicate(timeout=60)
-    assert job.returncode == 143, err
-    assert "--resume_training continues" in err
+    job = jobs.Job("train_ddp", [*TINY, "--exp", str(tmp_path), "--num_process_per_node", "2"])
+    jobs.wait_until((tmp_path / "logs" / "digits" / "metrics.jsonl").exists)
+    job.process.terminate()
+    assert job.wait() == 143, job.text
+    assert "--resume_training continues" in job.text
     assert state(tmp_path)["step"] >= 1
