@@ -7,8 +7,9 @@ BIN := .venv/bin
 EXP ?= exp
 TRAIN ?=
 IMAGES ?= 500
+BENCH ?=
 
-.PHONY: install quickstart test lint clean soak
+.PHONY: install quickstart test lint clean soak bench
 
 install: .venv/installed
 
@@ -30,6 +31,11 @@ test: lint
 
 soak: install
 	$(BIN)/python -m benchmarks.soak --minutes 10
+
+bench: install
+	$(BIN)/python .ci/requirements.py bench > .venv/bench.txt
+	$(BIN)/pip install --disable-pip-version-check -q -r .venv/bench.txt
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf .venv

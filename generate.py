@@ -43,8 +43,8 @@ def parse(argv):
     sampler.add_argument("--churn", metavar="S[,MIN,MAX,NOISE]", help="EDM's S_churn, S_min, S_max and S_noise, for "
                                                                       "heun and euler")
     sampler.add_argument("--clip_denoised", action=on_off, help="clamp estimates of x0 (default: only for ddpm_noisy)")
-    sampler.add_argument("--batch_size", type=number_or_auto, metavar="N", help="images at a time, which does not change "
-                         "them; auto: what fills the device (default: sampling.batch_size)")
+    sampler.add_argument("--batch_size", type=number_or_auto, metavar="N", help="images at a time, which does not "
+                         "change them; auto: what fills the device (default: sampling.batch_size)")
     sampler.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="off")
     sampler.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     fid = parser.add_argument_group("FID")

@@ -21,7 +21,7 @@ from models import build_model, load_weights
 from runners import distributed
 from runners.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
 from runners.monitor import Monitor, log_to_file
-from runners.network import Network, explain_out_of_memory, resolve_amp, resolve_compile
+from runners.network import Network, explain_out_of_memory, memory_format, resolve_amp, resolve_compile
 from runners.periodic_fid import PeriodicFid
 from runners.plan import Plan
 from runners.state import TrainingState
@@ -62,7 +62,7 @@ class Diffusion:
         self.schedule = NoiseSchedule.from_config(config.diffusion).to(self.device)
         with seeded(config.training.seed):
             self.model = build_model(config)
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device, memory_format=memory_format(self.device, config.model.ch))
         self.ema = self.weights = self.amp = self._images = self._held_out = None
         self.compiled = False
 

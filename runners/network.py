@@ -11,6 +11,7 @@ from utils.errors import UserError
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_FROM_CALLS = 2000                            # fewer do not earn back the minutes of compiling
+WIDE = 128                                           # channels from which channels_last pays on a CPU
 CPU_PIXELS = 64 * 1024                               # of batch_size auto
 GPU_BATCH, GPU_SHARE = 2048, 0.6                     # of batch_size auto: at most, and of the free memory
 PROBES = (4, 12)                                     # images of the calls that measure memory
@@ -94,11 +95,21 @@ def explain_out_of_memory():
                         "training.batch_size, sample with a smaller --batch_size") from None
 
 
+def memory_format(device: torch.device, width: int) -> torch.memory_format:
+    """Of weights and activations: channels_last, but on a CPU narrow networks are faster without, up to twice in bf16.
+
+    Args:
+        width: Channels at the highest resolution, ``model.ch``.
+    """
+    narrow = device.type == "cpu" and width < WIDE
+    return torch.contiguous_format if narrow else torch.channels_last
+
+
 class Network:
     """eps(x, t) in float32, whatever runs inside.
 
     Args:
-        model: The bare module; its weights stay float32.
+        model: The bare module; its weights stay float32, and images get their memory format.
         device: Where it lies.
         amp: Autocast type, or None.
         compiled: Pass it through torch.compile.
@@ -108,7 +119,7 @@ class Network:
 
     def __init__(self, model: nn.Module, device: torch.device, amp: torch.dtype | None = None, *,
                  compiled: bool = False, ddp: bool = False, accumulate: int = 1):
-        self.device, self.amp = device, amp
+        self.device, self.amp, self.memory_format = device, amp, _memory_format_of(model)
         self.module = torch.compile(model) if compiled else model
         if ddp:
             self.module = DistributedDataParallel(
@@ -118,9 +129,14 @@ class Network:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) -> (B, C, H, W)"""
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            return self.module(x.contiguous(memory_format=torch.channels_last), t).float()
+            return self.module(x.contiguous(memory_format=self.memory_format), t).float()
 
     def gradient_sync(self, now: bool):
         """Context of a backward pass: average the gradients over ranks at its end, or only accumulate them."""
         wait = not now and isinstance(self.module, DistributedDataParallel)
         return self.module.no_sync() if wait else nullcontext()
+
+
+def _memory_format_of(model: nn.Module) -> torch.memory_format:
+    kernels = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+    return torch.channels_last if kernels else torch.contiguous_format

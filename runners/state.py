@@ -96,6 +96,14 @@ class TrainingState:
             "grad_scaler": self.scaler.state_dict(), "bad_run": int(self.bad_run),
         }
 
+    def _lay_out_moments(self) -> None:
+        """Give moments the memory format of their weights: the file may come from a device that prefers another, and
+        the fused kernels pair the elements of both as they lie in memory, without a word where that is wrong."""
+        for parameter, moments in self.optimizer.state.items():
+            for key, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
     def load_state_dict(self, state: dict) -> None:
         """Continue from ``state_dict()``; learning rate and other settings of the optimizer are those of this run."""
         self.model.load_state_dict(state["model"])
@@ -103,6 +111,7 @@ class TrainingState:
             self.ema.load_state_dict(state["ema"] or state["model"], state["ema_updates"])
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+        self._lay_out_moments()
         schedule, stored = self.lr_schedule, state["lr_schedule"]
         rates = [base * factor(stored["last_epoch"])
                  for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
