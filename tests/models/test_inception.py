@@ -100,7 +100,6 @@ def test_tf1_resize_by_its_definition(size):
 
 
 def test_tf1_features_are_those_of_torch_fidelity(file, images):
-    pytest.importorskip("torch_fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
