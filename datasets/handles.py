@@ -1,16 +1,18 @@
 """Archives that stay open: one handle for each process, opened when first used, never pickled."""
 
 import os
+from abc import ABC, abstractmethod
 
 
-class PerProcess:
+class PerProcess(ABC):
     """Base of readers that hold a file open. Subclasses give ``_open()``; readers call ``self.handle``.
 
     A forked or spawned worker opens its own: handles of LMDB and zip files must not be shared between processes.
     """
 
+    @abstractmethod
     def _open(self):
-        raise NotImplementedError
+        """A new handle."""
 
     @property
     def handle(self):
