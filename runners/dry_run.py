@@ -21,6 +21,7 @@ from runners.plan import Plan, split_batch
 from utils.errors import DataError, choose
 
 log = logging.getLogger(__name__)
+CPU_OVERHEAD = 1.3          # peak of a process over what autograd saves: buffers of the kernels, gaps of the allocator
 
 
 def check_training(config: Config, args) -> int:
@@ -92,7 +93,8 @@ def _training_images(config: Config, root, absent: list[str]):
 def _step_memory(diffusion: Diffusion, images: torch.Tensor) -> int:
     """Bytes that a forward and backward pass on (B, C, H, W) needs beyond weights and gradients.
 
-    On CUDA the peak of the allocator; on a CPU, which keeps no such count, the tensors that autograd saves.
+    On CUDA the peak of the allocator; on a CPU, which keeps no such count, the tensors that autograd saves and a
+    measured factor (benchmarks/train.py compares).
     """
     config, device = diffusion.config, diffusion.device
     network = Network(diffusion.model, device, resolve_amp(config.training.amp, device))
@@ -119,7 +121,7 @@ def _step_memory(diffusion: Diffusion, images: torch.Tensor) -> int:
     diffusion.model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before
-    return sum(size for pointer, size in kept.items() if pointer not in parameters)
+    return round(CPU_OVERHEAD * sum(size for pointer, size in kept.items() if pointer not in parameters))
 
 
 def dry_run_sampling(job, device: torch.device) -> None:
