@@ -1,6 +1,7 @@
 """From a bare module to what a training step or a sampler calls: precision, memory layout, compilation, DDP."""
 
 import logging
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -122,6 +123,8 @@ class Network:
         self.device, self.amp, self.memory_format = device, amp, _memory_format_of(model)
         self.module = torch.compile(model) if compiled else model
         if ddp:
+            # Of the 1x1 kernels in attention, whose two layouts are the same bytes.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             self.module = DistributedDataParallel(
                 self.module, device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True, static_graph=accumulate == 1)           # no_sync must not come first then
