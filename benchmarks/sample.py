@@ -81,15 +81,15 @@ def chain_memory(folder: Path, device: str, batch: int, steps: int, images: int,
 
 def memory(args, folder: Path) -> None:
     rows = []
-    cases = [("reference", steps, 64, False) for steps in args.memory_steps]
-    cases += [("here", steps, 64, True) for steps in args.memory_steps]
-    cases += [("here", args.memory_steps[0], images, True) for images in (256, 1024)]
+    cases = [("reference", steps, 32, False) for steps in args.memory_steps]
+    cases += [("here", steps, 32, True) for steps in args.memory_steps]
+    cases += [("here", args.memory_steps[0], images, True) for images in (128, 512)]
     for name, steps, images, here in cases:
         own = Path(tempfile.mkdtemp(dir=folder))
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            peak = fresh.submit(chain_memory, own, args.device, 64, steps, images, here).result()
+            peak = fresh.submit(chain_memory, own, args.device, 32, steps, images, here).result()
         rows.append([name, steps, images, peak])
-    table("host memory, 1.1 M parameters, 64x64, batch 64", ["steps", "images", "peak, GiB"], rows)
+    table("host memory, 1.1 M parameters, 64x64, batch 32", ["steps", "images", "peak, GiB"], rows)
     print()
 
 
