@@ -18,7 +18,8 @@ from benchmarks.workload import Training, make_config, quiet
 matplotlib.use("Agg")
 PLOT = Path(__file__).parent.parent / "docs/bf16.png"
 RUNS = {"fp32": ("fp32", 1024), "bf16": ("bf16", 1024), "fp32, another seed": ("fp32", 1025)}
-COLORS = dict(zip(RUNS, ("#1b4965", "#e07a1f", "#b0b7bd"), strict=True))
+STYLES = {"fp32": (4, "-", 2), "bf16": (1.6, "--", 3), "fp32, another seed": (1.6, "-", 1)}   # width, dashes, order
+COLORS = dict(zip(RUNS, ("#8fb8d0", "#c1440e", "#b0b7bd"), strict=True))
 
 
 def losses(args, precision: str, seed: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -36,16 +37,17 @@ def draw(curves: dict, path: Path, args) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for name in reversed(RUNS):
-        left.plot(*curves[name], color=COLORS[name], label=name, lw=1.6, ls="--" if name == "bf16" else "-")
-    left.set(yscale="log", xlabel="step", ylabel="training loss", title="Loss")
-    handles, labels = left.get_legend_handles_labels()
-    left.legend(handles[::-1], labels[::-1], frameon=False)
     steps, base = curves["fp32"]
-    for name in list(RUNS)[:0:-1]:
-        right.plot(steps, 100 * (curves[name][1] / base - 1), color=COLORS[name], label=name, lw=1.6)
-    right.axhline(0, color=COLORS["fp32"], lw=1)
-    right.set(xlabel="step", ylabel="%", title="Difference from fp32")
+    for name, (width, dashes, above) in STYLES.items():
+        left.plot(*curves[name], color=COLORS[name], label=name, lw=width, ls=dashes, zorder=above)
+        if name != "fp32":
+            right.plot(steps, 100 * np.abs(curves[name][1] / base - 1), color=COLORS[name], label=name, lw=1.8)
+    left.set(yscale="log", xlabel="step", title="Training loss", yticks=[300, 500, 1000, 2000])
+    left.yaxis.set_major_formatter("{x:,.0f}")
+    left.minorticks_off()
+    left.legend(frameon=False)
+    right.set(yscale="log", xlabel="step", title="Difference from fp32")
+    right.yaxis.set_major_formatter("{x:g}%")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"cifar10_tiny, K = 2, batch {args.batch}; means of {args.interval} steps", fontsize=10)
