@@ -151,6 +151,12 @@ class CheckpointWriter:
         state = to_host({**state, "snapshots": list(self.snapshots)})
         self._pending = self._thread.submit(self._write, state, epoch)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._thread.shutdown()                              # whatever happened, a write under way is finished
+
     def close(self) -> None:
         """Wait for the last write.
 
@@ -158,7 +164,6 @@ class CheckpointWriter:
             SaveError: It failed.
         """
         self._wait()
-        self._thread.shutdown()
         if self.failure:
             raise SaveError(f"the last checkpoint could not be saved: {self.failure}; free some space and resume")
 
@@ -169,13 +174,16 @@ class CheckpointWriter:
     def _write(self, state: dict, epoch: int | None) -> None:
         try:
             path = self.run.path / "ckpt.pth"
-            atomic_write(path, lambda file: torch.save(state, file))
-            if epoch is not None:
-                with atomic_path(self.run.path / f"ckpt_{epoch}.pth") as temporary:
-                    shutil.copyfile(path, temporary)
+            if epoch is None:
+                atomic_write(path, lambda file: torch.save(state, file))
+            else:                                            # ckpt.pth last: a kill in between costs no snapshot
                 if state["ema"] is not None:
                     average = self.run.path / f"model_{epoch}_ema.pth"
                     atomic_write(average, lambda file: torch.save(state["ema"], file))
+                snapshot = self.run.path / f"ckpt_{epoch}.pth"
+                atomic_write(snapshot, lambda file: torch.save(state, file))
+                with atomic_path(path) as temporary:
+                    shutil.copyfile(snapshot, temporary)
                 self._remove_old(state["best_fid"])
             self.failure = None
             log.info("saved %s at step %d", path, state["step"])

@@ -181,12 +181,14 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         device = distributed.pick_device(args.device, world or distributed.World())
         shared = False
         with distributed.process_group(world, device, args.master_address, args.master_port, args.dist_timeout):
-            code = work(args, device) or 0
-        if world and world.size > 1:
-            distributed.leave(code)
-        return code
+            return work(args, device)
 
-    return guarded(script, job, lambda error: world and world.rank and (shared or error.on_all_ranks))
+    code = guarded(script, job, lambda error: world and world.rank and (shared or error.on_all_ranks))
+    if world and world.size > 1:
+        from runners.distributed import leave
+
+        leave(code)
+    return code
 
 
 def setup_logging(level: str, rank: int = 0) -> None:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,13 +94,15 @@ class Diffusion:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def train(self, run: RunFolder, *, resume: bool = False, max_steps: int | None = None) -> TrainResult:
+    def train(self, run: RunFolder, *, resume: bool = False, max_steps: int | None = None,
+              signals: distributed.Signals | None = None) -> TrainResult:
         """Train to the end of the configured run, or to ``max_steps`` if that comes first.
 
         Args:
             run: Where checkpoints, metrics and samples go.
             resume: Continue from the newest checkpoint, if there is one.
             max_steps: Optimizer steps, counted from the start of the run.
+            signals: Those the caller listens to already; default: SIGINT, SIGTERM and SIGUSR1.
 
         Raises:
             UserError: The configuration asks for something impossible. DataError: Bad data.
@@ -109,13 +112,15 @@ class Diffusion:
         training = self.config.training
         images = self.open_training_images(run)
         plan = Plan.make(training, images.num_images, distributed.world_size(), distributed.rank(), max_steps)
-        with log_to_file(run), distributed.Signals().listening() as signals, explain_out_of_memory():
+        with (log_to_file(run), nullcontext(signals) if signals else distributed.Signals().listening() as signals,
+              explain_out_of_memory(), ExitStack() as held):
             if run.comment:
                 log.info("comment: %s", run.comment)
             network, state = self.prepare_training(plan)
             stored = self._restore(run, state) if resume else {}
             step, best = stored.get("step", 0), stored.get("best_fid")
-            writer = CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", []))
+            writer = held.enter_context(
+                CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", [])))
             monitor = Monitor(run, plan, self.device, step, stored.get("metric_sums"))
             self._open_held_out(run)
             fid = PeriodicFid(self.config, self.device) if training.fid_freq else None

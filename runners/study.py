@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from configs.reading import parse_yaml
-from configs.schema import Config, Data, load_config
+from configs.schema import Config, Data, Training, load_config
 from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
 from datasets.packed import open_images
@@ -37,10 +37,12 @@ log = logging.getLogger(__name__)
 
 # What the study itself decides about its runs: snapshots at ``images_seen`` and no others, no pictures meanwhile.
 OWN_KEYS = {"training.snapshot_unit": "steps", "training.snapshot_freq": 10**9, "training.sample_num": 0,
-            "training.fid_freq": 0}
+            "training.fid_freq": 0, "training.keep_last": None}
 # Cells with different values of these do not belong into one table.
 KEPT = ("num_images", "metrics", "bootstrap", "fid_stats", "reference_images", "fit_images", "grid")
-DECIDE_A_RUN = {**dict.fromkeys(("model", "diffusion", "loss", "training", "optim")),
+DECIDE_A_RUN = {**dict.fromkeys(("model", "diffusion", "loss", "optim")),
+                "training": tuple(set(Training.model_fields) - {"log_freq", "checkpoint_minutes", "compile",
+                                                                "activation_checkpointing"}),
                 "data": tuple(set(Data.model_fields) - {"root", "num_workers", "cache"})}
 
 
@@ -139,13 +141,18 @@ def with_overrides(study: Study, overrides) -> Study:
     """``"section.key=value"`` for all runs, beside what the file says."""
     given = dict(override.split("=", 1) for override in overrides)
     parsed = {key: parse_yaml(text, f"--{key} {text}") for key, text in given.items()}
-    return study.model_copy(update={"overrides": {**study.overrides, **parsed}})
+    study = study.model_copy(update={"overrides": {**study.overrides, **parsed}})
+    for keys in (study.overrides, *study.runs.values()):
+        taken = sorted(keys.keys() & {*OWN_KEYS, "training.seed"})
+        if taken:
+            raise UserError(f"{taken[0]} is set by the study itself; its seeds and images_seen say what is kept")
+    return study
 
 
 def run_config(study: Study, run: str, seed: int) -> Config:
     """Its batch is global, so that a study is the same on any number of processes."""
     keys = {**study.overrides, **study.runs[run], **OWN_KEYS, "training.seed": seed}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
     config = load_config(study.config, overrides)
     if config.training.global_batch_size is None:
         overrides.append(f"training.global_batch_size={config.training.batch_size}")
@@ -179,11 +186,17 @@ class StudyRunner:
         log.info("%d of %d cells are measured already", len(job.cells) - len(todo), len(job.cells))
         if todo:
             self._open_metrics()                                   # first: a wrong reference must not cost a training
+            distributed.on_rank_zero(lambda: self._refuse_other_reference(done))
         with explain_out_of_memory(), distributed.Signals().listening() as self.signals:
             for run, seed in job.runs:
                 self.train(f"{run}-{seed}")
-                self._stop_if_told()
             self._measure_all(todo)
+
+    def _refuse_other_reference(self, done: dict[str, dict]) -> None:
+        used = {entry["reference_fingerprint"] for entry in done.values()} - {self.reference.fingerprint}
+        if used:
+            raise UserError(f"cells in {self.job.folder} were measured against another reference than "
+                            f"{self.reference.name}; choose another --name")
 
     def _prepare_folder(self) -> None:
         write_text(self.job.folder / "study.yml", study_yaml(self.job.study))
@@ -200,31 +213,39 @@ class StudyRunner:
             return
         run, diffusion = job.run(doc), Diffusion(config, self.device)
         images = diffusion.open_training_images(run)
-        budget = Plan.make(config.training, images.num_images, distributed.world_size()).total_steps
-        needed = job.step(job.study.images_seen[-1])
-        if budget < needed:
-            raise UserError(f"images_seen {job.study.images_seen[-1]} needs {needed} steps, {doc} ends after {budget}: "
-                            "raise training.n_epochs or training.max_steps")
+        distributed.on_rank_zero(lambda: self._check_budget(doc, images.num_images))
         distributed.on_rank_zero(lambda: run.prepare(config, resume=True, overwrite=False))
         for seen in job.study.images_seen:
+            self._stop_if_told()
             if distributed.on_rank_zero(lambda seen=seen: job.weights(doc, seen)) is None:
                 log.info("%s: training to %d images", doc, seen)
                 self._train_to(diffusion, run, doc, seen)
 
+    def _check_budget(self, doc: str, num_images: int) -> None:
+        job, study = self.job, self.job.study
+        budget = Plan.make(job.configs[doc].training, num_images, distributed.world_size()).total_steps
+        if budget < job.step(study.images_seen[-1]):
+            raise UserError(f"images_seen {study.images_seen[-1]} needs {job.step(study.images_seen[-1])} steps, {doc} "
+                            f"ends after {budget}: give more training.n_epochs, under another --name")
+        if study.fit_images > num_images:
+            raise UserError(f"fit_images {study.fit_images} are more than the {num_images} training images")
+
     def _train_to(self, diffusion: Diffusion, run: RunFolder, doc: str, seen: int) -> None:
+        def refuse_missing() -> None:
+            if self.job.weights(doc, seen) is None:
+                raise UserError(f"{run.path} is trained beyond {seen} images and has no weights of then: images_seen "
+                                "can be added at the end only; choose another --name")
+
         try:
-            result = diffusion.train(run, resume=True, max_steps=self.job.step(seen))
+            diffusion.train(run, resume=True, max_steps=self.job.step(seen), signals=self.signals)
         except Interrupted as stop:
             raise Interrupted(stop.code - 128, f"{doc}: training is saved; the same command goes on") from None
-        if result.step > self.job.step(seen):
-            raise UserError(f"{run.path} is trained beyond {seen} images and has kept no weights of then: images_seen "
-                            "can be added at the end only; choose another --name")
+        distributed.on_rank_zero(refuse_missing)
 
     # ------------------------------------------------------------------------------------------------------ measuring
 
     def _open_metrics(self) -> None:
         """Feature network and reference, which is made when the study names none; signals end the process meanwhile."""
-        torch.backends.cudnn.allow_tf32 = False                    # float32, as generate.py samples
         job, study = self.job, self.job.study
         self.net = self.net or load_inception(self.inception_weights, self.device)
         if distributed.on_rank_zero(lambda: job.reference() is None):
@@ -235,17 +256,18 @@ class StudyRunner:
         Evaluation(self.reference, self.net, study.metrics)        # refuses what does not fit
 
     def _measure_all(self, cells: list[Cell]) -> None:
+        torch.backends.cudnn.allow_tf32 = False                    # float32, as generate.py samples
         started, diffusion, loaded = time.monotonic(), None, None
         for number, cell in enumerate(cells):
             path = distributed.on_rank_zero(lambda cell=cell: self.job.weights(cell.doc, cell.images_seen))
             if path != loaded:
                 diffusion, loaded = Diffusion(self.job.configs[cell.doc], self.device), path
                 diffusion.load(path)
+            self._stop_if_told()
             entry = self.measure(cell, diffusion, path)
             left = (time.monotonic() - started) / (number + 1) * (len(cells) - number - 1)
             log.info("%s: %s %.2f; %.0f s; %d cells and about %.0f min left", cell, entry["name"], entry["fid"],
                      entry["seconds"], len(cells) - number - 1, left / 60)
-            self._stop_if_told()
 
     def measure(self, cell: Cell, diffusion: Diffusion, path: Path) -> dict:
         """Sample, compare with the reference, append the line of ``cell``; returns its numbers."""

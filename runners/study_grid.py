@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.study import Sampler, Study
+from functions.denoising import OPTIONS
 from utils.atomic import write_text
 from utils.errors import DataError
 
@@ -72,8 +73,10 @@ def cells_of(study: Study) -> list[Cell]:
 
 
 def _settings(sampler: Sampler, steps: int) -> dict:
-    keys = ("eta", "sample_type", "skip_type", "var_type", "eps_scaler")
-    return {"timesteps": steps, **{key: getattr(sampler, key) for key in keys}}
+    """What a sampler does not read keeps its default: two cells that differ there would be one measured twice."""
+    unread = {"eta", "var_type"} - OPTIONS.get(sampler.sample_type, set())
+    read = {key: getattr(sampler, key) for key in ("eta", "sample_type", "skip_type", "var_type", "eps_scaler")}
+    return {"timesteps": steps, **read, **{key: Sampler.model_fields[key].default for key in unread}}
 
 
 def read_cells(folder: Path) -> dict[str, dict]:

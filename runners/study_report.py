@@ -10,6 +10,9 @@ from runners.study_page import Gallery, Heading, Picture, Table, Text, to_html, 
 from utils.atomic import atomic_path, write_text
 from utils.errors import UserError
 
+COMPANIONS = {"precision": "precision", "recall": "recall", "kid": "KID", "inception_score": "Inception Score"}
+IN_COLUMNS = {"loss.num_consecutive_steps", "loss.lamda", "loss.input_perturbation"}
+
 
 class Findings:
     """The measured cells, grouped for tables: ``values[(label, steps, images_seen)][run]`` lists those of all seeds."""
@@ -59,11 +62,11 @@ def introduction(findings: Findings) -> list:
     reference = f"{entry['reference_count']:,} " if entry.get("reference_count") else ""
     seeds = ", ".join(map(str, job.study.seeds))
     return [Text(
-        f"{len(findings.cells)} of {len(job.all_cells)} cells are measured. All runs share network, data order, noise "
-        f"and first weights (seeds: {seeds}) and differ in the keys of the first table. {findings.name} is of "
+        f"{len(findings.cells)} of {len(job.all_cells)} cells are measured. All runs share data, data order and the "
+        f"seeds of weights and noise ({seeds}), and differ in the keys of the first table. {findings.name} is of "
         f"{job.study.num_images} images, the same seeds in every cell, against {reference}training images: comparable "
-        f"within this report only. In brackets: {spread}. Bold is the lowest of a row; where brackets overlap, that is "
-        f"no difference. Made with study.py from {job.study.config}.")]
+        f"within this report only. In brackets: {spread}. Bold is the lowest of a row; where brackets overlap widely, "
+        f"the order is undecided. Made with study.py from {job.study.config}.")]
 
 
 def runs_table(findings: Findings) -> list:
@@ -73,10 +76,12 @@ def runs_table(findings: Findings) -> list:
         loss = config.loss
         calls = loss.num_consecutive_steps if loss.lamda > 0 else 1
         minutes = [_training_minutes(job, f"{run}-{seed}") for seed in job.study.seeds]
+        others = {key: value for key, value in job.study.runs[run].items() if key not in IN_COLUMNS}
         rows.append([run, str(loss.num_consecutive_steps), f"{loss.lamda:g}", f"{loss.input_perturbation:g}",
+                     ", ".join(f"{key} {value}" for key, value in others.items()),
                      f"{job.step(findings.budget):,}", str(calls), f"{sum(minutes) / len(minutes):.1f}"])
     return [Heading("Runs"),
-            Table(["run", "K", "lamda", "gamma", "steps", "network calls for each image", "minutes"], rows)]
+            Table(["run", "K", "lamda", "gamma", "other keys", "steps", "calls for each image", "minutes"], rows)]
 
 
 def _training_minutes(job: StudyJob, doc: str) -> float:
@@ -165,8 +170,9 @@ def grids_part(findings: Findings) -> list:
 
 
 def cells_part(findings: Findings) -> list:
-    header = ["run", "seed", "images seen", "sampler", "steps", "calls", findings.name, "95% interval", "precision",
-              "recall", "sampling s", "cell s"]
+    measures = [key for key in COMPANIONS if any(key in entry for _, entry in findings.cells)]
+    header = ["run", "seed", "images seen", "sampler", "steps", "calls", findings.name, "95% interval",
+              *(COMPANIONS[key] for key in measures), "sampling s", "cell s"]
     rows = []
     for cell, entry in findings.cells:
         fit = f", B = {entry['fit']['b']:.4f}" if entry.get("fit") else ""
@@ -174,7 +180,7 @@ def cells_part(findings: Findings) -> list:
         rows.append([cell.run, str(cell.seed), f"{cell.images_seen:,}", cell.label + fit,
                      str(cell.settings["timesteps"]), str(entry["network_calls"]), f"{entry['fid']:.2f}",
                      f"{low:.2f} to {high:.2f}" if low else "",
-                     *(f"{entry[name]:.3f}" if name in entry else "" for name in ("precision", "recall")),
+                     *(f"{entry[key]:.4g}" if key in entry else "" for key in measures),
                      f"{entry['sampling_seconds']:.0f}", f"{entry['seconds']:.0f}"])
     return [Heading("All cells"), Table(header, rows)]
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 import yaml
 
+import runners.study
 import study
-from configs.study import load_study, study_yaml
+from configs.study import Sampler, Study, load_study, study_yaml
 from runners import references
 from runners.diffusion import Diffusion
-from runners.study_grid import drop_broken_lines, read_cells
+from runners.study_grid import cells_of, drop_broken_lines, read_cells
+from tests.faults import jobs
 
 TINY = {
     "config": "digits.yml",
@@ -90,6 +92,29 @@ def test_a_grid_is_measured_once_and_reported_whole(start, capsys):
     assert TinyNet.images == seen + 24 and first.items() < fids(start).items()
 
 
+def tiny_metrics() -> None:
+    runners.study.load_inception, references.DIM = TinyNet, 16
+
+
+def test_two_ranks_find_what_one_finds(start, tmp_path):
+    small = {"runs": {"SA+IP": TINY["runs"]["SA+IP"]}, "samplers": [{"timesteps": [2]}], "bootstrap": 0,
+             "overrides": {**TINY["overrides"], "training.micro_batch_size": 4}}
+    assert start("--name", "alone", **small) == 0
+    argv = ["--study", str(tmp_path / "tiny.yml"), "--exp", str(tmp_path / "exp"), "--device", "cpu"]
+    ranks = jobs.ranks("study", argv, faults={0: [tiny_metrics], 1: [tiny_metrics]})
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.text for rank in ranks]
+    alone = read_cells(start.folder.with_name("alone") / "cells")
+    assert fids(start) == pytest.approx({key: entry["fid"] for key, entry in alone.items()}, rel=1e-4)
+
+
+def test_a_cell_is_what_its_sampler_reads():
+    samplers = [Sampler(timesteps=[5]), Sampler(timesteps=[5], var_type="fixedsmall"),
+                Sampler(timesteps=[5], sample_type="ddpm_noisy", eta=0.5),
+                Sampler(timesteps=[5], sample_type="ddpm_noisy", var_type="fixedsmall")]
+    assert [cell.label for cell in cells_of(Study.model_validate({**TINY, "samplers": samplers, "runs": {"a": {}}}))] \
+        == ["DDIM", "ancestral, fixedlarge", "ancestral, fixedsmall"]
+
+
 @pytest.mark.parametrize("moment", ["training", "measuring"])
 def test_a_stopped_study_goes_on(start, monkeypatch, capsys, moment):
     small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2, 3]}], "bootstrap": 0}
@@ -126,6 +151,8 @@ def test_a_stopped_study_goes_on(start, monkeypatch, capsys, moment):
     ({"images_seen": [12]}, "not a multiple of the global batch of 8"),
     ({"metrics": ["pr"]}, "metrics must hold fid"),
     ({"fid_stats": "nowhere.npz"}, "fid.py ref"),
+    ({"runs": {"a": {"training.seed": 1}}}, "training.seed is set by the study"),
+    ({"overrides": {"training.sample_num": 4}}, "training.sample_num is set by the study"),
 ])
 def test_a_wrong_study_gets_one_line_and_exit_2(start, capsys, changes, message):
     assert start(**{"samplers": TINY["samplers"][:1], **changes}) == 2
@@ -155,7 +182,7 @@ def test_a_run_that_has_passed_a_place_cannot_be_measured_there(start, capsys):
     assert start(**small) == 0
     assert start(**{**small, "images_seen": [8, 16]}) == 2 and "at the end only" in capsys.readouterr().err
     assert start(**{**small, "images_seen": [16, 24]}) == 0
-    assert start(**{**small, "images_seen": [16, 10**6]}) == 2 and "raise training.n_epochs" in capsys.readouterr().err
+    assert start(**{**small, "images_seen": [16, 10**6]}) == 2 and "more training.n_epochs" in capsys.readouterr().err
 
 
 def test_shipped_studies_load_and_survive_a_round_trip(tmp_path):
