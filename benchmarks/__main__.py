@@ -1,10 +1,11 @@
-"""All benchmarks one after the other, and their tables into docs/performance.md: ``make bench``.
+"""The benchmarks of speed and memory one after the other, and their tables into docs/performance.md: ``make bench``.
 
     python -m benchmarks                                    # CPU, some 20 minutes on two cores that do nothing else
-    python -m benchmarks --device cuda                      # the same on a GPU, with its batch sizes
+    python -m benchmarks --device cuda                      # the same on a GPU, with its batch sizes; not data
     python -m benchmarks --only train startup               # the others' tables stay
 
-The text outside the markers of docs/performance.md is written by hand.
+A GPU's tables have markers of their own. The text outside the markers of docs/performance.md is written by hand.
+Left out are ``benchmarks.precision``, which needs real images, and ``benchmarks.soak``, which measures no speed.
 """
 
 import argparse
@@ -22,20 +23,23 @@ from utils.atomic import write_text
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/performance.md"
-SCRIPTS = {                                                # arguments on a CPU, and on a GPU
+SCRIPTS = {                                                # arguments on a CPU, and on a GPU; None: a CPU's job
     "train": ("", "--device cuda --batch 128 --rounds 20 --pictures 2048"),
     "sample": ("", "--device cuda --batch 256 --steps 50 --images 1000 10000 50000"),
     "startup": ("", "--device cuda"),
     "scaling": ("--parts training sampling processes", "--device cuda --parts training sampling"),
-    "fid": ("--num 32 --images {images}", None),           # None: a CPU's job in both cases
+    "fid": ("--num 32 --images {images}", "--device cuda --num 2000 --images {images}"),
     "data": ("--num 1000 --source {images}", None),
 }
 
 
+def arguments(name: str, device: str) -> str | None:
+    return SCRIPTS[name][device == "cuda"]
+
+
 def run(name: str, device: str, images: Path) -> str:
     """The output of a script, which also appears as it comes."""
-    on_cpu, on_cuda = SCRIPTS[name]
-    words = (on_cuda if device == "cuda" and on_cuda is not None else on_cpu).format(images=images).split()
+    words = arguments(name, device).format(images=images).split()
     command = [sys.executable, "-m", f"benchmarks.{name}", *words]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
     lines = []
@@ -47,30 +51,48 @@ def run(name: str, device: str, images: Path) -> str:
     return "".join(lines).strip()
 
 
-def put(name: str, text: str) -> None:
-    """Replace what stands between the page's markers of ``name``."""
+def section(marker: str) -> re.Pattern:
+    return re.compile(rf"(<!-- {marker} -->\n).*?(<!-- end {marker} -->)", re.DOTALL)
+
+
+def check_markers(markers: list[str]) -> None:
+    """Before hours of measuring."""
     page = PAGE.read_text()
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-    if not re.search(pattern, page, re.DOTALL):
-        raise SystemExit(f"{PAGE} has no markers <!-- {name} --> and <!-- end {name} -->")
-    write_text(PAGE, re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", page, flags=re.DOTALL))
+    absent = [marker for marker in markers if not section(marker).search(page)]
+    if absent:
+        raise SystemExit(f"{PAGE} lacks markers: " + ", ".join(f"<!-- {m} --> ... <!-- end {m} -->" for m in absent))
+
+
+def put(marker: str, text: str) -> None:
+    """Replace what stands between the page's markers."""
+    write_text(PAGE, section(marker).sub(lambda match: f"{match[1]}{text}\n{match[2]}", PAGE.read_text()))
+
+
+def head(name: str, device: str, seconds: float) -> str:
+    """What was run, when, on what."""
+    about, flag = machine(), "" if device == "cpu" else f" --device {device}"
+    return (f"`python -m benchmarks --only {name}{flag}`, {about['time'][:10]}, "
+            f"{about['gpu'] if device == 'cuda' else about['cpu']}, {about['cores']} cores, torch {about['torch']}, "
+            f"{seconds:.0f} s:")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
+    parser.add_argument("--only", nargs="+", choices=list(SCRIPTS), help="default: all that the device has a part in")
     parser.add_argument("--images", type=Path, help="zip of images for fid and data; default: made here")
     args = parser.parse_args()
+    names = args.only or [name for name in SCRIPTS if arguments(name, args.device) is not None]
+    if foreign := [name for name in names if arguments(name, args.device) is None]:
+        parser.error(f"--only {' '.join(foreign)}: a CPU's job, run it without --device {args.device}")
+    markers = {name: name if args.device == "cpu" else f"{name} {args.device}" for name in names}
+    check_markers(list(markers.values()))
     with tempfile.TemporaryDirectory() as temporary:
         images = args.images or zipped(Path(temporary))
-        for name in args.only:
+        for name, marker in markers.items():
             start = time.perf_counter()
             text = run(name, args.device, images)
-            about = machine()
-            head = (f"`python -m benchmarks --only {name}`, {about['time'][:10]}, {about['gpu'] or about['cpu']}, "
-                    f"{about['cores']} cores, torch {about['torch']}, {time.perf_counter() - start:.0f} s:")
-            put(name, f"{head}\n\n{text}")
+            put(marker, f"{head(name, args.device, time.perf_counter() - start)}\n\n{text}")
 
 
 def zipped(folder: Path) -> Path:

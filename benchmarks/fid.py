@@ -2,6 +2,9 @@
 
     python -m benchmarks.fid --images ../shared/data/cifar10-32x32.zip                 # speed, a few minutes
     python -m benchmarks.fid --images ../shared/data/cifar10-32x32.zip --agree 2000    # and 2,000 against 2,000 others
+    python -m benchmarks.fid --images ... --device cuda --num 2000                     # features on a GPU
+
+The distance is computed on the CPU in any case.
 """
 
 import argparse
@@ -15,7 +18,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, alternate, machine, report
+from benchmarks.harness import RESULTS, alternate, machine, report, synchronize
 from functions.frechet import FeatureStats, frechet_distance
 from models.inception import load_inception
 from models.inception_weights import find_weights, read_weights
@@ -47,12 +50,14 @@ def extract(source: FileSource, indices, folder: Path) -> list[str]:
 
 
 def timed(function):
+    synchronize()
     start = time.perf_counter()
     value = function()
+    synchronize()
     return value, time.perf_counter() - start
 
 
-def features_speed(source, theirs, net, num: int, rounds: int, folder: Path) -> None:
+def features_speed(source, theirs, net, num: int, rounds: int, folder: Path, device: str) -> None:
     """From PNG files to features."""
     from pytorch_fid.fid_score import get_activations
 
@@ -63,8 +68,9 @@ def features_speed(source, theirs, net, num: int, rounds: int, folder: Path) -> 
         evaluate_images(images, Collector(net), 50)
         return num
 
-    calls = {"pytorch-fid": lambda: len(get_activations(files, theirs, 50, 2048, "cpu", num_workers=2)), "here": here}
-    report(f"Inception features of {num} PNG files", alternate(calls, rounds), baseline="pytorch-fid", num=num)
+    calls = {"pytorch-fid": lambda: len(get_activations(files, theirs, 50, 2048, device, num_workers=2)), "here": here}
+    report(f"Inception features of {num} PNG files, {device}", alternate(calls, rounds), baseline="pytorch-fid",
+           num=num)
 
 
 def distance_speed(rounds: int, num: int = 3000) -> None:
@@ -79,11 +85,11 @@ def distance_speed(rounds: int, num: int = 3000) -> None:
         sets += [stats.mean, stats.cov]
     calls = {"scipy.linalg.sqrtm (pytorch-fid)": lambda: int(calculate_frechet_distance(*sets) > 0),
              "here": lambda: int(frechet_distance(*sets) > 0)}
-    report("Frechet distance, 2,048 dimensions", alternate(calls, rounds), baseline=next(iter(calls)), unit="1/s",
+    report("Frechet distance, 2,048 dimensions, cpu", alternate(calls, rounds), baseline=next(iter(calls)), unit="1/s",
            precision="fp64")
 
 
-def agreement(source, theirs, net, num: int, folder: Path) -> dict:
+def agreement(source, theirs, net, num: int, folder: Path, device: str) -> dict:
     """FID of ``num`` images against ``num`` others by both, in chunks taken in turn; then from a zip and an npz."""
     from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
 
@@ -94,7 +100,7 @@ def agreement(source, theirs, net, num: int, folder: Path) -> dict:
         images, collector, theirs_half = FileSource(folder / str(half)), Collector(net, keep_features=True), []
         for chunk in np.array_split(np.arange(num), max(1, num // 250)):
             names = [sorted(files)[i] for i in chunk]
-            values, spent = timed(partial(get_activations, names, theirs, 50, 2048, "cpu", num_workers=2))
+            values, spent = timed(partial(get_activations, names, theirs, 50, 2048, device, num_workers=2))
             theirs_half.append(values)
             seconds["pytorch-fid"].append(spent / len(chunk))
             _, spent = timed(partial(evaluate_images, images, collector, 50, indices=chunk))
@@ -129,20 +135,22 @@ def _same_pixels(folder: Path, num: int) -> bool:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--num", type=int, default=100, help="images of the timing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--agree", type=int, default=0, metavar="N", help="also compare FIDs of N against N images")
     args = parser.parse_args()
-    source, net, theirs = FileSource(args.images), load_inception(), pytorch_fid_network()
+    source, net = FileSource(args.images), load_inception(device=args.device)
+    theirs = pytorch_fid_network().to(args.device)
     with tempfile.TemporaryDirectory() as folder:
         if args.agree:
-            found = agreement(source, theirs, net, args.agree, Path(folder))
+            found = agreement(source, theirs, net, args.agree, Path(folder), args.device)
             print(json.dumps(found, indent=1), flush=True)
-            line = {"title": f"FID of {args.agree} against {args.agree}", **found, **machine()}
+            line = {"title": f"FID of {args.agree} against {args.agree}", "device": args.device, **found, **machine()}
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(line) + "\n")
         distance_speed(args.rounds)
-        features_speed(source, theirs, net, args.num, args.rounds, Path(folder) / "speed")
+        features_speed(source, theirs, net, args.num, args.rounds, Path(folder) / "speed", args.device)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Side-by-side timing: A B A B in one run on one machine, medians after a warm-up, a table, a line in results.jsonl."""
 
 import json
+import multiprocessing
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,10 +32,10 @@ def alternate(calls: dict[str, Callable[[], int]], rounds: int = 5, warm_up: int
     rates = {name: [] for name in calls}
     for number in range(warm_up + rounds):
         for name, call in calls.items():
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             items = call()
-            _synchronize()
+            synchronize()
             if number >= warm_up:
                 rates[name].append(items / (time.perf_counter() - start))
     return rates
@@ -84,6 +87,28 @@ def matrix_rate(dtype: torch.dtype, device="cpu", rounds: int = 5) -> float:
     return statistics.median(rates) * 2 * side**2
 
 
+def in_fresh_process(function: Callable, *args):
+    """``function(*args)`` in a process of its own: no memory, cache or thread of this one takes part."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(function, *args).result()
+
+
+def peak_memory(work: Callable) -> tuple:
+    """What ``work()`` returns, and the GiB of host memory that it takes at its peak beyond what is in use before.
+
+    Linux only. The kernel's mark of the peak is reset first: it holds what importing took, and ``ru_maxrss``, which
+    cannot be reset, starts at the peak of the parent process.
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    result = work()
+    return result, (_status_bytes("VmHWM") - before) / 2**30
+
+
+def _status_bytes(key: str) -> int:
+    return int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
+
+
 def machine() -> dict:
     """Where and with what a measurement was made."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -99,6 +124,7 @@ def _cpu_name() -> str:
     return next(names, platform.processor())
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, if one is in use: call it before every look at the clock."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

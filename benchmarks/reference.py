@@ -1,9 +1,9 @@
 """The procedure that this project is compared with: what SA-DPM does in a step, written plainly and without speed.
 
 K separate network calls in float32 NCHW, attention by two products and a softmax, alpha_bar computed from the betas in
-each call, Adam parameter by parameter, EMA by stacking parameters of one shape, a loss that is waited for and logged in
-every step, images decoded by PIL in worker processes; sampling copies every state and estimate to the host and writes
-the PNG files one by one afterwards.
+each call, clipping and Adam with torch's defaults (Adam parameter by parameter on a CPU, by foreach kernels on a GPU),
+EMA by stacking parameters of one shape, a loss that is waited for and logged in every step, images decoded by PIL in
+worker processes; sampling copies every state and estimate to the host and writes the PNG files one by one afterwards.
 
 The network is this project's own, with its weights and names but for the attention, so that both compute the same.
 """
@@ -131,7 +131,7 @@ class ReferenceTraining:
         self.betas = make_betas(config, device)
         optim = config.optim
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2),
-                                          eps=optim.eps, foreach=False)
+                                          eps=optim.eps)
         self.ema = StackedEMA(self.network, config.model.ema_rate)
         self.loader = DataLoader(Pictures(folder, config.data.random_flip), config.training.batch_size, shuffle=True,
                                  drop_last=True, num_workers=workers, persistent_workers=workers > 0,
@@ -150,7 +150,7 @@ class ReferenceTraining:
         log.info("step %d, loss %f", self.step, loss.item())
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.grad_clip or math.inf, foreach=False)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.grad_clip or math.inf)
         self.optimizer.step()
         self.ema.update()
         return len(x0)

@@ -1,26 +1,28 @@
 """Sampling by DDIM into PNG files, against the reference procedure and diffusers; memory; more and more images.
 
     python -m benchmarks.sample                                               # CPU: 5 steps of 8 images
-    python -m benchmarks.sample --device cuda --batch 512 --steps 50 --images 50 1000 10000 50000
+    python -m benchmarks.sample --parts growth --images 1000 10000 50000      # some 20 minutes
+    python -m benchmarks.sample --device cuda --batch 256 --steps 50 --images 1000 10000 50000
 
 A chain costs the same at each step, so on a CPU five steps tell what fifty would; only the PNG files get ten times
 their share. DDPM's CIFAR-10 network, random weights.
+
+The growth with the number of images needs other settings (GROWTH): small networks and few steps, or 50,000 images
+would take hours.
 """
 
 import argparse
 import itertools
-import multiprocessing
-import resource
+import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import alternate, report, table
+from benchmarks.harness import alternate, in_fresh_process, peak_memory, report, synchronize, table
 from benchmarks.reference import build_reference, make_betas, sample_and_save
 from benchmarks.workload import make_config, quiet
 from functions.timesteps import sampling_timesteps
@@ -28,19 +30,20 @@ from runners.diffusion import Diffusion
 from runners.generation import ImageFolder, PngWriter, generate
 
 AMP = {"fp32": None, "bf16": torch.bfloat16}
+GROWTH = {"cpu": ("digits.yml", "fp32", 2, 50), "cuda": ("cifar10.yml", "bf16", 5, 250)}    # steps and batch at the end
 
 
-def our_sampling(config, device, precision: str, steps: int, batch: int, folder: Path, images: int | None = None):
-    """generate.py's loop: every call makes ``images`` into a new folder."""
+def our_sampling(config, device, precision: str, steps: int, batch: int, folder: Path):
+    """generate.py's loop: every call makes ``images``, one batch if not said, into a new folder."""
     diffusion, numbers = Diffusion(config, device), itertools.count()
     diffusion.amp, diffusion.compiled = AMP[precision.partition(" ")[0]], "compiled" in precision
-    seeds = list(range(images or batch))
 
-    def sample() -> int:
+    def sample(images: int = batch) -> int:
         target = ImageFolder(folder / f"{precision} {next(numbers)}")
         target.path.mkdir()
         writer = PngWriter(target, config.data.shape)
-        return sum(len(chunk) for _, chunk, _ in generate(diffusion, seeds, {"timesteps": steps}, batch, writer))
+        return sum(len(chunk) for _, chunk, _ in generate(
+            diffusion, list(range(images)), {"timesteps": steps}, batch, writer))
 
     return sample
 
@@ -71,12 +74,9 @@ def chain_memory(folder: Path, device: str, batch: int, steps: int, images: int,
     """GiB at the peak of sampling beyond the process as it was. A small network, so that states would show."""
     quiet()
     config = make_config(folder, batch, name="cifar10_tiny.yml", **{"data.image_size": 64})
-    sample = (our_sampling(config, device, "fp32", steps, batch, folder, images) if here else
+    sample = (partial(our_sampling(config, device, "fp32", steps, batch, folder), images) if here else
               reference_sampling(config, device, steps, batch, folder))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sample()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024                 # states are kept on the host
-    return (peak - before) / 2**30
+    return peak_memory(sample)[1]                                                    # states are kept on the host
 
 
 def memory(args, folder: Path) -> None:
@@ -86,27 +86,45 @@ def memory(args, folder: Path) -> None:
     cases += [("here", args.memory_steps[0], images, True) for images in (128, 512)]
     for name, steps, images, here in cases:
         own = Path(tempfile.mkdtemp(dir=folder))
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            peak = fresh.submit(chain_memory, own, args.device, 32, steps, images, here).result()
-        rows.append([name, steps, images, peak])
+        rows.append([name, steps, images, in_fresh_process(chain_memory, own, args.device, 32, steps, images, here)])
     table("host memory, 1.1 M parameters, 64x64, batch 32", ["steps", "images", "peak, GiB"], rows)
     print()
 
 
-def growth(args, folder: Path) -> None:
-    """Time for each image as their number grows, with a small network on a CPU."""
-    small = args.device == "cpu"
-    config = make_config(folder, 1, name="cifar10_tiny.yml" if small else "cifar10.yml")
-    rows = []
-    for images in args.images:
-        batch = min(args.batch if not small else 50, images)
-        sample = our_sampling(config, args.device, "fp32", 2 if small else args.steps, batch, folder, images)
-        start = time.perf_counter()
+def timed_images(folder: Path, device: str, images: int) -> tuple[float, float]:
+    """Seconds for ``images`` images after a warm-up of one batch, and GiB at the peak beyond the process as it was."""
+    quiet()
+    name, precision, steps, batch = GROWTH[device]
+    config = make_config(folder, 1, name=name)
+
+    def work() -> float:
+        sample = our_sampling(config, device, precision, steps, batch, folder)
         sample()
-        seconds = time.perf_counter() - start
-        rows.append([images, seconds, seconds / images * 1000,
-                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20])
-    table("images", ["seconds", "ms for each", "peak of the process, GiB"], rows)
+        synchronize()
+        start = time.perf_counter()
+        sample(images)
+        synchronize()
+        return time.perf_counter() - start
+
+    return peak_memory(work)
+
+
+def growth(args, folder: Path) -> None:
+    """Time and memory as the number of images grows: all numbers in turn, each time in a process of its own."""
+    found = {images: [] for images in args.images}
+    for _ in range(args.rounds):
+        for images, values in found.items():
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                values.append(in_fresh_process(timed_images, Path(own), args.device, images))
+    rows = []
+    for images, values in found.items():
+        seconds, peaks = zip(*values, strict=True)
+        rows.append([images, statistics.median(seconds), statistics.median(seconds) / images * 1000,
+                     f"{min(seconds) / images * 1000:.4g} - {max(seconds) / images * 1000:.4g}",
+                     statistics.median(peaks)])
+    name, precision, steps, batch = GROWTH[args.device]
+    table(f"images ({name}, {precision}, {steps} steps, batch {batch}, {args.device})",
+          ["seconds", "ms for each", "range", "peak host memory, GiB"], rows, rounds=found)
     print()
 
 
@@ -116,7 +134,8 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, nargs="+", default=[50, 200, 1000, 4000])
+    parser.add_argument("--images", type=int, nargs="+", default=[500, 1000, 4000],
+                        help="how many in the growth table; 10000 and 50000 take a CPU some 20 minutes")
     parser.add_argument("--memory_steps", type=int, nargs="+", default=[5, 20])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--parts", nargs="+", default=["speed", "memory", "growth"],

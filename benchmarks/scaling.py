@@ -33,11 +33,13 @@ from runners.diffusion import Diffusion
 GPU_FLOPS = 0.35 * 800e12           # FLOP/s of a step: the target utilisation of the bf16 matrix rate of a Hopper GPU
 GPUS_OF_A_NODE = 8
 NVLINK = 450e9                      # bytes/s of a GPU in each direction
-NETWORKS = {"InfiniBand 50 GB/s": 50e9, "Ethernet 12.5 GB/s": 12.5e9, "Ethernet 1.25 GB/s": 1.25e9}   # of a GPU
+INFINIBAND, ETHERNET = 50e9, {"12.5 GB/s": 12.5e9, "1.25 GB/s": 1.25e9}                 # of a GPU
 LATENCY = 10e-6                     # seconds of one message between two nodes
 BUCKET = 25 * 2**20                 # bytes that DDP reduces at a time
 BACKWARD = 2 / 3                    # share of a step in which gradients appear and buckets can travel
-GPUS = (8, 16, 64, 256, 1024)
+GPUS = (8, 64, 1024)                # of the table of all configurations
+ETHERNET_GPUS = (16, 64, 1024)      # of the one of these: 32x32, 64x64 and 256x256 images
+TYPICAL = ("cifar10", "celeba", "celebahq")
 
 
 def all_reduce_seconds(gradient: float, gpus: int, network: float) -> float:
@@ -74,22 +76,30 @@ def gpu_batch(config: Config) -> int:
     return max(1, whole // GPUS_OF_A_NODE) if whole else config.training.batch_size
 
 
+def needs(config: Config) -> tuple[int, int]:
+    """FLOPs of a step on one GPU, and bytes of its gradient."""
+    with torch.device("meta"):
+        gradient = 4 * sum(p.numel() for p in build_model(config).parameters())
+    evaluations = max(1, config.loss.num_consecutive_steps) if config.loss.lamda > 0 else 1
+    return step_flops(config)[1] * gpu_batch(config) * evaluations, gradient
+
+
 def model() -> None:
     """Predicted efficiency of each shipped configuration, with the batch of a GPU kept as GPUs are added."""
-    needs = []
-    for path in sorted((ROOT / "configs").glob("*.yml")):
-        config = load_config(path)
-        with torch.device("meta"):
-            gradient = 4 * sum(p.numel() for p in build_model(config).parameters())
-        steps = max(1, config.loss.num_consecutive_steps) if config.loss.lamda > 0 else 1
-        needs.append((path.stem, gpu_batch(config), steps, step_flops(config)[1] * gpu_batch(config) * steps, gradient))
-    for network, rate in NETWORKS.items():
-        rows = [[name, batch, steps, flops / 1e12, flops / GPU_FLOPS * 1e3, gradient / 2**20,
-                 *(f"{efficiency(flops / GPU_FLOPS, gradient, gpus, rate):.1%}" for gpus in GPUS)]
-                for name, batch, steps, flops, gradient in needs]
-        print(markdown([network, "batch of a GPU", "K", "TFLOP a step", "ms a step", "gradient MiB",
-                        *(f"{gpus} GPUs" for gpus in GPUS)], rows), flush=True)
-        print()
+    files = sorted((ROOT / "configs").glob("*.yml"))
+    found = {path.stem: needs(load_config(path)) for path in files}
+
+    def shares(name: str, counts: tuple[int, ...], network: float) -> list[str]:
+        flops, gradient = found[name]
+        return [f"{efficiency(flops / GPU_FLOPS, gradient, gpus, network):.1%}" for gpus in counts]
+
+    rows = [[name, flops / 1e12, gradient / 2**20, *shares(name, GPUS, INFINIBAND)]
+            for name, (flops, gradient) in found.items()]
+    print(markdown(["InfiniBand, 50 GB/s", "TFLOP a step", "gradient, MiB", *(f"{n:,} GPUs" for n in GPUS)], rows))
+    rows = [[name, *(share for network in ETHERNET.values() for share in shares(name, ETHERNET_GPUS, network))]
+            for name in TYPICAL]
+    print("\n" + markdown(["Ethernet", *(f"{name}, {n:,} GPUs" for name in ETHERNET for n in ETHERNET_GPUS)], rows),
+          flush=True)
 
 
 def training_growth(args, folder: Path) -> None:

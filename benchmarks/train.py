@@ -7,19 +7,16 @@ DDPM's CIFAR-10 network. Each figure is the median over rounds in which all cand
 """
 
 import argparse
-import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import alternate, matrix_rate, report, table
+from benchmarks.harness import alternate, in_fresh_process, matrix_rate, peak_memory, report, synchronize, table
 from benchmarks.reference import ReferenceTraining
 from benchmarks.workload import Training, make_config, quiet, step_flops, write_pictures
 
@@ -47,8 +44,10 @@ def against_reference(args, folder: Path, pictures: Path, steps: int) -> dict[st
 
 
 def _seconds(call) -> float:
+    synchronize()
     start = time.perf_counter()
     call()
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -81,29 +80,28 @@ def step_memory(pictures: Path, folder: Path, device: str, batch: int, steps: in
     from runners.dry_run import training_memory
 
     quiet()
+    torch.optim.Adam([torch.zeros(1)])         # the first one imports 80 MiB of torch, no part of a step
     config = make_config(pictures, batch, steps=steps, **{"training.activation_checkpointing": checkpointing})
-    before = _resident()
-    step = Training(config, folder, device)
-    for _ in range(2):
+
+    def two_steps() -> Training:
+        step = Training(config, folder, device)
         step()
-    cuda = device == "cuda"
-    measured = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        step()
+        return step
+
+    step, measured = peak_memory(two_steps)
+    if device == "cuda":
+        measured = torch.cuda.max_memory_allocated() / 2**30
     x = torch.zeros(2, *config.data.shape, dtype=torch.uint8)
-    return [(measured - (0 if cuda else before)) / 2**30, training_memory(step.diffusion, x, step.plan)[0] / 2**30]
-
-
-def _resident() -> int:
-    """Bytes of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return [measured, training_memory(step.diffusion, x, step.plan)[0] / 2**30]
 
 
 def memory(args, folder: Path, pictures: Path) -> None:
     rows = []
     for checkpointing in (False, True):
         for steps in (1, 2, 4):
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:    # its own peak
-                job = fresh.submit(step_memory, pictures, folder, args.device, args.batch, steps, checkpointing)
-                measured, predicted = job.result()
+            measured, predicted = in_fresh_process(
+                step_memory, pictures, folder, args.device, args.batch, steps, checkpointing)
             name = f"K = {steps}" + ", activation checkpointing" * checkpointing
             rows.append([name, measured, predicted, f"{predicted / measured - 1:+.0%}"])
     table(f"memory of a step, fp32, batch {args.batch}", ["peak, GiB", "--dry_run, GiB", "off by"], rows)
