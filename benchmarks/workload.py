@@ -34,7 +34,8 @@ def make_config(folder: Path, batch: int, precision: str = "fp32", steps: int = 
                 **overrides) -> Config:
     """A shipped configuration on ``folder``; ``precision`` is a key of AMP, ``steps`` is K, 1 without its term."""
     keys = {"data.dataset": "FOLDER", "data.root": folder, "data.num_workers": 0, "training.batch_size": batch,
-            "training.amp": AMP[precision], "training.compile": "on" if "compiled" in precision else "off",
+            "training.n_epochs": 10**6, "training.amp": AMP[precision],
+            "training.compile": "on" if "compiled" in precision else "off",
             "loss.num_consecutive_steps": steps, "loss.lamda": 1.0 if steps > 1 else 0.0, **overrides}
     return load_config(name, [f"{key}={value}" for key, value in keys.items()])
 
