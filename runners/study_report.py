@@ -71,17 +71,18 @@ def introduction(findings: Findings) -> list:
 
 def runs_table(findings: Findings) -> list:
     job, rows = findings.job, []
+    others = any(keys.keys() - IN_COLUMNS for keys in job.study.runs.values())
     for run in findings.runs:
         config = job.configs[f"{run}-{job.study.seeds[0]}"]
         loss = config.loss
         calls = loss.num_consecutive_steps if loss.lamda > 0 else 1
         minutes = [_training_minutes(job, f"{run}-{seed}") for seed in job.study.seeds]
-        others = {key: value for key, value in job.study.runs[run].items() if key not in IN_COLUMNS}
+        changed = ", ".join(f"{key} {value}" for key, value in job.study.runs[run].items() if key not in IN_COLUMNS)
         rows.append([run, str(loss.num_consecutive_steps), f"{loss.lamda:g}", f"{loss.input_perturbation:g}",
-                     ", ".join(f"{key} {value}" for key, value in others.items()),
-                     f"{job.step(findings.budget):,}", str(calls), f"{sum(minutes) / len(minutes):.1f}"])
-    return [Heading("Runs"),
-            Table(["run", "K", "lamda", "gamma", "other keys", "steps", "calls for each image", "minutes"], rows)]
+                     *([changed] if others else []), f"{job.step(findings.budget):,}", str(calls),
+                     f"{sum(minutes) / len(minutes):.1f}"])
+    return [Heading("Runs"), Table(["run", "K", "lamda", "gamma", *(["other keys"] if others else []), "steps",
+                                    "calls for each image", "minutes"], rows)]
 
 
 def _training_minutes(job: StudyJob, doc: str) -> float:
