@@ -24,6 +24,7 @@ from models.inception import load_inception
 from models.inception_weights import find_weights, read_weights
 from runners.evaluation import Collector, FileSource, choose_subset, evaluate_images
 from utils.atomic import atomic_write
+from utils.memory import keep_freed_memory
 
 
 def pytorch_fid_network(weights=None):
@@ -140,6 +141,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--agree", type=int, default=0, metavar="N", help="also compare FIDs of N against N images")
     args = parser.parse_args()
+    keep_freed_memory()                              # as the scripts do; pytorch-fid, in this process, has it too
     source, net = FileSource(args.images), load_inception(device=args.device)
     theirs = pytorch_fid_network().to(args.device)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 
 log = logging.getLogger("sa-ddim")
 
@@ -180,6 +181,8 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
                                       max_restarts=args.max_restarts)
         device = distributed.pick_device(args.device, world or distributed.World())
         shared = False
+        if device.type == "cpu":
+            keep_freed_memory()
         with distributed.process_group(world, device, args.master_address, args.master_port, args.dist_timeout):
             return work(args, device)
 
