@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.files import file_stamp
+from datasets.files import file_stamp, open_zip
 from utils.errors import DataError
 from utils.safe_load import load_pickle
 
@@ -163,7 +163,7 @@ def digits(path: Path):
 
 
 def npz_keys(path: Path) -> list[str]:
-    with _zip(path) as archive:
+    with open_zip(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
@@ -173,7 +173,7 @@ def npz_array(path: Path, key: str) -> np.ndarray:
     Raises:
         DataError: No such key (lists those there), a pickled object, or a broken file.
     """
-    with _zip(path) as archive:
+    with open_zip(path) as archive:
         if f"{key}.npy" not in archive.namelist():
             raise DataError(f"{path}: has no array {key!r}, only {', '.join(sorted(npz_keys(path))) or 'nothing'}")
         info = archive.getinfo(f"{key}.npy")
@@ -201,10 +201,3 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
         if 0 in shape:
             return np.zeros(shape, dtype)
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-
-
-def _zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise DataError(f"{path}: not a usable npz file: {error}") from None

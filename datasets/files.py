@@ -125,17 +125,22 @@ class _Folder:
         return digest.hexdigest()
 
 
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Raises DataError: it cannot be read, or is no zip archive of a version that Python knows (its RuntimeError)."""
+    try:
+        return zipfile.ZipFile(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (zipfile.BadZipFile, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: not a usable zip archive: {error}") from None
+
+
 class _Zip(PerProcess):
     def __init__(self, path: Path):
         self.path = path
 
     def _open(self) -> zipfile.ZipFile:
-        try:
-            archive = zipfile.ZipFile(self.path)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from None
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise DataError(f"{self.path}: not a usable zip archive: {error}") from None
+        archive = open_zip(self.path)
         for info in archive.infolist():
             inside = PurePosixPath(info.filename.replace("\\", "/"))
             if inside.is_absolute() or ".." in inside.parts or ":" in "".join(inside.parts[:1]):
@@ -154,7 +159,7 @@ class _Zip(PerProcess):
     def read(self, name: str) -> bytes:
         try:
             return self.handle.read(name)
-        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as error:
             raise UnreadableImage(f"{self.path}/{name}: unreadable in the archive: {error}") from None
 
     def stamp(self, files: ImageFiles) -> str:

@@ -165,7 +165,7 @@ def test_npz_with_a_missing_key_or_a_pickle(make_config, refused, noise, tmp_pat
     np.savez(folder / "train_data_batch_3.npz", data=noise(2, 3072))
     refused(make_config("IMAGENET32", 32), "[1, 3]", "without a gap")
     (tmp_path / "cut.npz").write_bytes((folder / "train_data_batch_3.npz").read_bytes()[:-100])
-    refused(make_config("FOLDER", 8, root=tmp_path / "cut.npz"), "cut.npz", "not a usable npz")
+    refused(make_config("FOLDER", 8, root=tmp_path / "cut.npz"), "cut.npz", "not a usable zip archive")
     np.savez(tmp_path / "float.npz", np.zeros((2, 8, 8, 3)))
     refused(make_config("FOLDER", 8, root=tmp_path / "float.npz"), "float.npz", "uint8", "float64")
 
