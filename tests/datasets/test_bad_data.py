@@ -267,3 +267,14 @@ def test_disk_full_while_packing(make_config, noise, write_tree, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in (tmp_path / ".packed").iterdir()] == ["folder.lock"]
     assert open_images(config, tmp_path).num_images == 100
+
+
+@pytest.mark.parametrize(("offset", "message"), [(6, "not a usable zip archive: zip file version 9.9"),
+                                                 (10, "unreadable in the archive: ")])
+def test_a_zip_of_the_future(noise, write_zip, make_config, refused, offset, message):
+    """Another format version, another compression method: zipfile raises NotImplementedError for both."""
+    path = write_zip({f"{i}.png": image for i, image in enumerate(noise(3, 8, 8, 3))})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + offset] = 99
+    path.write_bytes(content)
+    refused(make_config("ZIP", 8, root=path), path.name, message)
