@@ -45,6 +45,21 @@ class TimeEmbedding(nn.Module):
             return F.silu(second(F.silu(h)))                                                 # (B, D)
 
 
+class Dropout(nn.Dropout):
+    """``nn.Dropout``, with cheaper random numbers on a CPU: 16 bits for each value, four from one draw.
+
+    There the rate is ``p`` rounded to a multiple of 2^-16, and what is kept is divided by the rounded share.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = round(2**16 * (1 - self.p))
+        if not self.training or x.device.type != "cpu" or not 0 < kept < 2**16:
+            return super().forward(x)
+        draws = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4,))      # group norm: a multiple of 32 values
+        numbers = draws.view(torch.int16).as_strided(x.shape, x.stride())                    # -2^15 ... 2^15 - 1
+        return x * (numbers < kept - 2**15).to(x.dtype).mul_(2**16 / kept)
+
+
 class ResBlock(nn.Module):
     """x + f(x, temb), with a 1x1 convolution on x where the width changes. (B, C, H, W) -> (B, C', H, W)."""
 
@@ -54,7 +69,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.temb_proj = nn.Linear(temb_width, width_out)
         self.norm2 = group_norm(width_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         if width_in != width_out:
             self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)

@@ -5,7 +5,7 @@ import torch
 
 from configs.schema import Config
 from models import MODELS, build_model
-from models.unet import sinusoidal_embedding
+from models.unet import Dropout, sinusoidal_embedding
 from utils.errors import UserError
 
 
@@ -75,6 +75,23 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(x, t), model(x, t))
     model.train()
     assert not torch.equal(model(x, t), model(x, t))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_independently_and_keeps_the_mean(p, layout):
+    torch.manual_seed(0)
+    x = torch.ones(8, 64, 32, 32).contiguous(memory_format=layout).requires_grad_()
+    out = Dropout(p)(x)
+    out.sum().backward()
+    kept = (out != 0).double()
+    share = round(2**16 * (1 - p)) / 2**16
+    assert out.stride() == x.stride() and torch.equal(out, x.grad)
+    assert torch.equal(out, kept.float() * (1 / share))
+    within = 5 / x.numel() ** 0.5                                        # five standard errors, at most
+    assert abs(kept.mean() - share) < within
+    for dim, shift in [(0, 1), (1, 1), (1, 2), (2, 1), (3, 1), (3, 2), (3, 3)]:         # four come from one draw
+        assert abs((kept * kept.roll(shift, dim)).mean() - share**2) < within
 
 
 @pytest.mark.parametrize("size", [(16, 8), (8, 16)])
