@@ -7,26 +7,23 @@
 The distance is computed on the CPU in any case.
 """
 
-import argparse
 import json
-import multiprocessing
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, alternate, machine, report, synchronize
+from benchmarks.harness import RESULTS, alternate, alternate_apart, arguments, machine, report, synchronize
+from benchmarks.workload import as_scripts_do
 from functions.frechet import FeatureStats, frechet_distance
 from models.inception import load_inception
 from models.inception_weights import find_weights, read_weights
 from runners.evaluation import Collector, FileSource, choose_subset, evaluate_images
 from utils.atomic import atomic_write
-from utils.memory import keep_freed_memory
 
 
 def pytorch_fid_network(weights=None, device="cpu"):
@@ -61,33 +58,30 @@ def timed(function):
 
 
 def features_speed(source, num: int, rounds: int, folder: Path, device: str) -> None:
-    """From PNG files to features, each program in a process of its own: how freed memory is kept belongs to it."""
+    """From PNG files to features."""
     files = extract(source, choose_subset(len(source), num, 0, source.name), folder)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn) as theirs, ProcessPoolExecutor(1, spawn) as here:
-        calls = {"pytorch-fid": lambda: theirs.submit(_pass_of_pytorch_fid, files, device).result(),
-                 "here": lambda: here.submit(_pass_here, folder, device).result()}
-        report(f"Inception features of {num} PNG files, {device}", alternate(calls, rounds), baseline="pytorch-fid",
-               num=num)
+    makers = {"pytorch-fid": partial(pass_of_pytorch_fid, files, device), "here": partial(pass_here, folder, device)}
+    report(f"Inception features of {num} PNG files, {device}", alternate_apart(makers, rounds), baseline="pytorch-fid",
+           num=num)
 
 
-def _pass_of_pytorch_fid(files: list[str], device: str) -> int:
+def pass_of_pytorch_fid(files: list[str], device: str):
     from pytorch_fid.fid_score import get_activations
 
-    return len(get_activations(files, _network(pytorch_fid_network, device), 50, 2048, device, num_workers=2))
+    network = pytorch_fid_network(device=device)
+    return lambda: len(get_activations(files, network, 50, 2048, device, num_workers=2))
 
 
-def _pass_here(folder: Path, device: str) -> int:
-    keep_freed_memory()                              # as the scripts do
-    images = FileSource(folder)
-    evaluate_images(images, Collector(_network(load_inception, device)), 50)
-    return len(images)
+def pass_here(folder: Path, device: str):
+    as_scripts_do(device)
+    network, images = load_inception(device=device), FileSource(folder)
 
+    def run() -> int:
+        collector = Collector(network)
+        evaluate_images(images, collector, 50)
+        return collector.stats.count
 
-@cache
-def _network(load, device: str):
-    """Loaded by the first pass of its process, which is the warm-up."""
-    return load(device=device)
+    return run
 
 
 def distance_speed(rounds: int, num: int = 3000) -> None:
@@ -106,10 +100,11 @@ def distance_speed(rounds: int, num: int = 3000) -> None:
            precision="fp64")
 
 
-def agreement(source, theirs, net, num: int, folder: Path, device: str) -> dict:
+def agreement(source, num: int, folder: Path, device: str) -> dict:
     """FID of ``num`` images against ``num`` others by both, in chunks taken in turn; then from a zip and an npz."""
     from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
 
+    net, theirs = load_inception(device=device), pytorch_fid_network(device=device)
     chosen = np.random.default_rng(0).permutation(len(source))[:2 * num]
     collectors, activations, seconds = [], [], {"pytorch-fid": [], "here": []}
     for half, indices in enumerate((chosen[:num], chosen[num:])):
@@ -150,18 +145,15 @@ def _same_pixels(folder: Path, num: int) -> bool:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--images", required=True)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--num", type=int, default=100, help="images of the timing")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--agree", type=int, default=0, metavar="N", help="also compare FIDs of N against N images")
     args = parser.parse_args()
-    source, net = FileSource(args.images), load_inception(device=args.device)
-    theirs = pytorch_fid_network(device=args.device)
+    source = FileSource(args.images)
     with tempfile.TemporaryDirectory() as folder:
         if args.agree:
-            found = agreement(source, theirs, net, args.agree, Path(folder), args.device)
+            found = agreement(source, args.agree, Path(folder), args.device)
             print(json.dumps(found, indent=1), flush=True)
             line = {"title": f"FID of {args.agree} against {args.agree}", "device": args.device, **found, **machine()}
             with open(RESULTS, "a") as file:

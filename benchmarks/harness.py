@@ -1,5 +1,6 @@
 """Side-by-side timing: A B A B in one run on one machine, medians after a warm-up, a table, a line in results.jsonl."""
 
+import argparse
 import json
 import multiprocessing
 import platform
@@ -9,13 +10,23 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy
 import torch
 
 RESULTS = Path(__file__).with_name("results.jsonl")
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """What most scripts here share: ``--device`` and ``--rounds``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn")
+    return parser
 
 
 def alternate(calls: dict[str, Callable[[], int]], rounds: int = 5, warm_up: int = 1) -> dict[str, list[float]]:
@@ -29,16 +40,53 @@ def alternate(calls: dict[str, Callable[[], int]], rounds: int = 5, warm_up: int
     Returns:
         Items per second, ``rounds`` of them for each name.
     """
-    rates = {name: [] for name in calls}
-    for number in range(warm_up + rounds):
-        for name, call in calls.items():
-            synchronize()
-            start = time.perf_counter()
-            items = call()
-            synchronize()
-            if number >= warm_up:
-                rates[name].append(items / (time.perf_counter() - start))
-    return rates
+    return _in_turn({name: partial(rate, call) for name, call in calls.items()}, rounds, warm_up)
+
+
+def alternate_apart(makers: dict[str, Callable[[], Callable[[], int]]], rounds: int = 5, warm_up: int = 1
+                    ) -> dict[str, list[float]]:
+    """The same, each in a process of its own: allocator, threads and caches of one take no part in another.
+
+    Args:
+        makers: Each makes, in its process, what ``alternate`` calls. Picklable.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in makers}
+        for name, process in processes.items():
+            process.submit(_make, makers[name]).result()
+        calls = {name: partial(_result, process) for name, process in processes.items()}
+        return _in_turn(calls, rounds, warm_up)
+
+
+def _in_turn(measure: dict[str, Callable[[], float]], rounds: int, warm_up: int) -> dict[str, list[float]]:
+    rates = {name: [] for name in measure}
+    for _ in range(warm_up + rounds):
+        for name, once in measure.items():
+            rates[name].append(once())
+    return {name: values[warm_up:] for name, values in rates.items()}
+
+
+def rate(call: Callable[[], int]) -> float:
+    """Items per second of one call."""
+    synchronize()
+    start = time.perf_counter()
+    items = call()
+    synchronize()
+    return items / (time.perf_counter() - start)
+
+
+def _make(maker: Callable) -> None:
+    global _made
+    _made = maker()
+
+
+def _rate_of_made() -> float:
+    return rate(_made)
+
+
+def _result(process: ProcessPoolExecutor) -> float:
+    return process.submit(_rate_of_made).result()
 
 
 def report(title: str, rates: dict[str, list[float]], *, baseline: str, unit: str = "images/s",

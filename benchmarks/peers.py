@@ -1,5 +1,6 @@
 """The same network and recipe in the libraries that people use: diffusers, denoising-diffusion-pytorch."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -86,12 +87,12 @@ def denoising_diffusion_training(folder: Path, batch: int, device):
     return step
 
 
-def available(makers: dict) -> dict:
-    """``{name: function that makes the call}`` of the packages that are installed, called; the others are named."""
-    calls = {}
-    for name, (module, make) in makers.items():
-        try:
-            calls[name] = make()
-        except ImportError as error:
-            print(f"{name} left out ({error}): pip install {WANTED[module]}\n", flush=True)
-    return calls
+def available(makers: dict[str, tuple]) -> dict:
+    """``{name: maker}`` from ``{name: (module, maker)}`` for the modules that are installed; the others are named."""
+    found = {}
+    for name, (module, maker) in makers.items():
+        if find_spec(module):
+            found[name] = maker
+        else:
+            print(f"{name} left out: pip install {WANTED[module]}\n", flush=True)
+    return found

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks.harness import table
-from benchmarks.workload import Training, make_config, quiet
+from benchmarks.workload import Training, make_config
 
 matplotlib.use("Agg")
 PLOT = Path(__file__).parent.parent / "docs/bf16.png"
@@ -91,7 +91,6 @@ def main():
     for name, steps in num_steps.items():
         if 0 < steps < args.interval or (name != OTHER and not steps):
             parser.error(f"{name}: {steps} steps are less than one point of --interval {args.interval}")
-    quiet()
     with tempfile.TemporaryDirectory() as temporary:
         curves = {name: losses(args, *RUNS[name], steps, Path(temporary) / name)
                   for name, steps in num_steps.items() if steps}

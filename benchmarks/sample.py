@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import alternate, in_fresh_process, peak_memory, report, synchronize, table
+from benchmarks.harness import alternate_apart, arguments, in_fresh_process, peak_memory, report, synchronize, table
 from benchmarks.reference import build_reference, make_betas, sample_and_save
-from benchmarks.workload import make_config, quiet
+from benchmarks.workload import as_scripts_do, make_config
 from functions.timesteps import sampling_timesteps
 from runners.diffusion import Diffusion
 from runners.generation import ImageFolder, PngWriter, generate
@@ -35,6 +35,7 @@ GROWTH = {"cpu": ("digits.yml", "fp32", 2, 50), "cuda": ("cifar10.yml", "bf16", 
 
 def our_sampling(config, device, precision: str, steps: int, batch: int, folder: Path):
     """generate.py's loop: every call makes ``images``, one batch if not said, into a new folder."""
+    as_scripts_do(device)
     diffusion, numbers = Diffusion(config, device), itertools.count()
     diffusion.amp, diffusion.compiled = AMP[precision.partition(" ")[0]], "compiled" in precision
 
@@ -60,19 +61,19 @@ def reference_sampling(config, device, steps: int, batch: int, folder: Path):
 
 
 def against_reference(args, config, folder: Path) -> None:
-    calls = {"reference": reference_sampling(config, args.device, args.steps, args.batch, folder)}
-    calls |= peers.available({"diffusers DDIMPipeline, no files": (
+    makers = {"reference": partial(reference_sampling, config, args.device, args.steps, args.batch, folder)}
+    makers |= peers.available({"diffusers DDIMPipeline, no files": (
         "diffusers", partial(peers.diffusers_sampling, args.batch, args.steps, args.device))})
     for precision in ("fp32", "bf16") + ("bf16 compiled",) * args.compile:
-        calls[f"here, {precision}"] = our_sampling(config, args.device, precision, args.steps, args.batch, folder)
-    report(f"DDIM, {args.steps} steps, batch {args.batch}, {args.device}", alternate(calls, args.rounds),
+        makers[f"here, {precision}"] = partial(
+            our_sampling, config, args.device, precision, args.steps, args.batch, folder)
+    report(f"DDIM, {args.steps} steps, batch {args.batch}, {args.device}", alternate_apart(makers, args.rounds),
            baseline="reference", precision="as named", steps=args.steps, batch=args.batch)
     print()
 
 
 def chain_memory(folder: Path, device: str, batch: int, steps: int, images: int, here: bool) -> float:
     """GiB at the peak of sampling beyond the process as it was. A small network, so that states would show."""
-    quiet()
     config = make_config(folder, batch, name="cifar10_tiny.yml", **{"data.image_size": 64})
     sample = (partial(our_sampling(config, device, "fp32", steps, batch, folder), images) if here else
               reference_sampling(config, device, steps, batch, folder))
@@ -93,7 +94,6 @@ def memory(args, folder: Path) -> None:
 
 def timed_images(folder: Path, device: str, images: int) -> tuple[float, float]:
     """Seconds for ``images`` images after a warm-up of one batch, and GiB at the peak beyond the process as it was."""
-    quiet()
     name, precision, steps, batch = GROWTH[device]
     config = make_config(folder, 1, name=name)
 
@@ -129,11 +129,9 @@ def growth(args, folder: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, nargs="+", default=[500, 1000, 4000],
                         help="how many in the growth table; 10000 and 50000 take a CPU some 20 minutes")
     parser.add_argument("--memory_steps", type=int, nargs="+", default=[5, 20])
@@ -141,7 +139,6 @@ def main():
     parser.add_argument("--parts", nargs="+", default=["speed", "memory", "growth"],
                         choices=["speed", "memory", "growth"])
     args = parser.parse_args()
-    quiet()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if "speed" in args.parts:

@@ -7,7 +7,6 @@ The model predicts the efficiency of data parallelism from a config's FLOPs and 
 constants below.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -23,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import alternate, markdown, report, table
+from benchmarks.harness import alternate, arguments, markdown, report, table
 from benchmarks.startup import ROOT
-from benchmarks.workload import Training, make_config, quiet, step_flops, write_pictures
+from benchmarks.workload import Training, as_scripts_do, make_config, step_flops, write_pictures
 from configs.schema import Config, load_config
 from models import build_model
 from runners.diffusion import Diffusion
@@ -198,14 +197,12 @@ def _reduce(rank: int, gradient: int, store: str, queue) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = arguments(__doc__)
     parts = {"training": training_growth, "sampling": sampling_growth, "processes": processes,
              "model": lambda args, folder: model()}
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=list(parts))
     args = parser.parse_args()
-    quiet()
+    as_scripts_do(args.device)
     for name in args.parts:
         with tempfile.TemporaryDirectory() as temporary:
             parts[name](args, Path(temporary))

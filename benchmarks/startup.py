@@ -3,14 +3,13 @@
     python -m benchmarks.startup
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import alternate, report
+from benchmarks.harness import alternate, arguments, report
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,10 +36,7 @@ def first_step(exp: str, device: str) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as used:
         def fresh():
             with tempfile.TemporaryDirectory() as exp:

@@ -3,52 +3,48 @@
     python -m benchmarks.train                                      # CPU, batch 8, some ten minutes
     python -m benchmarks.train --device cuda --batch 128 --rounds 50
 
-DDPM's CIFAR-10 network. Each figure is the median over rounds in which all candidates take a step in turn.
+DDPM's CIFAR-10 network. Each figure is the median over rounds in which all candidates take a step in turn, each in a
+process of its own.
 """
 
 import argparse
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import alternate, in_fresh_process, matrix_rate, peak_memory, report, synchronize, table
+from benchmarks.harness import alternate_apart, arguments, in_fresh_process, matrix_rate, peak_memory, report, table
 from benchmarks.reference import ReferenceTraining
-from benchmarks.workload import Training, make_config, quiet, step_flops, write_pictures
+from benchmarks.workload import Training, as_scripts_do, make_config, our_training, step_flops, write_pictures
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WARM_UP = 2                                          # steps; the first one compiles
 
 
 def against_reference(args, folder: Path, pictures: Path, steps: int) -> dict[str, float]:
     """Images/s of a step with K = ``steps``; returns the medians."""
-    calls = {"reference": ReferenceTraining(make_config(pictures, args.batch, steps=steps), pictures, args.device)}
+    makers = {"reference": partial(
+        ReferenceTraining, make_config(pictures, args.batch, steps=steps), pictures, args.device)}
     if steps == 1:
-        calls |= peers.available({
+        makers |= peers.available({
             "diffusers": ("diffusers", partial(peers.diffusers_training, pictures, args.batch, args.device)),
             "denoising-diffusion-pytorch (28.5 M)": ("denoising_diffusion_pytorch", partial(
                 peers.denoising_diffusion_training, pictures, args.batch, args.device))})
     for precision in ("fp32", "bf16") + ("bf16 compiled",) * (args.compile and steps == 2):
-        calls[f"here, {precision}"] = Training(make_config(pictures, args.batch, precision, steps), folder, args.device)
-    first = {name: _seconds(call) for name, call in calls.items()}
-    rates = alternate(calls, args.rounds)
+        makers[f"here, {precision}"] = partial(
+            our_training, make_config(pictures, args.batch, precision, steps), folder / precision, args.device)
+    rates = alternate_apart(makers, WARM_UP + args.rounds, warm_up=0)
+    first = {name: args.batch / values[0] for name, values in rates.items()}
+    rates = {name: values[WARM_UP:] for name, values in rates.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
     report(f"K = {steps}, batch {args.batch}, {args.device}", rates, baseline="reference", precision="as named",
            batch=args.batch, first_call_seconds=first)
-    compiling = {name: first[name] - args.batch / medians[name] for name in calls if "compiled" in name}
+    compiling = {name: first[name] - args.batch / medians[name] for name in makers if "compiled" in name}
     print("".join(f"\nCompiling ({name}) took {spent:.0f} s more than a step.\n" for name, spent in compiling.items()))
     return medians
-
-
-def _seconds(call) -> float:
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def utilisation(args, medians: dict[str, float], steps: int) -> None:
@@ -67,9 +63,10 @@ def utilisation(args, medians: dict[str, float], steps: int) -> None:
 
 
 def cost_of_k(args, folder: Path, pictures: Path, precision: str) -> None:
-    calls = {f"K = {k}": Training(make_config(pictures, args.batch, precision, k), folder, args.device)
-             for k in (1, 2, 3, 4)}
-    seconds = {name: [args.batch / rate for rate in rates] for name, rates in alternate(calls, args.rounds).items()}
+    makers = {f"K = {k}": partial(our_training, make_config(pictures, args.batch, precision, k), folder / f"K{k}",
+                                  args.device) for k in (1, 2, 3, 4)}
+    seconds = {name: [args.batch / rate for rate in rates]
+               for name, rates in alternate_apart(makers, args.rounds, WARM_UP).items()}
     report(f"step in {precision}, batch {args.batch}", seconds, baseline="K = 1", unit="seconds", precision=precision,
            batch=args.batch)
     print()
@@ -79,7 +76,7 @@ def step_memory(pictures: Path, folder: Path, device: str, batch: int, steps: in
     """GiB that two training steps take beyond the process as it was: measured, and as --dry_run predicts it."""
     from runners.dry_run import training_memory
 
-    quiet()
+    as_scripts_do(device)
     torch.optim.Adam([torch.zeros(1)])         # the first one imports 80 MiB of torch, no part of a step
     config = make_config(pictures, batch, steps=steps, **{"training.activation_checkpointing": checkpointing})
 
@@ -109,15 +106,12 @@ def memory(args, folder: Path, pictures: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=512, help="how many PNG files to train on")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--parts", nargs="+", default=["speed", "cost", "memory"], choices=["speed", "cost", "memory"])
     args = parser.parse_args()
-    quiet()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pictures = write_pictures(folder / "pictures", max(args.pictures, 2 * args.batch), 32)

@@ -15,6 +15,7 @@ from runners.checkpoint import RunFolder
 from runners.diffusion import Diffusion
 from runners.monitor import Monitor
 from runners.plan import Plan
+from utils.memory import keep_freed_memory
 
 AMP = {"fp32": "off", "bf16": "bf16", "bf16 compiled": "bf16"}
 
@@ -60,6 +61,19 @@ class Training:
         return self.plan.global_batch
 
 
+def as_scripts_do(device) -> None:
+    """What ``runners.cli.run_script`` does for a process."""
+    logging.getLogger().setLevel(logging.WARNING)             # the tables are the output
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
+
+
+def our_training(config: Config, folder: Path, device) -> Training:
+    """In a process of its own."""
+    as_scripts_do(device)
+    return Training(config, folder, device)
+
+
 def step_flops(config: Config) -> tuple[int, int]:
     """FLOPs of one image through the network: forward, and forward with backward. Counted without computing."""
     with FakeTensorMode():
@@ -71,8 +85,3 @@ def step_flops(config: Config) -> tuple[int, int]:
         with FlopCounterMode(display=False) as counter:
             loss.backward()
     return forward, forward + counter.get_total_flops()
-
-
-def quiet() -> None:
-    """The scripts' own tables are the output."""
-    logging.getLogger().setLevel(logging.WARNING)
