@@ -28,7 +28,7 @@ SCRIPTS = {                                                # arguments on a CPU,
     "sample": ("", "--device cuda --batch 256 --steps 50 --images 1000 10000 50000"),
     "startup": ("", "--device cuda"),
     "scaling": ("--parts training sampling processes", "--device cuda --parts training sampling"),
-    "fid": ("--num 32 --images {images}", "--device cuda --num 2000 --images {images}"),
+    "fid": ("--num 100 --images {images}", "--device cuda --num 2000 --images {images}"),
     "data": ("--num 1000 --source {images}", None),
 }
 

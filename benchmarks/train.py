@@ -18,7 +18,8 @@ import torch
 from benchmarks import peers
 from benchmarks.harness import alternate_apart, arguments, in_fresh_process, matrix_rate, peak_memory, report, table
 from benchmarks.reference import ReferenceTraining
-from benchmarks.workload import Training, as_scripts_do, make_config, our_training, step_flops, write_pictures
+from benchmarks.workload import Training, make_config, our_training, step_flops, write_pictures
+from configs.schema import Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP = 2                                          # steps; the first one compiles
@@ -72,16 +73,14 @@ def cost_of_k(args, folder: Path, pictures: Path, precision: str) -> None:
     print()
 
 
-def step_memory(pictures: Path, folder: Path, device: str, batch: int, steps: int, checkpointing: bool) -> list[float]:
+def step_memory(config: Config, folder: Path, device: str) -> list[float]:
     """GiB that two training steps take beyond the process as it was: measured, and as --dry_run predicts it."""
     from runners.dry_run import training_memory
 
-    as_scripts_do(device)
     torch.optim.Adam([torch.zeros(1)])         # the first one imports 80 MiB of torch, no part of a step
-    config = make_config(pictures, batch, steps=steps, **{"training.activation_checkpointing": checkpointing})
 
     def two_steps() -> Training:
-        step = Training(config, folder, device)
+        step = our_training(config, folder, device)
         step()
         step()
         return step
@@ -94,14 +93,19 @@ def step_memory(pictures: Path, folder: Path, device: str, batch: int, steps: in
 
 
 def memory(args, folder: Path, pictures: Path) -> None:
+    cases = [("cifar10", 32, args.batch, steps) for steps in (1, 2, 4)]
+    cases += [("cifar10_tiny", 32, 8 * args.batch, 2), ("cifar10_tiny", 128, args.batch, 2),
+              ("celeba", 64, max(1, args.batch // 4), 2)]
     rows = []
-    for checkpointing in (False, True):
-        for steps in (1, 2, 4):
-            measured, predicted = in_fresh_process(
-                step_memory, pictures, folder, args.device, args.batch, steps, checkpointing)
-            name = f"K = {steps}" + ", activation checkpointing" * checkpointing
-            rows.append([name, measured, predicted, f"{predicted / measured - 1:+.0%}"])
-    table(f"memory of a step, fp32, batch {args.batch}", ["peak, GiB", "--dry_run, GiB", "off by"], rows)
+    for name, side, batch, steps in cases:
+        for checkpointing in (False, True):
+            config = make_config(pictures, batch, steps=steps, name=f"{name}.yml", **{
+                "data.image_size": side, "training.activation_checkpointing": checkpointing})
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                measured, predicted = in_fresh_process(step_memory, config, Path(own), args.device)
+            rows.append([f"{name}, {side}x{side}, batch {batch}, K = {steps}" + ", checkpointing" * checkpointing,
+                         measured, predicted, f"{predicted / measured - 1:+.0%}"])
+    table(f"memory of a step, fp32, {args.device}", ["peak, GiB", "--dry_run, GiB", "off by"], rows)
     print()
 
 

@@ -5,8 +5,10 @@ What is absent (data, weights, FID reference) is replaced by a stand-in and list
 
 import logging
 import time
+from itertools import accumulate
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import Config
 from datasets import build_dataset, find_dataset
@@ -21,7 +23,8 @@ from runners.plan import Plan, split_batch
 from utils.errors import DataError, choose
 
 log = logging.getLogger(__name__)
-CPU_OVERHEAD = 1.3          # peak of a process over what autograd saves: buffers of the kernels, gaps of the allocator
+CPU_OVERHEAD = {False: 1.4, True: 2.2}      # memory of a process over that of its tensors, without and with activation
+#                                             checkpointing: gaps of the allocator, measured by benchmarks/train.py
 
 
 def check_training(config: Config, args) -> int:
@@ -91,37 +94,33 @@ def _training_images(config: Config, root, absent: list[str]):
 
 
 def _step_memory(diffusion: Diffusion, images: torch.Tensor) -> int:
-    """Bytes that a forward and backward pass on (B, C, H, W) needs beyond weights and gradients.
-
-    On CUDA the peak of the allocator; on a CPU, which keeps no such count, the tensors that autograd saves and a
-    measured factor (benchmarks/train.py compares).
-    """
+    """Bytes that a forward and backward pass on (B, C, H, W) needs beyond weights and gradients."""
     config, device = diffusion.config, diffusion.device
     network = Network(diffusion.model, device, resolve_amp(config.training.amp, device))
     x0, t, noise, xi = diffusion.draw(images.to(device), shard_generator(config.training.seed, 0, 0, device))
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    parameters = {p.untyped_storage().data_ptr() for p in diffusion.model.parameters()}
 
     def step():
         sequence_aware_loss(network, diffusion.schedule, x0, t, noise, perturbation_noise=xi,
                             **dict(config.loss)).total.mean().backward()
 
+    step()                                           # the gradients are there now, and counted elsewhere
     if device.type == "cuda":
-        step()                                       # the gradients are there now, and counted elsewhere
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        peak = round(CPU_OVERHEAD[diffusion.model.checkpointing] * _allocated_at_peak(step))
     diffusion.model.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) - before
-    return round(CPU_OVERHEAD * sum(size for pointer, size in kept.items() if pointer not in parameters))
+    return peak
+
+
+def _allocated_at_peak(work) -> int:
+    """Bytes of tensors in host memory, beyond those before, where ``work()`` holds most of them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    sizes = [event.self_cpu_memory_usage for event in sorted(profiled.events(), key=lambda e: e.time_range.start)]
+    return max(accumulate(sizes))
 
 
 def dry_run_sampling(job, device: torch.device) -> None:
