@@ -5,7 +5,8 @@
     python -m benchmarks --only train startup               # the others' tables stay
 
 A GPU's tables have markers of their own. The text outside the markers of docs/performance.md is written by hand.
-Left out are ``benchmarks.precision``, which needs real images, and ``benchmarks.soak``, which measures no speed.
+Left out are ``benchmarks.precision``, which needs real images, ``benchmarks.soak``, which measures no speed, and on a
+CPU the growth with the number of images, ``benchmarks.sample --parts growth``, which takes ten minutes by itself.
 """
 
 import argparse
@@ -25,10 +26,10 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/performance.md"
 SCRIPTS = {                                                # arguments on a CPU, and on a GPU; None: a CPU's job
     "train": ("", "--device cuda --batch 128 --rounds 20 --pictures 2048"),
-    "sample": ("", "--device cuda --batch 256 --steps 50 --images 1000 10000 50000"),
+    "sample": ("--parts speed memory", "--device cuda --batch 256 --steps 50"),
     "startup": ("", "--device cuda"),
     "scaling": ("--parts training sampling processes", "--device cuda --parts training sampling"),
-    "fid": ("--num 100 --images {images}", "--device cuda --num 2000 --images {images}"),
+    "fid": ("--num 64 --images {images}", "--device cuda --num 2000 --images {images}"),
     "data": ("--num 1000 --source {images}", None),
 }
 

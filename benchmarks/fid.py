@@ -96,8 +96,9 @@ def distance_speed(rounds: int, num: int = 3000) -> None:
         sets += [stats.mean, stats.cov]
     calls = {"scipy.linalg.sqrtm (pytorch-fid)": lambda: int(calculate_frechet_distance(*sets) > 0),
              "here": lambda: int(frechet_distance(*sets) > 0)}
-    report("Frechet distance, 2,048 dimensions, cpu", alternate(calls, rounds), baseline=next(iter(calls)), unit="1/s",
-           precision="fp64")
+    report("Frechet distance, 2,048 dimensions, cpu", alternate(calls, rounds, warm_up=0), baseline=next(iter(calls)),
+           unit="1/s", precision="fp64")
+    print()
 
 
 def agreement(source, num: int, folder: Path, device: str) -> dict:

@@ -8,6 +8,7 @@ process of its own.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 from functools import partial
@@ -22,7 +23,6 @@ from benchmarks.workload import Training, make_config, our_training, step_flops,
 from configs.schema import Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WARM_UP = 2                                          # steps; the first one compiles
 
 
 def against_reference(args, folder: Path, pictures: Path, steps: int) -> dict[str, float]:
@@ -37,9 +37,9 @@ def against_reference(args, folder: Path, pictures: Path, steps: int) -> dict[st
     for precision in ("fp32", "bf16") + ("bf16 compiled",) * (args.compile and steps == 2):
         makers[f"here, {precision}"] = partial(
             our_training, make_config(pictures, args.batch, precision, steps), folder / precision, args.device)
-    rates = alternate_apart(makers, WARM_UP + args.rounds, warm_up=0)
+    rates = alternate_apart(makers, 1 + args.rounds, warm_up=0)
     first = {name: args.batch / values[0] for name, values in rates.items()}
-    rates = {name: values[WARM_UP:] for name, values in rates.items()}
+    rates = {name: values[1:] for name, values in rates.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
     report(f"K = {steps}, batch {args.batch}, {args.device}", rates, baseline="reference", precision="as named",
            batch=args.batch, first_call_seconds=first)
@@ -67,7 +67,7 @@ def cost_of_k(args, folder: Path, pictures: Path, precision: str) -> None:
     makers = {f"K = {k}": partial(our_training, make_config(pictures, args.batch, precision, k), folder / f"K{k}",
                                   args.device) for k in (1, 2, 3, 4)}
     seconds = {name: [args.batch / rate for rate in rates]
-               for name, rates in alternate_apart(makers, args.rounds, WARM_UP).items()}
+               for name, rates in alternate_apart(makers, args.rounds).items()}
     report(f"step in {precision}, batch {args.batch}", seconds, baseline="K = 1", unit="seconds", precision=precision,
            batch=args.batch)
     print()
@@ -93,7 +93,7 @@ def step_memory(config: Config, folder: Path, device: str) -> list[float]:
 
 
 def memory(args, folder: Path, pictures: Path) -> None:
-    cases = [("cifar10", 32, args.batch, steps) for steps in (1, 2, 4)]
+    cases = [("cifar10", 32, args.batch, steps) for steps in (1, 2)]
     cases += [("cifar10_tiny", 32, 8 * args.batch, 2), ("cifar10_tiny", 128, args.batch, 2),
               ("celeba", 64, max(1, args.batch // 4), 2)]
     rows = []
@@ -116,6 +116,7 @@ def main():
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--parts", nargs="+", default=["speed", "cost", "memory"], choices=["speed", "cost", "memory"])
     args = parser.parse_args()
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"              # so that each run compiles anew
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pictures = write_pictures(folder / "pictures", max(args.pictures, 2 * args.batch), 32)

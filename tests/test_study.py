@@ -3,6 +3,7 @@
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -115,17 +116,20 @@ def test_a_cell_is_what_its_sampler_reads():
         == ["DDIM", "ancestral, fixedlarge", "ancestral, fixedsmall"]
 
 
-@pytest.mark.parametrize("moment", ["training", "measuring"])
-def test_a_stopped_study_goes_on(start, monkeypatch, capsys, moment):
+@pytest.mark.parametrize(("target", "name", "moment"), [
+    (Diffusion, "open_training_images", 1),                     # before the first step
+    (Diffusion, "train_step", 2),
+    (TinyNet, "__call__", 3),                                   # the second batch of the first cell
+])
+def test_a_stopped_study_goes_on(start, monkeypatch, capsys, target, name, moment):
     small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2, 3]}], "bootstrap": 0}
     assert start("--name", "whole", **small) == 0
-    target, name = (Diffusion, "train_step") if moment == "training" else (TinyNet, "__call__")
     original, calls = getattr(target, name), 0
 
     def stopping(*args):
         nonlocal calls
         calls += 1
-        if calls == (2 if moment == "training" else 3):         # the second batch of the first cell
+        if calls == moment:
             signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
@@ -175,6 +179,33 @@ def test_what_would_mix_results_is_refused(start, capsys):
     assert (start.folder / "study.yml").read_text() == before
     assert start("--only", "SA", **small) == 2 and "runs: base" in capsys.readouterr().err
     assert start("--data.image_sizes", "4", **small) == 2 and "data.image_size" in capsys.readouterr().err
+
+
+def test_another_reference_is_refused(start, capsys):
+    small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2]}], "images_seen": [8]}
+    assert start(**small) == 0
+    before, file = fids(start), start.folder / "reference.npz"
+    with np.load(file) as stored:
+        content = dict(stored)
+    np.savez(file, **{**content, "mu": content["mu"] + 1})
+    capsys.readouterr()
+    assert start(**{**small, "samplers": [{"timesteps": [2, 3]}]}) == 2
+    error = capsys.readouterr().err
+    assert "measured against another reference" in error and error.count("\n") == 1
+    assert fids(start) == before
+
+
+def test_more_images_to_fit_than_there_are(start, capsys):
+    assert start(fit_images=1798) == 2
+    assert "fit_images 1798 are more than the 1797 training images" in capsys.readouterr().err
+    assert not list(start.logs.glob("*/*"))
+
+
+def test_a_path_that_yaml_takes_for_a_date(start, capsys):
+    overrides = {**TINY["overrides"], "data.dataset": "FOLDER"}
+    assert start("--data.root", "2020-01-01", overrides=overrides) == 3
+    error = capsys.readouterr().err
+    assert "2020-01-01" in error and error.count("\n") == 1
 
 
 def test_a_run_that_has_passed_a_place_cannot_be_measured_there(start, capsys):

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, whatever ends their writer; a full disk costs no run; what retention deletes."""
 
+import errno
 import logging
 import os
 import random
@@ -70,6 +71,24 @@ def test_ten_sigkills_while_writing(tmp_path):
         first = check_folder(RunFolder(tmp_path), saved, started) + 1
     remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_snapshot_is_whole_before_the_newest_state_is_replaced(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    with CheckpointWriter(run, keep_last=None, keep_every=None, snapshots=[]) as writer:
+        writer.save(make_state(1))
+        writer._wait()
+        monkeypatch.setattr("shutil.copyfile", full_disk)
+        writer.save(make_state(2), epoch=2)
+        with pytest.raises(SaveError, match="No space left"):
+            writer.close()
+    assert torch.load(run.path / "ckpt.pth")["step"] == 1
+    assert check_folder(run, 1, 1) == 1 and torch.load(run.path / "ckpt_2.pth")["step"] == 2
+    assert run.weights(2).name == "model_2_ema.pth" and not list(tmp_path.glob(".*"))
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path):

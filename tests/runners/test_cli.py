@@ -1,0 +1,28 @@
+"""The life of a script: what it returns, and how a rank of several ends."""
+
+from argparse import Namespace
+from contextlib import nullcontext
+
+import pytest
+
+from runners import cli, distributed
+from utils.errors import Interrupted
+
+ARGS = Namespace(verbose="critical", node_rank=0, num_proc_node=1, num_process_per_node=1, device="cpu",
+                 master_address=None, master_port=None, dist_timeout=1, max_restarts=0)
+
+
+def stop(args, device):
+    raise Interrupted(15, "stopped")
+
+
+@pytest.mark.parametrize(("work", "code"), [(lambda args, device: None, 0), (lambda args, device: 4, 4), (stop, 143)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rank_of_several_leaves_with_the_code_of_its_work(monkeypatch, size, work, code):
+    left = []
+    monkeypatch.setattr(distributed, "detect", lambda: distributed.World(size=size))
+    monkeypatch.setattr(distributed, "process_group", lambda *args: nullcontext())
+    monkeypatch.setattr(distributed, "leave", left.append)
+    monkeypatch.setattr(cli, "setup_logging", lambda *args: None)
+    assert cli.run_script("job.py", [], lambda argv: ARGS, lambda args: None, work) == code
+    assert left == ([code] if size > 1 else [])                   # alone, Python ends by itself
