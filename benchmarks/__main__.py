@@ -6,7 +6,7 @@
 
 A GPU's tables have markers of their own. The text outside the markers of docs/performance.md is written by hand.
 Left out are ``benchmarks.precision``, which needs real images, ``benchmarks.soak``, which measures no speed, and on a
-CPU the growth with the number of images, ``benchmarks.sample --parts growth``, which takes ten minutes by itself.
+CPU the growth with the number of images, ``benchmarks.sample --parts growth``, a quarter of an hour by itself.
 """
 
 import argparse

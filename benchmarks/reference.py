@@ -5,7 +5,7 @@ each call, clipping and Adam with torch's defaults (Adam parameter by parameter 
 EMA by stacking parameters of one shape, a loss that is waited for and logged in every step, images decoded by PIL in
 worker processes; sampling copies every state and estimate to the host and writes the PNG files one by one afterwards.
 
-The network is this project's own, with its weights and names but for the attention, so that both compute the same.
+The network is this project's own, with its weights and names, but for attention and dropout: both compute the same.
 """
 
 import logging
@@ -40,12 +40,14 @@ def attend(block: Attention, x: Tensor) -> Tensor:
 
 
 def build_reference(config: Config, device) -> nn.Module:
-    """The U-Net in NCHW with the attention above."""
+    """The U-Net in NCHW with the attention above and torch's dropout."""
     with torch.device(device):
         network = build_model(config)
     for module in network.modules():
         if isinstance(module, Attention):
             module.forward = partial(attend, module)
+        elif isinstance(module, nn.Dropout):
+            module.forward = partial(nn.Dropout.forward, module)
     return network
 
 

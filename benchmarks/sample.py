@@ -84,7 +84,7 @@ def memory(args, folder: Path) -> None:
     rows = []
     cases = [("reference", steps, 32, False) for steps in args.memory_steps]
     cases += [("here", steps, 32, True) for steps in args.memory_steps]
-    cases += [("here", args.memory_steps[0], images, True) for images in (128,)]
+    cases += [("here", args.memory_steps[0], 128, True)]
     for name, steps, images, here in cases:
         own = Path(tempfile.mkdtemp(dir=folder))
         rows.append([name, steps, images, in_fresh_process(chain_memory, own, args.device, 32, steps, images, here)])

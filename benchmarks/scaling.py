@@ -141,7 +141,7 @@ def process_rate(folder: Path, pictures: Path, processes: int, threads: int, ste
     with tempfile.TemporaryDirectory(dir=folder) as exp:
         flags = {"config": "cifar10_tiny.yml", "exp": exp, "device": "cpu", "max_steps": steps, "verbose": "critical",
                  "num_process_per_node": processes, "data.dataset": "FOLDER", "data.root": pictures,
-                 "training.global_batch_size": 16, "training.micro_batch_size": 8, "training.log_freq": 2,
+                 "training.global_batch_size": 16, "training.micro_batch_size": 8, "training.log_freq": 1,
                  "training.sample_num": 0}
         command = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
         subprocess.run([sys.executable, "train_ddp.py", *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,

@@ -48,14 +48,15 @@ class TimeEmbedding(nn.Module):
 class Dropout(nn.Dropout):
     """``nn.Dropout``, with cheaper random numbers on a CPU: 16 bits for each value, four from one draw.
 
-    There the rate is ``p`` rounded to a multiple of 2^-16, and what is kept is divided by the rounded share.
+    There the rate is ``p`` rounded to a multiple of 2^-16, and what is kept is divided by the rounded share, in its
+    own type.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         kept = round(2**16 * (1 - self.p))
         if not self.training or x.device.type != "cpu" or not 0 < kept < 2**16:
             return super().forward(x)
-        draws = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4,))      # group norm: a multiple of 32 values
+        draws = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4,), device=x.device)         # of 32 n values
         numbers = draws.view(torch.int16).as_strided(x.shape, x.stride())                    # -2^15 ... 2^15 - 1
         return x * (numbers < kept - 2**15).to(x.dtype).mul_(2**16 / kept)
 

@@ -63,6 +63,7 @@ class Diffusion:
         self.schedule = NoiseSchedule.from_config(config.diffusion).to(self.device)
         with seeded(config.training.seed):
             self.model = build_model(config)
+        self.model.checkpointing = config.training.activation_checkpointing
         self.model.to(self.device, memory_format=memory_format(self.device, config.model.ch))
         self.ema = self.weights = self.amp = self._images = self._held_out = None
         self.compiled = False
@@ -221,7 +222,6 @@ class Diffusion:
         """The network to differentiate, and what a step changes."""
         training = self.config.training
         amp = resolve_amp(training.amp, self.device)
-        self.model.checkpointing = training.activation_checkpointing
         state = TrainingState(self.model, self.config, plan.total_steps, loss_scaling=amp is torch.float16)
         self.ema = state.ema
         compiled = resolve_compile(training.compile, self.device, plan.last_step)

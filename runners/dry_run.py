@@ -5,10 +5,8 @@ What is absent (data, weights, FID reference) is replaced by a stand-in and list
 
 import logging
 import time
-from itertools import accumulate
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import Config
 from datasets import build_dataset, find_dataset
@@ -21,10 +19,11 @@ from runners.diffusion import Diffusion
 from runners.network import Network, resolve_amp
 from runners.plan import Plan, split_batch
 from utils.errors import DataError, choose
+from utils.live_bytes import LiveBytes
 
 log = logging.getLogger(__name__)
-CPU_OVERHEAD = {False: 1.4, True: 2.2}      # memory of a process over that of its tensors, without and with activation
-#                                             checkpointing: gaps of the allocator, measured by benchmarks/train.py
+CPU_OVERHEAD = {False: 1.35, True: 2.2}      # memory of a process over that of its tensors, without and with activation
+#                                              checkpointing: gaps of the allocator, measured by benchmarks/train.py
 
 
 def check_training(config: Config, args) -> int:
@@ -46,7 +45,7 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
         load_weights(diffusion.model, init_from)
     plan = Plan.make(config.training, num_images, distributed.world_size(), distributed.rank())
     for turn in range(plan.world_size if device.type == "cpu" else 1):
-        if device.type != "cpu" or turn == plan.rank:
+        if plan.rank and (device.type != "cpu" or turn == plan.rank):
             diffusion.model.train()
             _step_memory(diffusion, images[:1])
         distributed.barrier()
@@ -110,17 +109,11 @@ def _step_memory(diffusion: Diffusion, images: torch.Tensor) -> int:
         step()
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        peak = round(CPU_OVERHEAD[diffusion.model.checkpointing] * _allocated_at_peak(step))
+        with LiveBytes() as live:
+            step()
+        peak = round(CPU_OVERHEAD[diffusion.model.checkpointing] * live.peak)
     diffusion.model.zero_grad(set_to_none=True)
     return peak
-
-
-def _allocated_at_peak(work) -> int:
-    """Bytes of tensors in host memory, beyond those before, where ``work()`` holds most of them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    sizes = [event.self_cpu_memory_usage for event in sorted(profiled.events(), key=lambda e: e.time_range.start)]
-    return max(accumulate(sizes))
 
 
 def dry_run_sampling(job, device: torch.device) -> None:

@@ -88,10 +88,18 @@ def test_dropout_drops_independently_and_keeps_the_mean(p, layout):
     share = round(2**16 * (1 - p)) / 2**16
     assert out.stride() == x.stride() and torch.equal(out, x.grad)
     assert torch.equal(out, kept.float() * (1 / share))
-    within = 5 / x.numel() ** 0.5                                        # five standard errors, at most
-    assert abs(kept.mean() - share) < within
-    for dim, shift in [(0, 1), (1, 1), (1, 2), (2, 1), (3, 1), (3, 2), (3, 3)]:         # four come from one draw
-        assert abs((kept * kept.roll(shift, dim)).mean() - share**2) < within
+    error = (share * (1 - share) / x.numel()) ** 0.5                     # standard error of the mean
+    assert abs(kept.mean() - share) < 5 * error
+    for dim, shift in [(0, 1), (1, 1), (1, 2), (1, 3), (2, 1), (3, 1), (3, 2), (3, 3)]:      # four share one draw
+        covariance = ((kept - share) * (kept - share).roll(shift, dim)).mean()
+        assert abs(covariance) < 5 * (share * (1 - share)) / x.numel() ** 0.5
+
+
+def test_dropout_in_bf16():
+    torch.manual_seed(0)
+    out = Dropout(0.1)(torch.ones(8, 64, 32, 32, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16 and abs((out == 0).double().mean() - 0.1) < 5 * (0.09 / out.numel()) ** 0.5
+    assert out.max() == torch.tensor(1 / 0.9, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("size", [(16, 8), (8, 16)])

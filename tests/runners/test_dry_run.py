@@ -1,22 +1,20 @@
-"""What a dry run finds out by counting."""
+"""What a dry run predicts."""
 
 import torch
 
-from runners.dry_run import _allocated_at_peak
+from configs.schema import Config
+from runners.diffusion import Diffusion
+from runners.dry_run import training_memory
+from runners.plan import Plan
 
-MIB = 2**20
 
-
-def test_the_peak_of_live_tensors_is_counted():
-    kept = torch.empty(3 * MIB, dtype=torch.uint8)                # before: not part of it
-
-    def work():
-        nonlocal kept
-        first = torch.empty(8 * MIB, dtype=torch.uint8)           # 8
-        second = first.repeat(2)                                  # 24, the peak
-        del first                                                 # 16
-        kept = second[:1].clone()
-        del second                                                # 0
-        return torch.empty(20 * MIB, dtype=torch.uint8)           # 20
-
-    assert _allocated_at_peak(work) == 24 * MIB
+def test_activation_checkpointing_is_seen():
+    further = []
+    for checkpointing in (False, True):
+        config = Config.model_validate({
+            "data": {"dataset": "DIGITS", "image_size": 32},
+            "model": {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 2, "attn_resolutions": []},
+            "training": {"activation_checkpointing": checkpointing}})
+        diffusion, plan = Diffusion(config, "cpu"), Plan.make(config.training, 1000, 1)
+        further.append(training_memory(diffusion, torch.zeros(2, *config.data.shape, dtype=torch.uint8), plan)[2])
+    assert 0 < further[1] < 0.8 * further[0]
