@@ -39,7 +39,7 @@ def check_training(config: Config, args) -> int:
 def dry_run_training(config: Config, run, device: torch.device, init_from: str | None = None) -> None:
     """One step with one image on every rank, in turn on a CPU so that memory for one suffices; rank 0 reports."""
     absent = []
-    images, num_images = _training_images(config, run.datasets, absent)
+    images, num_images = distributed.on_rank_zero(lambda: _training_images(config, run.datasets, absent))
     diffusion = Diffusion(config, device)
     if init_from:
         load_weights(diffusion.model, init_from)

@@ -6,6 +6,7 @@ from configs.schema import Config
 from runners.diffusion import Diffusion
 from runners.dry_run import training_memory
 from runners.plan import Plan
+from tests.faults import jobs
 
 
 def test_activation_checkpointing_is_seen():
@@ -18,3 +19,10 @@ def test_activation_checkpointing_is_seen():
         diffusion, plan = Diffusion(config, "cpu"), Plan.make(config.training, 1000, 1)
         further.append(training_memory(diffusion, torch.zeros(2, *config.data.shape, dtype=torch.uint8), plan)[2])
     assert 0 < further[1] < 0.8 * further[0]
+
+
+def test_two_ranks_say_once_what_is_wrong(tmp_path):
+    argv = ["--config", "cifar10_tiny.yml", "--device", "cpu", "--exp", str(tmp_path), "--dry_run"]
+    ranks = jobs.ranks("train_ddp", argv)
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    assert sum(rank.text.count("ZIP needs data.root") for rank in ranks) == 1
