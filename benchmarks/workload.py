@@ -1,6 +1,5 @@
 """What the scripts here measure: pictures to train on, configurations, and this project's own step and chain."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,6 @@ class Training:
 
 def as_scripts_do(device) -> None:
     """What ``runners.cli.run_script`` does for a process."""
-    logging.getLogger().setLevel(logging.WARNING)             # the tables are the output
     if torch.device(device).type == "cpu":
         keep_freed_memory()
 

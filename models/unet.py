@@ -56,7 +56,7 @@ class Dropout(nn.Dropout):
         kept = round(2**16 * (1 - self.p))
         if not self.training or x.device.type != "cpu" or not 0 < kept < 2**16:
             return super().forward(x)
-        draws = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4,), device=x.device)         # of 32 n values
+        draws = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4,), device=x.device)       # 4 divides x's size
         numbers = draws.view(torch.int16).as_strided(x.shape, x.stride())                    # -2^15 ... 2^15 - 1
         return x * (numbers < kept - 2**15).to(x.dtype).mul_(2**16 / kept)
 

@@ -22,8 +22,9 @@ from utils.errors import DataError, choose
 from utils.live_bytes import LiveBytes
 
 log = logging.getLogger(__name__)
-CPU_OVERHEAD = {False: 1.35, True: 2.2}      # memory of a process over that of its tensors, without and with activation
-#                                              checkpointing: gaps of the allocator, measured by benchmarks/train.py
+# Memory of a process over that of its tensors, without and with activation checkpointing: the gaps of the allocator,
+# as benchmarks/train.py measures them.
+CPU_OVERHEAD = {False: 1.35, True: 2.2}
 
 
 def check_training(config: Config, args) -> int:
