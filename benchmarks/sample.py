@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 10000, 50000],
                         help="how many in the growth table; a CPU takes some 3 minutes for each round of these")
-    parser.add_argument("--memory_steps", type=int, nargs="+", default=[5, 20, 80])
+    parser.add_argument("--memory_steps", type=int, nargs="+", default=[5, 80])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--parts", nargs="+", default=["speed", "memory", "growth"],
                         choices=["speed", "memory", "growth"])

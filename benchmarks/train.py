@@ -93,16 +93,14 @@ def step_memory(config: Config, folder: Path, device: str) -> list[float]:
 
 
 def memory(args, folder: Path, pictures: Path) -> None:
-    cases = [("cifar10", 32, args.batch, steps) for steps in (1, 2)]
-    cases += [("cifar10_tiny", 32, 8 * args.batch, 2), ("cifar10_tiny", 128, args.batch, 2)]
-    rows = []
-    for name, side, batch, steps in cases:
+    cases, rows = [("cifar10", args.batch, 1), ("cifar10", args.batch, 2), ("cifar10_tiny", 8 * args.batch, 2)], []
+    for name, batch, steps in cases:
         for checkpointing in (False, True):
             config = make_config(pictures, batch, steps=steps, name=f"{name}.yml", **{
-                "data.image_size": side, "training.activation_checkpointing": checkpointing})
+                "training.activation_checkpointing": checkpointing})
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 measured, predicted = in_fresh_process(step_memory, config, Path(own), args.device)
-            rows.append([f"{name}, {side}x{side}, batch {batch}, K = {steps}" + ", checkpointing" * checkpointing,
+            rows.append([f"{name}, batch {batch}, K = {steps}" + ", checkpointing" * checkpointing,
                          measured, predicted, f"{predicted / measured - 1:+.0%}"])
     table(f"memory of a step, fp32, {args.device}", ["peak, GiB", "--dry_run, GiB", "off by"], rows)
     print()
