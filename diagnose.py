@@ -61,8 +61,8 @@ class Job:
     def __init__(self, args):
         from datasets import find_dataset
         from functions.schedule import NoiseSchedule
-        from runners.diagnosis import check_settings
-        from runners.generation import parse_scaler
+        from runners.diagnosis.measures import check_settings
+        from runners.sampling.generation import parse_scaler
 
         self.args = args
         if args.seed < 0:
@@ -89,7 +89,7 @@ class Job:
     def _open(self, name: str):
         """The run's own configuration wins over --config, which must not contradict it."""
         from configs.schema import load_config
-        from runners.checkpoint import RunFolder, refuse_differences
+        from runners.training.checkpoint import RunFolder, refuse_differences
 
         run = RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
         if not (self.args.config or run.config.exists()):
@@ -119,7 +119,7 @@ class Job:
                 self.reference(name)
 
     def reference(self, name: str):
-        from runners.evaluation import find_reference
+        from runners.evaluation.metrics import find_reference
 
         return find_reference(self.runs[name][0], self.args.fid_stats, config_name=self.args.config)
 
@@ -169,7 +169,7 @@ def fit_eps_scaler(job, name, diagnosis):
 
     The chain is run again and again with the same seeds; a fit holds for the number of steps it was made with.
     """
-    from runners.diagnosis import fid_of_scalings
+    from runners.diagnosis.measures import fid_of_scalings
     from runners.distributed import on_rank_zero
 
     args = job.args
@@ -196,7 +196,7 @@ def check(args):
 
 def work(args, device):
     from datasets.packed import open_images
-    from runners.diagnosis import Diagnosis
+    from runners.diagnosis.measures import Diagnosis
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
 
@@ -214,7 +214,7 @@ def work(args, device):
 
 def write(job, rows, details):
     """TARGET.csv, TARGET.png and TARGET.json, which notes how they were made."""
-    from runners.curves import PANELS, write_figure, write_table
+    from runners.diagnosis.curves import PANELS, write_figure, write_table
     from utils.atomic import write_json
 
     args, target = job.args, job.target

@@ -74,7 +74,7 @@ def check_ref(args):
 
 
 def check_calc(args):
-    from runners.evaluation import METRICS as known
+    from runners.evaluation.metrics import METRICS as known
     from utils.errors import choose
 
     for name in args.metrics.split(","):
@@ -86,13 +86,13 @@ def check_calc(args):
 
 
 def check_compare(args):
-    from runners.comparison import read_logs
+    from runners.evaluation.comparison import read_logs
 
     read_logs(args.logs)
 
 
 def open_images(args):
-    from runners.evaluation import FileSource, choose_subset
+    from runners.evaluation.metrics import FileSource, choose_subset
 
     images = FileSource(args.images)
     choose_subset(len(images), args.num, args.seed, args.images)
@@ -101,7 +101,7 @@ def open_images(args):
 
 def open_reference(args):
     """Statistics; None when --ref is a set of images."""
-    from runners.evaluation import find_reference, holds_images
+    from runners.evaluation.metrics import find_reference, holds_images
 
     return None if holds_images(args.ref) else find_reference(stats=args.ref, preprocess=args.preprocess,
                                                               force=args.force)
@@ -112,7 +112,7 @@ def make(args, device):
     from configs.schema import load_config
     from models.inception import load_inception
     from runners.distributed import on_rank_zero
-    from runners.evaluation import make_reference
+    from runners.evaluation.metrics import make_reference
 
     images = load_config(args.config, args.overrides) if args.config else open_images(args)
     net = load_inception(args.inception_weights, device, args.preprocess)
@@ -125,7 +125,7 @@ def measure(args, device):
     """Compare images with a reference: FID, and on request KID, Inception Score, precision and recall."""
     from models.inception import load_inception
     from runners.distributed import on_rank_zero
-    from runners.evaluation import Evaluation, FileSource, choose_subset, evaluate_images, make_reference
+    from runners.evaluation.metrics import Evaluation, FileSource, choose_subset, evaluate_images, make_reference
 
     started, metrics, images = time.perf_counter(), args.metrics.split(","), open_images(args)
     reference = open_reference(args)
@@ -145,7 +145,7 @@ def measure(args, device):
 
 
 def report(args, results, device, seconds):
-    from runners.evaluation import append_log, summary
+    from runners.evaluation.metrics import append_log, summary
 
     print(summary(results))
     if args.fid_log:
@@ -157,7 +157,7 @@ def report(args, results, device, seconds):
 
 def tabulate(args, device):
     """Markdown table and plot of FID against sampling steps: a line for each run, minimum and mean over seed ranges."""
-    from runners.comparison import plot, read_logs, rows, table
+    from runners.evaluation.comparison import plot, read_logs, rows, table
     from utils.atomic import write_text
 
     found = rows(read_logs(args.logs))

@@ -69,8 +69,8 @@ number_or_auto.__name__ = "whole number or auto"                                
 
 
 def check(args):
-    from runners.evaluation import METRICS
-    from runners.sampling_job import SamplingJob
+    from runners.evaluation.metrics import METRICS
+    from runners.sampling.job import SamplingJob
     from utils.errors import choose
 
     job = SamplingJob(args)
@@ -84,9 +84,9 @@ def work(args, device):
 
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero, world_size
-    from runners.dry_run import dry_run_sampling
     from runners.network import explain_out_of_memory, fill_device, resolve_amp, resolve_compile
-    from runners.sampling_job import SamplingJob
+    from runners.sampling.job import SamplingJob
+    from runners.training.dry_run import dry_run_sampling
     from utils.locks import lock_folder
 
     job = SamplingJob(args)
@@ -115,8 +115,8 @@ def work(args, device):
 
 
 def draw_pictures(job, diffusion):
-    from runners.monitor import save_png
-    from runners.pictures import interpolation_grid, reconstruct, sequence_grid
+    from runners.sampling.pictures import interpolation_grid, reconstruct, sequence_grid
+    from runners.training.monitor import save_png
 
     for wanted, name, draw in ((job.args.interpolation, "interpolation", interpolation_grid),
                                (job.args.sequence, "sequence", sequence_grid)):
@@ -130,8 +130,8 @@ def draw_pictures(job, diffusion):
 
 def produce(job, diffusion):
     """Make the images, feed the metrics, write the grid and the log."""
-    from runners import generation
     from runners.distributed import on_rank_zero
+    from runners.sampling import generation
 
     args, started = job.args, time.perf_counter()
     evaluation = open_evaluation(job, diffusion.device)
@@ -163,7 +163,7 @@ def open_evaluation(job, device):
     """The metrics, with their reference, or None; ``--fid_stats auto`` makes a reference that is missing."""
     from models.inception import load_inception
     from runners.distributed import on_rank_zero
-    from runners.evaluation import Evaluation, make_reference
+    from runners.evaluation.metrics import Evaluation, make_reference
 
     args = job.args
     if not args.fid:
@@ -179,7 +179,7 @@ def open_evaluation(job, device):
 
 
 def report(job, diffusion, results, seconds):
-    from runners.evaluation import append_log, summary
+    from runners.evaluation.metrics import append_log, summary
 
     weights = diffusion.weights
     details = {

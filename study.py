@@ -26,7 +26,7 @@ def parse(argv):
 
 
 def open_job(args):
-    from runners.study import StudyJob
+    from runners.study.runner import StudyJob
 
     return StudyJob(args.study, args.exp, args.name, args.overrides, args.only)
 
@@ -37,8 +37,8 @@ def check(args):
 
 def work(args, device):
     from runners.distributed import on_rank_zero
-    from runners.study import StudyRunner
-    from runners.study_report import describe_plan, write_report
+    from runners.study.report import describe_plan, write_report
+    from runners.study.runner import StudyRunner
     from utils.locks import lock_folder
 
     job = open_job(args)

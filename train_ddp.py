@@ -36,7 +36,7 @@ FLAG_KEYS = {"num_consecutive_steps": "loss.num_consecutive_steps", "lamda": "lo
 def configure(args):
     """The configuration that the file, the overrides and the flags describe; flags win."""
     from configs.schema import load_config
-    from runners.checkpoint import RunFolder
+    from runners.training.checkpoint import RunFolder
     from utils.errors import UserError
 
     folder = run_folder(args)
@@ -50,7 +50,7 @@ def configure(args):
 def check(args):
     """Everything that can be refused before a process starts or a file is touched."""
     from datasets import check_held_out, find_dataset
-    from runners.dry_run import check_training
+    from runners.training.dry_run import check_training
     from utils.errors import UserError
 
     config, run = configure(args)
@@ -63,7 +63,7 @@ def check(args):
         if config.training.validation_freq:
             check_held_out(config, run.datasets)
         if config.training.fid_freq:
-            from runners.references import find_reference
+            from runners.evaluation.references import find_reference
 
             find_reference(config, config_name=args.config)
 
@@ -79,7 +79,7 @@ def mode(args) -> dict:
 def work(args, device):
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
-    from runners.dry_run import dry_run_training
+    from runners.training.dry_run import dry_run_training
     from utils.locks import lock_folder
 
     config, run = configure(args)

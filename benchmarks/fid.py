@@ -22,7 +22,7 @@ from benchmarks.workload import as_scripts_do
 from functions.frechet import FeatureStats, frechet_distance
 from models.inception import load_inception
 from models.inception_weights import find_weights, read_weights
-from runners.evaluation import Collector, FileSource, choose_subset, evaluate_images
+from runners.evaluation.metrics import Collector, FileSource, choose_subset, evaluate_images
 from utils.atomic import atomic_write
 
 

@@ -27,7 +27,7 @@ from benchmarks.reference import build_reference, make_betas, sample_and_save
 from benchmarks.workload import as_scripts_do, make_config
 from functions.timesteps import sampling_timesteps
 from runners.diffusion import Diffusion
-from runners.generation import ImageFolder, PngWriter, generate
+from runners.sampling.generation import ImageFolder, PngWriter, generate
 
 AMP = {"fp32": None, "bf16": torch.bfloat16}
 GROWTH = {"cpu": ("digits.yml", "fp32", 2, 50), "cuda": ("cifar10.yml", "bf16", 5, 250)}    # steps and batch at the end

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from runners.checkpoint import RunFolder
+from runners.training.checkpoint import RunFolder
 from tests.conftest import REPOSITORY, TINY
 from tests.faults import jobs
 from tests.faults.test_checkpoints import check_folder, kill_a_writer

@@ -75,7 +75,7 @@ def cost_of_k(args, folder: Path, pictures: Path, precision: str) -> None:
 
 def step_memory(config: Config, folder: Path, device: str) -> list[float]:
     """GiB that two training steps take beyond the process as it was: measured, and as --dry_run predicts it."""
-    from runners.dry_run import training_memory
+    from runners.training.dry_run import training_memory
 
     torch.optim.Adam([torch.zeros(1)])         # the first one imports 80 MiB of torch, no part of a step
 

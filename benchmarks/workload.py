@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.reference import build_reference
 from configs.schema import Config, load_config
-from runners.checkpoint import RunFolder
 from runners.diffusion import Diffusion
-from runners.monitor import Monitor
-from runners.plan import Plan
+from runners.training.checkpoint import RunFolder
+from runners.training.monitor import Monitor
+from runners.training.plan import Plan
 from utils.memory import keep_freed_memory
 
 AMP = {"fp32": "off", "bf16": "bf16", "bf16 compiled": "bf16"}

@@ -4,8 +4,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from datasets.locking import exclusive
 from utils.errors import DataError
+from utils.locks import exclusive
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 

@@ -18,10 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.images import UnreadableImage
-from datasets.locking import exclusive
 from datasets.source import Images
 from utils.atomic import atomic_path, write_json
 from utils.errors import DataError
+from utils.locks import exclusive
 
 log = logging.getLogger(__name__)
 CHUNK = 256                 # images for each task of a worker

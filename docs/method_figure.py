@@ -16,7 +16,7 @@ from functions.denoising import generalized_steps  # noqa: E402
 from functions.exposure import accumulated_gaps  # noqa: E402
 from functions.schedule import NoiseSchedule  # noqa: E402
 from functions.timesteps import sampling_timesteps  # noqa: E402
-from runners.curves import Curve, Panel, write_figure  # noqa: E402
+from runners.diagnosis.curves import Curve, Panel, write_figure  # noqa: E402
 
 VARIANCE, ERROR, GAMMA, STEPS = 0.25, 0.02, 0.1, 100
 SCHEDULE = NoiseSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))

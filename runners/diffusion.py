@@ -20,12 +20,12 @@ from functions.schedule import NoiseSchedule
 from functions.timesteps import sampling_timesteps, training_timesteps
 from models import build_model, load_weights
 from runners import distributed
-from runners.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
-from runners.monitor import Monitor, log_to_file
 from runners.network import Network, explain_out_of_memory, memory_format, resolve_amp, resolve_compile
-from runners.periodic_fid import PeriodicFid
-from runners.plan import Plan
-from runners.state import TrainingState
+from runners.training.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
+from runners.training.monitor import Monitor, log_to_file
+from runners.training.periodic_fid import PeriodicFid
+from runners.training.plan import Plan
+from runners.training.state import TrainingState
 from utils.errors import Interrupted, UserError, choose
 
 log = logging.getLogger(__name__)

@@ -101,7 +101,7 @@ def test_chains_are_those_of_generate(exp):
     """The chain of seed 3 has the norms that a callback on ``Diffusion.sample`` sees."""
     from datasets.packed import open_images
     from functions.exposure import eps_norm
-    from runners.diagnosis import Diagnosis
+    from runners.diagnosis.measures import Diagnosis
     from runners.diffusion import Diffusion
 
     diffusion, seen = Diffusion.from_run(exp / "logs" / "digits", device="cpu"), []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fid
-from runners.comparison import count_steps, read_logs, rows, table
+from runners.evaluation.comparison import count_steps, read_logs, rows, table
 from tests.faults import jobs
 from utils.errors import DataError
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import generate
 from runners.diffusion import Diffusion
-from runners.generation import deal, parse_scaler
+from runners.sampling.generation import deal, parse_scaler
 from tests.conftest import TINY
 from tests.faults import jobs
 from utils.errors import UserError
@@ -145,7 +145,7 @@ def test_pictures(exp):
 
 
 def test_the_ends_of_an_interpolation_are_the_seeds_images(exp):
-    from runners.pictures import interpolation_grid
+    from runners.sampling.pictures import interpolation_grid
 
     diffusion = Diffusion.from_run(exp / "logs" / "digits", device="cpu")
     grid = interpolation_grid(diffusion, [4, 9], {"timesteps": 4}, columns=3)

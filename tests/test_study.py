@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 
-import runners.study
+import runners.study.runner
 import study
 from configs.study import Sampler, Study, load_study, study_yaml
-from runners import references
 from runners.diffusion import Diffusion
-from runners.study_grid import cells_of, drop_broken_lines, read_cells
+from runners.evaluation import references
+from runners.study.grid import cells_of, drop_broken_lines, read_cells
 from tests.faults import jobs
 
 TINY = {
@@ -48,7 +48,7 @@ class TinyNet:
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """``start(*flags, key=value)`` runs study.py in an empty folder with TINY and these keys."""
-    monkeypatch.setattr("runners.study.load_inception", TinyNet)
+    monkeypatch.setattr("runners.study.runner.load_inception", TinyNet)
     monkeypatch.setattr(references, "DIM", 16)
     monkeypatch.setattr(TinyNet, "images", 0)
 
@@ -94,7 +94,7 @@ def test_a_grid_is_measured_once_and_reported_whole(start, capsys):
 
 
 def tiny_metrics() -> None:
-    runners.study.load_inception, references.DIM = TinyNet, 16
+    runners.study.runner.load_inception, references.DIM = TinyNet, 16
 
 
 def test_two_ranks_find_what_one_finds(start, tmp_path):

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from runners.checkpoint import CheckpointWriter, RunFolder
+from runners.training.checkpoint import CheckpointWriter, RunFolder
 from tests.faults import jobs
 from utils.atomic import atomic_path, remove_leftovers
 from utils.errors import SaveError

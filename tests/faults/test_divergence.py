@@ -65,7 +65,7 @@ def test_one_bad_rank_stops_all_with_4(tmp_path):
 
 def overflow() -> None:
     """Weights that leave float32 although every gradient was finite."""
-    from runners.state import TrainingState
+    from runners.training.state import TrainingState
 
     original = TrainingState.update
 

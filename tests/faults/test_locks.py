@@ -27,7 +27,7 @@ def test_a_second_job_in_a_run_folder_is_refused(tmp_path):
 
 
 def hold_in_generation(reached, released) -> None:
-    from runners import generation
+    from runners.sampling import generation
 
     original = generation.generate
 

@@ -4,8 +4,8 @@ import torch
 
 from configs.schema import Config
 from runners.diffusion import Diffusion
-from runners.dry_run import training_memory
-from runners.plan import Plan
+from runners.training.dry_run import training_memory
+from runners.training.plan import Plan
 from tests.faults import jobs
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from configs.schema import Config
 from functions.frechet import frechet_distance
 from functions.metrics import kid, precision_recall
-from runners import references
-from runners.evaluation import (
+from runners.evaluation import references
+from runners.evaluation.metrics import (
     Collector,
     Evaluation,
     FileSource,

@@ -10,7 +10,7 @@ from configs.schema import load_config
 from models import build_model
 from runners import network
 from runners.network import Network, fill_device, memory_format, resolve_compile
-from runners.state import TrainingState
+from runners.training.state import TrainingState
 from tests.conftest import TINY
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import generate
 from runners.diffusion import Diffusion
-from runners.pictures import reconstruct
+from runners.sampling.pictures import reconstruct
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from configs.schema import Config
 from models import make_ema
-from runners.optimizer import make_lr_schedule, make_optimizer
+from runners.training.optimizer import make_lr_schedule, make_optimizer
 from utils.errors import DivergedError
 
 log = logging.getLogger(__name__)

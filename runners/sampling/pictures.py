@@ -14,7 +14,7 @@ from functions.ode import ddim_inversion
 from functions.pixels import from_model_range, to_model_range, to_uint8
 from functions.rng import SeededNoise, slerp
 from runners.diffusion import Diffusion
-from runners.monitor import save_png, tile
+from runners.training.monitor import save_png, tile
 from utils.atomic import write_json
 from utils.errors import UserError
 

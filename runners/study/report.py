@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from runners.curves import PALETTE
-from runners.evaluation import count_name
-from runners.study import StudyJob
-from runners.study_page import Gallery, Heading, Picture, Table, Text, to_html, to_markdown
+from runners.diagnosis.curves import PALETTE
+from runners.evaluation.metrics import count_name
+from runners.study.page import Gallery, Heading, Picture, Table, Text, to_html, to_markdown
+from runners.study.runner import StudyJob
 from utils.atomic import atomic_path, write_text
 from utils.errors import UserError
 

@@ -4,8 +4,8 @@ from configs.schema import Config
 from functions.pixels import to_uint8
 from models.inception import load_inception
 from runners import distributed
-from runners.evaluation import Evaluation, find_reference
-from runners.plan import deal
+from runners.evaluation.metrics import Evaluation, find_reference
+from runners.training.plan import deal
 
 
 class PeriodicFid:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from runners import distributed
-from runners.checkpoint import RunFolder
+from runners.training.checkpoint import RunFolder
 from utils.atomic import atomic_write, write_text
 
 log = logging.getLogger(__name__)

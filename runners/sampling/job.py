@@ -7,11 +7,11 @@ from functions.denoising import OPTIONS, SAMPLERS, chain, network_calls
 from functions.rng import parse_seeds
 from functions.schedule import NoiseSchedule
 from functions.timesteps import sampling_timesteps
-from runners.checkpoint import RunFolder, refuse_differences
 from runners.cli import run_folder, safe_name
-from runners.generation import ImageFolder, parse_churn, parse_scaler
-from runners.pictures import open_originals
-from runners.references import MissingReference, find_reference
+from runners.evaluation.references import MissingReference, find_reference
+from runners.sampling.generation import ImageFolder, parse_churn, parse_scaler
+from runners.sampling.pictures import open_originals
+from runners.training.checkpoint import RunFolder, refuse_differences
 from utils.errors import UserError, choose
 
 

@@ -20,8 +20,8 @@ from functions.pixels import to_uint8
 from functions.rng import SeededNoise
 from runners import distributed
 from runners.diffusion import Diffusion
-from runners.monitor import save_png, tile
-from runners.plan import deal
+from runners.training.monitor import save_png, tile
+from runners.training.plan import deal
 from utils.atomic import atomic_path, atomic_write, remove_leftovers, write_json
 from utils.errors import DataError, UserError
 

@@ -20,7 +20,7 @@ from configs.schema import Config
 from datasets.files import ImageFiles
 from datasets.specs import read_any
 from runners.distributed import on_rank_zero, rank, world_size
-from runners.references import config_provenance
+from runners.evaluation.references import config_provenance
 from utils.atomic import atomic_write
 from utils.errors import DataError, UserError
 

@@ -31,8 +31,8 @@ from functions.rng import SeededNoise, derive_seed
 from functions.timesteps import sampling_timesteps
 from runners import distributed
 from runners.diffusion import Diffusion
-from runners.generation import NoWriter, deal, generate
-from runners.image_pass import choose_subset
+from runners.evaluation.image_pass import choose_subset
+from runners.sampling.generation import NoWriter, deal, generate
 from utils.errors import UserError, choose
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class Diagnosis:
 def fid_of_scalings(diagnosis: Diagnosis, fit: Fit, num_images: int, reference, inception_weights=None) -> list[dict]:
     """FID of seeds 0 to num_images - 1 with 0, 0.5, 1, 1.5 and 2 times the fitted scaling. Collective."""
     from models.inception import load_inception
-    from runners.evaluation import Evaluation
+    from runners.evaluation.metrics import Evaluation
 
     net, found = load_inception(inception_weights, diagnosis.diffusion.device), []
     for strength in (0.0, 0.5, 1.0, 1.5, 2.0):

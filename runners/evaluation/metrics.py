@@ -24,8 +24,8 @@ from functions import metrics as formulas
 from functions.frechet import FeatureStats, frechet_distance
 from models.inception import FeatureNet
 from runners.distributed import gather_objects, on_rank_zero, rank, world_size
-from runners.image_pass import DatasetSource, FileSource, choose_subset, evaluate_images
-from runners.references import (
+from runners.evaluation.image_pass import DatasetSource, FileSource, choose_subset, evaluate_images
+from runners.evaluation.references import (
     MissingReference,
     Reference,
     default_name,

@@ -21,15 +21,15 @@ from functions.denoising import network_calls
 from functions.schedule import NoiseSchedule
 from models.inception import load_inception
 from runners import distributed
-from runners.checkpoint import RunFolder, differences
 from runners.cli import safe_name
-from runners.diagnosis import Diagnosis, check_settings
+from runners.diagnosis.measures import Diagnosis, check_settings
 from runners.diffusion import Diffusion
-from runners.evaluation import Evaluation, append_log, find_reference, make_reference
-from runners.generation import NoWriter, generate, write_grid
+from runners.evaluation.metrics import Evaluation, append_log, find_reference, make_reference
 from runners.network import explain_out_of_memory
-from runners.plan import Plan
-from runners.study_grid import Cell, cells_of, drop_broken_lines, read_cells
+from runners.sampling.generation import NoWriter, generate, write_grid
+from runners.study.grid import Cell, cells_of, drop_broken_lines, read_cells
+from runners.training.checkpoint import RunFolder, differences
+from runners.training.plan import Plan
 from utils.atomic import write_text
 from utils.errors import Interrupted, UserError
 

@@ -17,7 +17,7 @@ from models import MODELS, load_weights
 from runners import distributed
 from runners.diffusion import Diffusion
 from runners.network import Network, resolve_amp
-from runners.plan import Plan, split_batch
+from runners.training.plan import Plan, split_batch
 from utils.errors import DataError, choose
 from utils.live_bytes import LiveBytes
 

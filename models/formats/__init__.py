@@ -1,0 +1,33 @@
+"""Weight files of every program of this family: one module for each, none executes what a file contains.
+
+A format is a recogniser ``(path, content) -> bool`` and a reader ``(path, content, ema) -> StoredWeights``; content is
+what ``load_torch`` gave, None for a folder. The first recogniser that says yes decides: keys and lengths tell the
+formats apart, for bare state dicts the name.
+"""
+
+from collections.abc import Callable
+
+from models.formats.common import StoredWeights, bare_name, is_state
+from models.formats.ddim import read_ddim, read_sa_dpm
+from models.formats.diffusers import diffusers_folder, read_diffusers
+from models.formats.ours import EMA_FILE, read_bare, read_ema_file, read_ours
+
+__all__ = ["FORMATS", "StoredWeights", "bare_name"]
+
+FORMATS: dict[str, tuple[Callable, Callable]] = {
+    "diffusers": (
+        lambda path, content: content is None and (diffusers_folder(path) / "config.json").is_file(), read_diffusers),
+    "sa-ddim": (
+        lambda path, content: isinstance(content, dict) and {"format_version", "model"} <= content.keys(), read_ours),
+    "sa-dpm": (
+        lambda path, content: isinstance(content, dict) and "model_dict" in content, read_sa_dpm),
+    "ddim": (
+        lambda path, content: isinstance(content, (list, tuple)) and len(content) in (4, 5), read_ddim),
+    "sa-dpm-ema": (
+        lambda path, content: is_state(content) and EMA_FILE.fullmatch(path.name)
+        and all(name.startswith("module.") for name in content), read_ema_file),
+    "sa-ddim-ema": (
+        lambda path, content: is_state(content) and EMA_FILE.fullmatch(path.name), read_ema_file),
+    "state-dict": (
+        lambda path, content: is_state(content), read_bare),
+}

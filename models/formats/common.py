@@ -1,0 +1,41 @@
+"""What the readers of weight files share."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from utils.errors import DataError
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """One set of weights from a file, by the names of our networks."""
+
+    state: State
+    kind: str = "unknown"            # "ema", "raw", or "unknown" where the file does not say
+    step: int | None = None
+    epoch: int | None = None
+
+
+def is_state(content) -> bool:
+    return isinstance(content, dict) and bool(content) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+
+
+def bare(state, path: Path, what: str) -> State:
+    if not is_state(state):
+        raise DataError(f"{path}: its {what} is no state dict of tensors")
+    return {bare_name(name): tensor for name, tensor in state.items()}
+
+
+def count(value) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel and torch.compile put in front."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", name)
