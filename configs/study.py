@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from configs.base import AsTuple, Count, Counts, Natural, Section
 from configs.messages import describe
 from configs.reading import CONFIG_FOLDER, parse_yaml
-from configs.schema import AsTuple, Count, Counts, Natural, Section
 from utils.errors import ConfigError
 
 STUDIES = CONFIG_FOLDER / "studies"
