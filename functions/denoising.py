@@ -111,8 +111,6 @@ def ddpm_steps(denoiser, x: Tensor, times: Sequence[float], *, var_type: str = "
 
 SAMPLERS = {"generalized": generalized_steps, "ddpm_noisy": ddpm_steps, "heun": heun_steps, "euler": euler_steps,
             "dpmpp_2m": dpmpp_2m_steps}
-OPTIONS = {"generalized": {"eta"}, "ddpm_noisy": {"var_type"}, "heun": {"churn"}, "euler": {"churn"},
-           "dpmpp_2m": set()}                                               # what each reads beside the common ones
 
 
 def network_calls(sample_type: str, num_steps: int) -> int:

@@ -41,7 +41,7 @@ class SeededNoise:
     """
 
     def __init__(self, seeds: Sequence[int], device="cpu"):
-        self.device = device
+        self.device, self.seeds = device, seeds
         self.generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
 
     def randn(self, shape) -> Tensor:

@@ -46,6 +46,39 @@ def logit_normal_times(schedule, batch_size: int, generator=None, mean: float = 
 TIME_SAMPLERS: dict[str, Callable] = {"antithetic": antithetic_times, "uniform": uniform_times,
                                       "lognormal": lognormal_times, "logit_normal": logit_normal_times}
 
+class TimeSampler:
+    """Draws the times of a training batch. Samplers that learn from the losses share this interface.
+
+    Args:
+        schedule: Schedule.
+        name: In ``TIME_SAMPLERS``.
+        options: ``mean`` and ``std``, where the sampler takes them.
+    """
+
+    def __init__(self, schedule, name: str = "antithetic", **options: float):
+        self.schedule, self.sampler, self.options = schedule, TIME_SAMPLERS[name], options
+
+    @classmethod
+    def of(cls, config, schedule) -> "TimeSampler":
+        """As the configuration's ``training`` section has it."""
+        training = config.training
+        given = {"mean": training.time_mean, "std": training.time_std}
+        return cls(schedule, training.time_sampler, **{key: value for key, value in given.items() if value is not None})
+
+    def draw(self, batch_size: int, generator) -> tuple[Tensor, Tensor | None]:
+        """Times (B,) on the generator's device, and the importance of each, (B,) or None where all are 1."""
+        return self.sampler(self.schedule, batch_size, generator, **self.options), None
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Learn from the losses of a batch, (B,) each: nothing here."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
 # ----------------------------------------------------------------------------------------------------- of a sampler
 
 

@@ -8,9 +8,9 @@ from configs.schema import Config
 from models.codecs import make_codec
 from models.ema import EMA, decay_of
 from models.unet import UNet
-from models.weights import WeightsInfo, load_weights, weights_fingerprint
+from models.weights import WeightsInfo, load_profile, load_weights, weights_fingerprint
 
-__all__ = ["EMA", "MODELS", "WeightsInfo", "build_model", "decay_of", "load_weights", "make_codec",
+__all__ = ["EMA", "MODELS", "WeightsInfo", "build_model", "decay_of", "load_profile", "load_weights", "make_codec",
            "weights_fingerprint"]
 
 

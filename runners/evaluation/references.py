@@ -18,7 +18,7 @@ from utils.safe_load import load_pickle
 
 log = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).resolve().parents[1] / "pytorch_fid"
+FOLDER = Path(__file__).resolve().parents[2] / "pytorch_fid"
 DIM = 2048
 
 # (data set or LSUN category, longer side) -> SA-DPM's and EDM's file name. Others: see ``default_name``.
