@@ -3,6 +3,7 @@
 import argparse
 import io
 import math
+import os
 import pickle
 import re
 import struct
@@ -78,6 +79,22 @@ def read_npy_header(file: BinaryIO, available: int) -> tuple[tuple[int, ...], bo
     if file.tell() - start + needed > available:
         raise ValueError(f"it is truncated: it claims {needed:,} bytes and has {available:,}")
     return shape, fortran, dtype
+
+
+def map_npy(path: str | Path) -> np.ndarray:
+    """A memory-mapped, read-only array of plain numbers from an ``npy`` file.
+
+    Raises:
+        DataError: No such file, or not of that form.
+    """
+    with open_regular(path) as file:
+        try:
+            shape, fortran, dtype = read_npy_header(file, os.fstat(file.fileno()).st_size)
+            if 0 in shape:
+                return np.zeros(shape, dtype)
+            return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+        except Exception as error:            # ValueError, SyntaxError, EOFError, OSError, ...
+            raise DataError(f"{path}: not a usable npy file: {error}") from None
 
 
 def _npy_header(file: BinaryIO):
