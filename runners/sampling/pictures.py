@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.source import Images
+from datasets.image_dataset import ImageDataset
 from datasets.specs import read_any
 from functions.ode import ddim_inversion
 from functions.pixels import to_uint8
@@ -50,11 +50,12 @@ def sequence_grid(sampler: Sampler, seeds: list[int], columns: int = 10) -> Tens
     return tile(torch.stack(shown, 1).flatten(0, 1), len(shown))
 
 
-def open_originals(path: str, config) -> Images:
+def open_originals(path: str, config) -> ImageDataset:
     """Images of a folder, zip or npz, brought to the size of the configuration."""
     if not Path(path).exists():
         raise UserError(f"--reconstruct {path}: no such folder or file of images")
-    return Images("reconstruct", read_any(Path(path), config.data, "train"), "resize-center-crop", config.data.shape)
+    reader = read_any(Path(path), config.data, "train")
+    return ImageDataset("reconstruct", reader, "resize-center-crop", config.data.shape)
 
 
 def reconstruct(sampler: Sampler, path: str, originals: Images, indices: list[int], batch_size: int,
