@@ -249,7 +249,7 @@ class Diffusion:
     def sampler(self, settings: SamplerSettings) -> Sampler:
         """The network with these settings applied to it. UserError: settings that are not possible."""
         guide = self.guide
-        return Sampler(self.denoiser(), self.codec, settings, self.config.model.num_labels, self.device,
+        return Sampler(self.denoiser(), self.codec, settings, self.config.model, self.device,
                        guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels))
 
     def denoiser(self, schedule=None) -> Denoiser:
