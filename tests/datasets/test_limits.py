@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -133,6 +134,17 @@ def test_a_damaged_lmdb_kills_nobody(make_config, noise, write_lmdb, tmp_path):
         if page > 6:
             break
     assert len(problems) > 1, problems
+
+
+@pytest.mark.parametrize("size", [2**28, 100_000])
+def test_a_value_that_leaves_the_file(noise, write_lmdb, tmp_path, size):
+    """The length of one value, in the header of its entry, is more than the file has behind it."""
+    path = write_lmdb({str(i): noise(32, 32, 3).tobytes() for i in range(40)}, "x") / "data.mdb"
+    entry, whole = struct.pack("<IHH", 3072, 1, 2) + b"39", path.read_bytes()     # length, flags, key
+    assert entry in whole and len(whole) > size or size == 2**28
+    path.write_bytes(whole.replace(entry, struct.pack("<I", size) + entry[4:]))
+    with pytest.raises(DataError, match="damaged: (the value of b'39' is|following its index leads out)"):
+        LmdbImages(path.parent, 3, any_keys).read(0)
 
 
 def test_lmdb_keys_of_any_bytes(noise, png, tmp_path):
