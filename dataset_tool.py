@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +25,17 @@ from tqdm import tqdm
 from configs.schema import load_config
 from datasets import SPLITS, open_dataset
 from datasets.convert import FORMATS, check_free, encode, format_of
+from datasets.image_dataset import ImageDataset, Reader
 from datasets.images import RESAMPLE, TRANSFORMS, Unfit, UnreadableImage, transform
-from datasets.source import Source
+from datasets.labels import FILE_RULES
 from datasets.specs import DATASETS, open_any
-from runners.cli import Parser, add_common, guarded, setup_logging
+from runners.cli import Parser, add_common, guarded, natural, setup_logging
 from utils.errors import DataError, UserError
+from utils.processes import leave_with
+from utils.text import escape_control
 
 log = logging.getLogger("sa-ddim")
+LABEL_RULES = tuple(sorted(FILE_RULES.keys() - {"json"}))
 TOOL_TRANSFORMS = ("none", "center-crop", "center-crop-wide", "celeba")
 assert set(TOOL_TRANSFORMS) <= set(TRANSFORMS)
 
@@ -61,9 +66,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     command.add_argument("--transform", default="none", choices=TOOL_TRANSFORMS)
     command.add_argument("--resample", "--resize-filter", default="lanczos", choices=sorted(RESAMPLE))
     command.add_argument("--format", choices=sorted(FORMATS), help="default: what the name of --dest says")
-    command.add_argument("--max-images", type=int, metavar="N", help="take the first N only")
+    command.add_argument("--max-images", "--max_images", type=int, metavar="N", help="take the first N only")
+    command.add_argument("--labels", default="auto", choices=LABEL_RULES, help="classes: of dataset.json, else of the "
+                         "top-level folders if there are two or more (auto); folders; filenames (the text before the "
+                         "first _); none")
+    command.add_argument("--skip_bad", type=natural, default=0, metavar="N", help="leave out and list up to N images "
+                                                                                  "that cannot be read")
     command.add_argument("--jpeg", type=int, metavar="QUALITY", help="store JPEG instead of lossless PNG")
-    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one")
+    command.add_argument("--workers", type=natural, default=os.cpu_count(), help="processes; 0: this one")
     command.set_defaults(run=convert)
 
     command = commands.add_parser("verify", help="check the data set of a configuration")
@@ -98,78 +108,104 @@ def convert(args) -> None:
         if value is not None and not 1 <= value <= (most or value):
             raise UserError(f"{flag} {value} must be at least 1" + (f" and at most {most}" if most else ""))
     check_free(args.dest)
-    source = open_source(args.source)
+    reader = open_source(args.source, args.skip_bad, args.labels)
     kind = args.format or format_of(args.dest)
-    if kind in ("lmdb", "npy") and (source.labels >= 0).any():
+    if kind in ("lmdb", "npy") and (reader.labels != -1).any():
         log.warning("%s has no place for labels; they are left out", kind)
-    FORMATS[kind](_items(source, args), args.dest, ".png" if args.jpeg is None else ".jpg")
-    log.info("wrote %s (%s)", args.dest, kind)
+    FORMATS[kind](_items(reader, args), args.dest, ".png" if args.jpeg is None else ".jpg")
+    log.info("wrote %s (%s), labels: %s", args.dest, kind, _classes(reader.labels))
 
 
-def open_source(path: Path) -> Source:
-    """A source in its own number of channels: grey if its first image is, else RGB."""
+def open_source(path: Path, skip_bad: int = 0, labels: str = "auto") -> Reader:
+    """The images of ``--source`` in their own number of channels: grey if the first readable one is, else RGB."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     for channels in (3, 1):
-        source = open_any(path, channels, strict=True)
-        if not len(source):
-            raise DataError(f"{path}: holds no images")
+        reader = open_any(path, channels, strict=True, labels=labels)
+        if not len(reader):
+            raise DataError(f"{path}: holds no images: {reader.contents()}")
         try:
-            source.read(0)
+            _first_readable(reader, skip_bad)
             break
         except UnreadableImage:
             raise
         except DataError as error:
             problem = error
     else:
-        source, channels = open_any(path, 3), 3            # alpha and the like are converted
-        source.read(0)
+        channels = 3                                       # alpha and the like are converted
+        _first_readable(open_any(path, 3, labels=labels), skip_bad)
         log.info("converting to RGB: %s", problem)
-    return open_any(path, 3) if channels == 3 else source  # a grey set with a colour image in it is refused
+    # A grey set with a colour image in it is refused.
+    return open_any(path, 3, labels=labels) if channels == 3 else reader
 
 
-def _items(source: Source, args) -> Iterator[tuple[np.ndarray, bytes, int]]:
-    """(pixels, file, label) of each image that fits, in order; checks that all have one size."""
-    count = min(len(source), args.max_images or len(source))
-    size, unfit = None, []
-    work = partial(_convert_one, source, args.resolution, args.transform, args.resample, args.jpeg)
+def _first_readable(reader: Reader, skip_bad: int) -> np.ndarray:
+    for i in range(min(len(reader), skip_bad + 1)):
+        try:
+            return reader.read(i)
+        except UnreadableImage as error:
+            if i == min(len(reader) - 1, skip_bad):
+                raise UnreadableImage(f"{error} ({i + 1} unreadable so far; --skip_bad allows {skip_bad})") from None
+    raise AssertionError("skip_bad is negative")
+
+
+def _items(reader: Reader, args) -> Iterator[tuple[np.ndarray, bytes, int | list]]:
+    """(pixels, file, label) of each image that can be read and fits, in order; checks that all have one size."""
+    count = min(len(reader), args.max_images or len(reader))
+    size, left_out = None, {Unfit: [], UnreadableImage: []}
+    work = partial(_convert_one, reader, args.resolution, args.transform, args.resample, args.jpeg)
     with tqdm(total=count, desc="converting", unit="img", disable=None) as progress:
-        for i, outcome in enumerate(_map(work, count, args.workers if source.parallel else 0)):
+        for i, outcome in enumerate(_map(work, count, args.workers if reader.parallel else 0)):
             progress.update()
-            if isinstance(outcome, str):
-                unfit.append(outcome)
+            if isinstance(outcome, DataError):
+                left_out[type(outcome)].append(str(outcome))
+                _check_skipped(left_out[UnreadableImage], args.skip_bad)
                 continue
             size = size or outcome[0].shape
             if outcome[0].shape != size:
-                raise DataError(f"{source.name(i)}: the image is {outcome[0].shape}, those before are {size} "
+                raise DataError(f"{reader.name(i)}: the image is {outcome[0].shape}, those before are {size} "
                                 "(height, width, channels); give --resolution WxH")
-            yield *outcome, int(source.labels[i])
+            yield *outcome, reader.labels[i].tolist()
     if size is None:
-        raise DataError(f"{args.source}: no image is left; the first: {unfit[0]}")
-    if unfit:
-        log.warning("left out %d images that do not fit; the first: %s", len(unfit), unfit[0])
+        raise DataError(f"{args.source}: no image is left; the first: {sum(left_out.values(), [])[0]}")
+    for problem in left_out[UnreadableImage]:
+        log.warning("left out: %s", problem)
+    if left_out[Unfit]:
+        log.warning("left out %d images that do not fit; the first: %s", len(left_out[Unfit]), left_out[Unfit][0])
 
 
-def _convert_one(source: Source, size, how: str, resample: str, jpeg: int | None, i: int):
-    pixels = source.read(i)
+def _check_skipped(unreadable: list[str], skip_bad: int) -> None:
+    if len(unreadable) > skip_bad:
+        allowed = f"--skip_bad allows {skip_bad}" if skip_bad else "give --skip_bad N to leave some out"
+        raise DataError(f"{unreadable[0]} ({len(unreadable)} unreadable so far; {allowed})")
+
+
+def _convert_one(reader: Reader, size, how: str, resample: str, jpeg: int | None, i: int):
+    """(pixels, file), or why there are none."""
     try:
+        pixels = reader.read(i)
         if size is not None:
-            pixels = transform(pixels, size, "resize" if how == "none" else how, source.name(i), resample)
-    except Unfit as error:
-        return str(error)
+            pixels = transform(pixels, size, "resize" if how == "none" else how, reader.name(i), resample)
+    except (Unfit, UnreadableImage) as error:
+        return error
+    pixels = np.ascontiguousarray(pixels)
     return pixels, encode(pixels, jpeg)
 
 
 def _map(work, count: int, workers: int) -> Iterator:
     """Results of ``work(0), work(1), ...`` in order."""
     global _work
-    _work = work                                           # forked workers inherit it, with the listing of the source
+    _work = work                                           # forked workers inherit it, with the listing of the reader
     if workers < 2 or count < 500:
         yield from map(work, range(count))
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        for start in range(0, count, 8192):                # so that results cannot pile up
-            yield from pool.map(_call_work, range(start, min(start + 8192, count)), chunksize=32)
+    fork = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(workers, fork, leave_with, (os.getpid(),)) as pool:
+            for start in range(0, count, 8192):            # so that results cannot pile up
+                yield from pool.map(_call_work, range(start, min(start + 8192, count)), chunksize=32)
+    except BrokenProcessPool:
+        raise DataError("converting: a worker process was killed (out of memory?); lower --workers") from None
 
 
 _work = None
@@ -199,7 +235,7 @@ def verify(args) -> None:
         _verify_split(images, config.data, args.full)
 
 
-def _verify_split(images, data, full: bool) -> None:
+def _verify_split(images: ImageDataset, data, full: bool) -> None:
     last = len(images) - 1
     digest, bad = hashlib.sha256(), []
     for i in tqdm(range(len(images)) if full else sorted({0, last}), desc=images.name, unit="img", disable=None):
@@ -208,7 +244,7 @@ def _verify_split(images, data, full: bool) -> None:
         except UnreadableImage as error:
             bad.append(str(error))
     for problem in bad[:20]:
-        print(f"unreadable: {problem}")
+        print(f"unreadable: {escape_control(problem)}")
     print(f"{images.name}: {len(images)} images ({images.description}, {data.channels} channel(s)), "
           f"labels: {_classes(images.labels)}, fingerprint {images.fingerprint}, "
           f"sha256 of the pixels of {'all' if full else 'first and last'}: {digest.hexdigest()[:16]}")
@@ -219,15 +255,17 @@ def _verify_split(images, data, full: bool) -> None:
 
 def info(args) -> None:
     """Print what a source holds."""
-    source = open_source(args.source)
-    height, width, channels = source.read(0).shape
-    print(f"source    {args.source} ({type(source).__name__})\n"
-          f"images    {len(source)}, other files {getattr(source, 'ignored', 0)}\n"
-          f"first     {source.name(0)}: {height}x{width}, {channels} channel(s)\n"
-          f"labels    {_classes(source.labels)}")
+    reader = open_source(args.source)
+    height, width, channels = reader.read(0).shape
+    print(f"source    {escape_control(str(args.source))} ({type(reader).__name__})\n"
+          f"images    {len(reader)}, other files {getattr(reader, 'ignored', 0)}\n"
+          f"first     {escape_control(reader.name(0))}: {height}x{width}, {channels} channel(s)\n"
+          f"labels    {_classes(reader.labels)}")
 
 
 def _classes(labels: np.ndarray) -> str:
+    if labels.ndim == 2:
+        return f"vectors of {labels.shape[1]} numbers"
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
     return f"{len(classes)} classes of {counts.min()} to {counts.max()} images" if len(classes) else "none"
 

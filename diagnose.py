@@ -1,12 +1,14 @@
 """Measure exposure bias: eps-norms, variance error and estimation gap along the chain, and a fitted epsilon scaling."""
 
 import argparse
+import re
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from runners.cli import Parser, add_common, positive, run_script, safe_name
+from runners.sampling.flags import add_sampler_flags
 from utils.errors import UserError
 
 
@@ -40,18 +42,7 @@ def _add_run(parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of all noise; chain n starts "
                                                             "from the latent of generate.py's image SEED + n")
     parser.add_argument("--batch_size", type=positive, help="images at a time (default: sampling.batch_size)")
-    sampler = parser.add_argument_group("sampler, as in generate.py")
-    sampler.add_argument("--timesteps", default="100", metavar="S", help="number of steps, ddimN, or 10,15,20")
-    sampler.add_argument("--eta", type=float, default=0.0, help="0 (deterministic) to 1, for generalized")
-    sampler.add_argument("--sample_type", default="generalized",
-                         help="generalized, ddpm_noisy, heun, euler or dpmpp_2m")
-    sampler.add_argument("--skip_type", default="uniform",
-                         help="uniform, quad, leading, linspace, trailing, respace or edm")
-    sampler.add_argument("--var_type", choices=["fixedlarge", "fixedsmall"], default="fixedlarge",
-                         help="variance of ddpm_noisy")
-    sampler.add_argument("--eps_scaler", metavar="B or K,B", help="divide the predicted noise by B, or by K i + B")
-    sampler.add_argument("--clip_denoised", action=argparse.BooleanOptionalAction,
-                         help="clamp estimates of x0 (default: only for ddpm_noisy)")
+    add_sampler_flags(parser, timesteps="100")
     add_common(parser, config=False)
 
 
@@ -60,9 +51,10 @@ class Job:
 
     def __init__(self, args):
         from datasets import find_dataset
-        from functions.schedule import NoiseSchedule
-        from runners.diagnosis.measures import check_settings
-        from runners.sampling.generation import parse_scaler
+        from functions.schedule import make_schedule
+        from models import make_codec
+        from runners.sampling.flags import sampler_settings
+        from runners.sampling.sampler import check_settings
 
         self.args = args
         if args.seed < 0:
@@ -72,19 +64,18 @@ class Job:
         names = args.doc or [Path(args.config).stem]
         if len(set(names)) < len(names):
             raise UserError("--doc names a run twice")
-        self.settings = {key: getattr(args, key) for key in ("timesteps", "eta", "sample_type", "skip_type", "var_type",
-                                                             "clip_denoised")}
-        self.settings["eps_scaler"] = parse_scaler(args.eps_scaler)
+        self.settings = sampler_settings(args)
         self.datasets = Path(args.exp) / "datasets"
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
         for config, _ in self.runs.values():
-            self.steps = check_settings(NoiseSchedule.from_config(config.diffusion), self.settings)
+            self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
+                                        config.model.num_labels)
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()
         self.starts = self._starts() if args.command == "exposure" else []
         folder = "+".join(name.replace("/", "-") for name in names)
-        self.target = Path(args.exp) / "diagnose" / folder / f"{args.command}-{self.label('-')}"
+        self.target = Path(args.exp) / "diagnose" / folder / f"{args.command}-{self.file_label}"
 
     def _open(self, name: str):
         """The run's own configuration wins over --config, which must not contradict it."""
@@ -100,16 +91,20 @@ class Job:
         ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
         return config, run.weights(ckpt_id, self.args.model_ema)
 
-    def _starts(self) -> list[int | None]:
-        """None for pure noise, then the steps nearest to --start_t."""
+    def _starts(self) -> list[float | None]:
+        """None for pure noise, then the times nearest to --start_t."""
         middle = self.steps[len(self.steps) // 2]
         try:
-            wanted = [int(t) for t in self.args.start_t.split(",")] if self.args.start_t else [middle]
+            wanted = [float(t) for t in self.args.start_t.split(",")] if self.args.start_t else [middle]
         except ValueError:
             raise UserError(f"--start_t {self.args.start_t!r} is not a list such as 250,500") from None
         if not all(0 <= t <= self.steps[-1] for t in wanted):
-            raise UserError(f"--start_t {self.args.start_t}: the chain has steps 0 to {self.steps[-1]}")
-        return list(dict.fromkeys([None, *(min(self.steps, key=lambda s, t=t: abs(s - t)) for t in wanted)]))
+            raise UserError(f"--start_t {self.args.start_t}: the chain has times 0 to {self.steps[-1]}")
+        taken = [min(self.steps, key=lambda s, t=t: abs(s - t)) for t in wanted]
+        if self.args.start_t and taken != wanted:
+            print(f"--start_t {self.args.start_t}: the nearest times of the chain are taken, "
+                  f"{', '.join(map(str, taken))}")
+        return list(dict.fromkeys([None, *taken]))
 
     def _check_fit(self) -> None:
         if self.args.eps_scaler is not None:
@@ -123,25 +118,23 @@ class Job:
 
         return find_reference(self.runs[name][0], self.args.fid_stats, config_name=self.args.config)
 
-    def label(self, separator: str) -> str:
-        """The sampler in few words, for titles and file names."""
-        args = self.args
-        parts = [args.sample_type, f"S{args.timesteps}".replace(",", "+"),
-                 args.skip_type if args.skip_type != "uniform" else "",
-                 f"eta{args.eta:g}" if args.eta else "", f"scaled{args.eps_scaler}" if args.eps_scaler else "",
-                 args.var_type if args.sample_type == "ddpm_noisy" else ""]
-        return separator.join(part for part in parts if part)
-
+    @property
+    def file_label(self) -> str:
+        """The sampler in few words, for file names; runs of one name may be measured at several epochs."""
+        epoch = f"-epoch-{self.args.ckpt_id}" if self.args.ckpt_id is not None else ""
+        raw = "" if self.args.model_ema else "-raw"
+        return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(self.settings)).strip("-") + epoch + raw
 
     def command(self, name: str, scaler: str) -> str:
         """generate.py with the sampler measured here and ``scaler``."""
         args = self.args
         flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config, "--doc": name,
-                 "--ckpt_id": args.ckpt_id, "--timesteps": args.timesteps, "--eta": args.eta or None,
-                 "--sample_type": args.sample_type, "--skip_type": args.skip_type,
-                 "--var_type": args.var_type if args.sample_type == "ddpm_noisy" else None, "--eps_scaler": scaler}
+                 "--ckpt_id": args.ckpt_id, "--timesteps": args.timesteps, "--eps_scaler": scaler}
+        kept = self.settings.model_dump(exclude_defaults=True, exclude={"timesteps", "eps_scaler", "clip_denoised"})
+        flags |= {f"--{key}": ",".join(map(str, value)) if isinstance(value, tuple) else value
+                  for key, value in kept.items()}
         words = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
-        clip = {None: [], True: ["--clip_denoised"], False: ["--no-clip_denoised"]}[args.clip_denoised]
+        clip = {None: [], True: ["--clip_denoised"], False: ["--no-clip_denoised"]}[self.settings.clip_denoised]
         ema = [] if args.model_ema else ["--no-model_ema"]
         return shlex.join(["python", "generate.py", *words, *clip, *ema])
 
@@ -220,11 +213,11 @@ def write(job, rows, details):
     args, target = job.args, job.target
     target.parent.mkdir(parents=True, exist_ok=True)
     write_table(rows, target.with_name(f"{target.name}.csv"))
-    write_figure(f"{job.label(', ')}; {args.num_images} images", PANELS[args.command](rows),
+    write_figure(f"{job.settings}; {args.num_images} images", PANELS[args.command](rows),
                  target.with_name(f"{target.name}.png"))
     write_json(target.with_name(f"{target.name}.json"), {
-        "measure": args.command, "sampler": job.settings, "num_images": args.num_images, "seed": args.seed,
-        "starts": job.starts, "runs": details})
+        "measure": args.command, "sampler": job.settings.model_dump(mode="json"), "num_images": args.num_images,
+        "seed": args.seed, "starts": job.starts, "runs": details})
     print(f"{target}.csv\n{target}.png")
 
 

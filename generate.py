@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 
 from runners.cli import Parser, add_common, natural, positive, run_script
+from runners.sampling.flags import add_sampler_flags
 
 
 def parse(argv):
@@ -16,6 +17,10 @@ def parse(argv):
     weights.add_argument("--ckpt_id", type=int, help="epoch (default: sampling.ckpt_id, else the newest)")
     weights.add_argument("--model_ema", action=on_off, default=True, help="averaged rather than raw weights")
     weights.add_argument("--weights", metavar="FILE", help="load this file or folder instead of a run's checkpoint")
+    weights.add_argument("--ema_length", type=float, metavar="W", help="make up the average of this relative width "
+                         "from the run's power-function averages")
+    weights.add_argument("--guide_weights", metavar="FILE", help="guide by this worse network (autoguidance); its "
+                         "configuration is the config.yml beside it, else the same")
     images = parser.add_argument_group("images")
     images.add_argument("-i", "--image_folder", help="relative: under exp/image_samples/; absolute: as given "
                                                      "(default: DOC)")
@@ -24,25 +29,14 @@ def parse(argv):
     images.add_argument("--save", choices=["png", "npz", "none"], default="png",
                         help="none: images only pass through the metrics")
     images.add_argument("--subdirs", action="store_true", help="sub-folders of 1,000 images")
-    images.add_argument("--grid", type=natural, default=64, metavar="N",
-                        help="picture of the first N images, beside the folder; 0: none")
+    images.add_argument("--grid", type=natural, metavar="N", help="picture of the first N images, beside the folder; "
+                        "0: none (default: 64, or 0 with --save none)")
     images.add_argument("--interpolation", action="store_true", help="instead: a picture of paths between 8 seeds")
     images.add_argument("--sequence", action="store_true", help="instead: a picture of the chains of 8 seeds")
     images.add_argument("--reconstruct", metavar="PATH", help="instead: encode the first images of this folder, zip or "
                         "npz by DDIM's reversed chain, decode them, write pairs and errors (--seeds: which images)")
-    sampler = parser.add_argument_group("sampler")
-    sampler.add_argument("--timesteps", default="1000", metavar="S", help="number of steps, ddimN, or 10,15,20")
-    sampler.add_argument("--eta", type=float, default=0.0, help="0 (deterministic) to 1, for generalized")
-    sampler.add_argument("--sample_type", default="generalized", help="generalized (DDIM), ddpm_noisy "
-                         "(ancestral), heun or euler (EDM), dpmpp_2m (DPM-Solver++)")
-    sampler.add_argument("--skip_type", default="uniform",
-                         help="uniform, quad, leading, linspace, trailing, respace or edm")
-    sampler.add_argument("--var_type", choices=["fixedlarge", "fixedsmall"], default="fixedlarge",
-                         help="variance of ddpm_noisy")
-    sampler.add_argument("--eps_scaler", metavar="B or K,B", help="divide the predicted noise by B, or by K i + B")
-    sampler.add_argument("--churn", metavar="S[,MIN,MAX,NOISE]", help="EDM's S_churn, S_min, S_max and S_noise, for "
-                                                                      "heun and euler")
-    sampler.add_argument("--clip_denoised", action=on_off, help="clamp estimates of x0 (default: only for ddpm_noisy)")
+    add_sampler_flags(parser, timesteps="1000")
+    sampler = parser.add_argument_group("computing")
     sampler.add_argument("--batch_size", type=number_or_auto, metavar="N", help="images at a time, which does not "
                          "change them; auto: what fills the device (default: sampling.batch_size)")
     sampler.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="off")
@@ -80,83 +74,96 @@ def check(args):
 
 
 def work(args, device):
-    import torch
-
-    from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero, world_size
-    from runners.network import explain_out_of_memory, fill_device, resolve_amp, resolve_compile
+    from runners.network import explain_out_of_memory, fill_device, resolve_compile
+    from runners.sampling.dry_run import dry_run_sampling
     from runners.sampling.job import SamplingJob
-    from runners.training.dry_run import dry_run_sampling
     from utils.locks import lock_folder
 
     job = SamplingJob(args)
     for note in job.notes:
         on_rank_zero(lambda note=note: print(note))
-    amp = resolve_amp(args.amp, device)
     if args.dry_run:
         job.reference()
         return dry_run_sampling(job, device)
-    diffusion = Diffusion(job.config, device)
-    diffusion.load(on_rank_zero(lambda: job.weights), args.model_ema)          # "newest" may change between ranks
-    diffusion.amp = amp
-    if amp is None:
-        torch.backends.cudnn.allow_tf32 = False                               # "off" means float32
+    diffusion = open_networks(job, device)
+    sampler = diffusion.sampler(job.settings)
     if job.batch_size == "auto":                                              # the same on all ranks
         network, share = diffusion.network(), -(-len(job.seeds) // world_size())
-        job.batch_size = on_rank_zero(lambda: fill_device(network, job.config.data.shape, share))
+        job.batch_size = on_rank_zero(lambda: fill_device(network, diffusion.codec.shape, share))
     batches = len(job.seeds) // (job.batch_size * world_size())
-    diffusion.compiled = resolve_compile(args.compile, device, job.calls * batches)
+    diffusion.compiled = resolve_compile(args.compile, device, sampler.calls * batches)
+    sampler = diffusion.sampler(job.settings)
     with ExitStack() as held:
-        on_rank_zero(lambda: held.enter_context(lock_folder(job.folder.path)))
+        if args.save != "none" or job.pictures:
+            on_rank_zero(lambda: held.enter_context(lock_folder(job.folder.path)))
         if job.pictures:
-            return on_rank_zero(lambda: draw_pictures(job, diffusion))
+            return on_rank_zero(lambda: draw_pictures(job, sampler))
         with explain_out_of_memory():
-            produce(job, diffusion)
+            produce(job, diffusion, sampler)
 
 
-def draw_pictures(job, diffusion):
-    from runners.sampling.pictures import interpolation_grid, reconstruct, sequence_grid
-    from runners.training.monitor import save_png
+def open_networks(job, device):
+    """The network with its weights, and the one that guides it where one is named."""
+    from runners.diffusion import Diffusion
+    from runners.distributed import on_rank_zero
+    from runners.network import resolve_amp
 
+    def opened(config, load):
+        diffusion = Diffusion(config, device)
+        load(diffusion)
+        diffusion.amp = resolve_amp(job.args.amp, device)
+        return diffusion
+
+    weights = on_rank_zero(lambda: job.weights)                               # "newest" may change between ranks
+    if job.args.ema_length:
+        return opened(job.config, lambda each: each.load_average(job.run, job.args.ckpt_id, job.args.ema_length))
+    diffusion = opened(job.config, lambda each: each.load(weights, job.args.model_ema))
+    if job.guide:
+        diffusion.guide = opened(job.guide[0], lambda each: each.load(job.guide[1], job.args.model_ema))
+    return diffusion
+
+
+def draw_pictures(job, sampler):
+    from runners.sampling.pictures import interpolation_grid, open_originals, reconstruct, sequence_grid
+    from utils.png import save_png
+
+    seeds = list(job.seeds)
     for wanted, name, draw in ((job.args.interpolation, "interpolation", interpolation_grid),
                                (job.args.sequence, "sequence", sequence_grid)):
         if wanted:
             path = job.folder.path.with_name(f"{job.folder.path.name}_{name}.png")
-            save_png(draw(diffusion, job.seeds, job.settings), path)
+            save_png(draw(sampler, seeds), path)
             print(path)
     if job.args.reconstruct:
-        reconstruct(diffusion, job.args.reconstruct, job.seeds, job.settings, job.batch_size, job.folder.path)
+        originals = open_originals(job.args.reconstruct, job.config)
+        reconstruct(sampler, job.args.reconstruct, originals, seeds, job.batch_size, job.folder.path)
 
 
-def produce(job, diffusion):
+def produce(job, diffusion, sampler):
     """Make the images, feed the metrics, write the grid and the log."""
     from runners.distributed import on_rank_zero
-    from runners.sampling import generation
+    from runners.sampling.folder import manifest_of
+    from runners.sampling.generation import generate_and_measure, write_grid
+    from runners.sampling.writers import open_writer
 
     args, started = job.args, time.perf_counter()
     evaluation = open_evaluation(job, diffusion.device)
     if args.save != "none":
-        manifest = generation.manifest_of(diffusion, job.settings)
+        manifest = manifest_of(diffusion, job.settings)
         if args.save == "npz":                       # rows have no names: which seed is where is part of the request
             manifest["seeds"] = job.seed_text
         on_rank_zero(lambda: job.folder.prepare(manifest))
-    writer = {"png": lambda: generation.PngWriter(job.folder, job.config.data.shape),
-              "npz": lambda: generation.NpzWriter(job.folder.path, len(job.seeds), job.config.data.shape),
-              "none": generation.NoWriter}[args.save]()
-    shown = {}
-    for start, seeds, images in generation.generate(diffusion, job.seeds, job.settings, job.batch_size, writer):
-        if evaluation:
-            evaluation.update(images, list(range(start, start + len(seeds))))
-        shown.update((start + i, images[i].clone()) for i in range(len(seeds)) if start + i < args.grid)
-    if args.grid:
-        path = job.folder.path.with_name(f"{job.folder.path.name}_grid.png")
-        generation.write_grid(shown, path)
-        on_rank_zero(lambda: print(f"grid    {path}"))
+    writer = open_writer(args.save, job.folder, len(job.seeds), diffusion.codec.shape)
+    made = generate_and_measure(sampler, job.seeds, job.batch_size, writer=writer, evaluation=evaluation,
+                                keep=job.grid)
+    if job.grid:
+        write_grid(made.shown, job.grid_path, sampler, job.seeds)
+        on_rank_zero(lambda: print(f"grid    {job.grid_path}"))
     if args.save != "none":
         on_rank_zero(lambda: print(f"images  {job.folder.path}"))
     if evaluation:
-        results = evaluation.results()
-        on_rank_zero(lambda: report(job, diffusion, results, time.perf_counter() - started))
+        on_rank_zero(lambda: report(job, diffusion, sampler, made.results, time.perf_counter() - started))
 
 
 def open_evaluation(job, device):
@@ -178,16 +185,17 @@ def open_evaluation(job, device):
     return Evaluation(reference, net, job.metrics, bootstrap=args.bootstrap)
 
 
-def report(job, diffusion, results, seconds):
+def report(job, diffusion, sampler, results, seconds):
     from runners.evaluation.metrics import append_log, summary
 
     weights = diffusion.weights
     details = {
         "weights": str(job.weights), "weights_fingerprint": weights.fingerprint, "weights_kind": weights.kind,
-        "step": weights.step, "epoch": weights.epoch, "sampler": job.settings, "network_calls": job.calls,
-        "seeds": job.seed_text, "batch_size": job.batch_size, "amp": str(diffusion.amp or "off"),
-        "device": str(diffusion.device), "compiled": diffusion.compiled, "seconds": round(seconds, 2),
-        "comment": job.args.comment,
+        "step": weights.step, "epoch": weights.epoch, "sampler": job.settings.model_dump(mode="json"),
+        "network_calls": sampler.calls, "seeds": job.seed_text, "batch_size": job.batch_size,
+        "guide": diffusion.guide and diffusion.guide.weights.fingerprint, "ema_length": job.args.ema_length,
+        "amp": str(diffusion.amp or "off"), "device": str(diffusion.device), "compiled": diffusion.compiled,
+        "seconds": round(seconds, 2), "comment": job.args.comment,
     }
     print(summary(results))                          # first: a log that cannot be written must not cost the number
     append_log(job.fid_log, job.weights, results, details)

@@ -1,7 +1,6 @@
 """Train a diffusion model with the sequence-aware loss and input perturbation, on any number of processes."""
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 from runners.cli import Parser, add_common, positive, run_folder, run_script
@@ -79,19 +78,17 @@ def mode(args) -> dict:
 def work(args, device):
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
+    from runners.training.checkpoint import prepared
     from runners.training.dry_run import dry_run_training
-    from utils.locks import lock_folder
 
     config, run = configure(args)
     if args.dry_run:
         return dry_run_training(config, run, device, args.init_from)
-    with ExitStack() as held:
-        diffusion = Diffusion(config, device)
-        if args.init_from:
-            diffusion.load(args.init_from)
-        diffusion.open_training_images(run)            # bad data are refused before the run folder is touched
-        on_rank_zero(lambda: held.enter_context(lock_folder(run.path)))
-        on_rank_zero(lambda: run.prepare(config, **mode(args)))
+    diffusion = Diffusion(config, device)
+    if args.init_from:
+        diffusion.load(args.init_from)
+    diffusion.open_training_images(run)                # bad data are refused before the run folder is touched
+    with prepared(run, config, **mode(args)):
         result = diffusion.train(run, resume=mode(args)["resume"], max_steps=args.max_steps)
     on_rank_zero(lambda: print(f"step {result.step}, epoch {result.epoch}: {result.checkpoint}"))
 

@@ -25,9 +25,13 @@ from benchmarks import peers
 from benchmarks.harness import alternate_apart, arguments, in_fresh_process, peak_memory, report, synchronize, table
 from benchmarks.reference import build_reference, make_betas, sample_and_save
 from benchmarks.workload import as_scripts_do, make_config
-from functions.timesteps import sampling_timesteps
+from configs.sampling import SamplerSettings
+from functions.schedule import make_schedule
+from functions.timesteps import sampling_times
 from runners.diffusion import Diffusion
-from runners.sampling.generation import ImageFolder, PngWriter, generate
+from runners.sampling.folder import ImageFolder
+from runners.sampling.generation import generate
+from runners.sampling.writers import PngWriter
 
 AMP = {"fp32": None, "bf16": torch.bfloat16}
 GROWTH = {"cpu": ("digits.yml", "fp32", 2, 50), "cuda": ("cifar10.yml", "bf16", 5, 250)}    # steps and batch at the end
@@ -38,20 +42,20 @@ def our_sampling(config, device, precision: str, steps: int, batch: int, folder:
     as_scripts_do(device)
     diffusion, numbers = Diffusion(config, device), itertools.count()
     diffusion.amp, diffusion.compiled = AMP[precision.partition(" ")[0]], "compiled" in precision
+    sampler = diffusion.sampler(SamplerSettings(timesteps=steps))
 
     def sample(images: int = batch) -> int:
         target = ImageFolder(folder / f"{precision} {next(numbers)}")
         target.path.mkdir()
         writer = PngWriter(target, config.data.shape)
-        return sum(len(chunk) for _, chunk, _ in generate(
-            diffusion, list(range(images)), {"timesteps": steps}, batch, writer))
+        return sum(len(chunk) for _, chunk, _ in generate(sampler, range(images), batch, writer))
 
     return sample
 
 
 def reference_sampling(config, device, steps: int, batch: int, folder: Path):
     network, betas = build_reference(config, device).eval(), make_betas(config, device)
-    timesteps, numbers = sampling_timesteps(len(betas), steps), itertools.count()
+    timesteps, numbers = sampling_times(make_schedule(config.diffusion), steps), itertools.count()
 
     def sample() -> int:
         x = torch.randn(batch, *config.data.shape, device=device)

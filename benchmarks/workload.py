@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.reference import build_reference
 from configs.schema import Config, load_config
 from runners.diffusion import Diffusion
+from runners.distributed import Signals
 from runners.training.checkpoint import RunFolder
-from runners.training.monitor import Monitor
 from runners.training.plan import Plan
+from runners.training.session import Session
 from utils.memory import keep_freed_memory
 
 AMP = {"fp32": "off", "bf16": "bf16", "bf16 compiled": "bf16"}
@@ -48,15 +49,11 @@ class Training:
         run = RunFolder(folder / "run", folder / "datasets")
         images = self.diffusion.open_training_images(run)
         self.plan = Plan.make(config.training, images.num_images, 1)
-        self.network, self.state = self.diffusion.prepare_training(self.plan)
-        self.monitor = Monitor(run, self.plan, self.diffusion.device, 0)
-        self.batches, self.step = images.batches(self.plan.index_lists(0)), 0
+        self.session = Session(self.diffusion, run, self.plan, images, Signals(), resume=False)
 
     def __call__(self) -> int:
-        self.diffusion.train_step(self.network, self.state, self.batches, self.plan, self.step, self.monitor)
-        self.step += 1
-        if self.step % self.config.training.log_freq == 0:
-            self.monitor.publish(self.step, self.state.lr)
+        self.diffusion.train_step(self.session)
+        self.session.report()
         return self.plan.global_batch
 
 

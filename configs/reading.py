@@ -7,12 +7,24 @@ from pathlib import Path
 
 import yaml
 
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError
+from utils.files import read_regular
 
 log = logging.getLogger(__name__)
 CONFIG_FOLDER = Path(__file__).parent
 RUN_TIME_KEYS = {"device", "tb_logger"}                 # objects that DDIM-style programs leave in a saved config
+SIZE_LIMIT = 200_000                                    # bytes of a file; configurations have 2,000
+VALUE_LIMIT = 50_000                                    # values of a file once its aliases are written out
+MERGE_LIMIT = 100                                       # mappings that one "<<" may merge
+DIGITS = 100                                            # of a number
 NAMESPACE_TAG = "tag:yaml.org,2002:python/object:argparse.Namespace"
+
+
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+
+
+def _too_large(what: str, node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(problem=what, problem_mark=node.start_mark)
 
 
 class Loader(yaml.SafeLoader):
@@ -26,6 +38,19 @@ class Loader(yaml.SafeLoader):
                                                         problem_mark=key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node):
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" and len(value.value) > MERGE_LIMIT:
+                raise _too_large(f"more than {MERGE_LIMIT} mappings merged by one '<<'", key)
+        super().flatten_mapping(node)
+        if len(node.value) > VALUE_LIMIT:
+            raise _too_large(f"a mapping of more than {VALUE_LIMIT:,} keys", node)
+
+    def construct_scalar(self, node):
+        if node.tag in _NUMBERS and len(node.value) > DIGITS:
+            raise _too_large(f"a number of more than {DIGITS} digits", node)
+        return super().construct_scalar(node)
 
     def construct_namespace(self, node):
         node.value = [(key, value) for key, value in node.value if key.value not in RUN_TIME_KEYS]
@@ -45,34 +70,66 @@ def parse_yaml(text: str, where: str):
     """Parse ``text`` safely.
 
     Raises:
-        ConfigError: Not YAML, a duplicate key, or a tag that would build a Python object; names ``where`` and the line.
+        ConfigError: Not YAML, a duplicate key, a tag that would build a Python object, or larger than any
+            configuration; names ``where`` and the line.
     """
+    if len(text) > SIZE_LIMIT:
+        raise ConfigError(f"{where}: {len(text):,} characters; a configuration has {SIZE_LIMIT:,} at most")
     try:
-        return yaml.load(text, Loader)  # noqa: S506  (Loader is a SafeLoader)
+        content = yaml.load(text, Loader)  # noqa: S506  (Loader is a SafeLoader)
     except Exception as error:      # beside YAMLError, PyYAML lets through what int(), a regex or recursion raise
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise ConfigError(f"{where}{line}: not usable YAML: {reason}") from None
+    if _count_values(content, {}) > VALUE_LIMIT:
+        raise ConfigError(f"{where}: not usable YAML: its aliases write out to more than {VALUE_LIMIT:,} values, or to "
+                          "themselves")
+    return content
+
+
+def _count_values(value, known: dict[int, float]) -> float:
+    """Values in a tree with its aliases written out, each counted once and added up; inf if one holds itself."""
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")                  # until it is done: whoever meets it now is inside of it
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def find_config(name: str | Path) -> Path:
-    """A path as given, or a file name looked up in configs/ (the ending .yml may be left out)."""
+    """A path as given, or else a name looked up in configs/; the ending .yml may be left out.
+
+    A file that is there wins over a shipped one of its name; which of the two is read is said in the log.
+    """
     path = Path(name)
-    is_bare = os.path.basename(name) == str(name)           # "./cifar10.yml" is a path, "cifar10.yml" a name
-    candidates = [CONFIG_FOLDER / path, CONFIG_FOLDER / f"{path}.yml", path] if is_bare else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    is_bare = os.path.basename(name) == str(name)           # "./cifar10.yml" is a path, "cifar10.yml" may be a name
+    candidates = [path, CONFIG_FOLDER / path, CONFIG_FOLDER / f"{path}.yml"] if is_bare else [path]
+    found = [candidate for candidate in candidates if _is_file(candidate)]
+    if found and is_bare and len({candidate.resolve() for candidate in found}) > 1:
+        log.info("reading %s of this folder, not %s", path, found[1])
+    elif found and is_bare:
+        log.info("reading %s", found[0])
+    if found:
+        return found[0]
     known = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("*.yml")))
     raise ConfigError(f"configuration {str(name)!r} not found; give a path, or one of configs/: {known}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):                            # a name that is too long, or holds a null byte
+        return False
 
 
 def read_config_file(path: Path) -> dict:
     """The file's sections as nested dictionaries, without the keys that no program of this family reads."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path, 4 * SIZE_LIMIT, "configuration").decode()
+    except (DataError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict) or not all(isinstance(section, dict) for section in raw.values()):

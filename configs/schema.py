@@ -1,220 +1,29 @@
-"""The typed configuration: every key, its meaning, range and default. ``python -m configs.schema`` prints the table."""
+"""The typed configuration, read from YAML and checked as a whole. ``python -m configs.schema`` prints all keys."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Union
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 
+from configs.base import Section
 from configs.messages import describe
+from configs.networks import NETWORKS
 from configs.reading import convert_ddim_form, find_config, parse_yaml, read_config_file
+from configs.sections import Data, DiffusionSection, Loss, Optim, Sampling, Training
 from utils.atomic import write_text
 from utils.errors import ConfigError
 
-AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Counts = Annotated[tuple[Count, ...], AsTuple]
-Side = Annotated[int, Field(ge=1, le=4096)]
+
+def _tagged(*members):
+    """A union told apart by ``arch``; of one member: that member."""
+    return members[0] if len(members) == 1 else Annotated[Union[members], Field(discriminator="arch")]  # noqa: UP007
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False,
-                              use_attribute_docstrings=True)
-
-
-class Data(Section):
-    dataset: str
-    """Name in the DATASETS registry: CIFAR10, DIGITS, ZIP, FOLDER, FFHQ64, AFHQ, ..."""
-    image_size: Side | Annotated[tuple[Side, Side], AsTuple]
-    """Side in pixels, or [height, width]."""
-    channels: Literal[1, 3] = 3
-    """1 (grey) or 3 (RGB)."""
-    root: str | None = None
-    """Folder or archive to read instead of exp/datasets/NAME (see docs/data.md)."""
-    category: str | None = None
-    """LSUN category, e.g. church_outdoor or bedroom."""
-    random_flip: bool = True
-    """Mirror each training image with probability 1/2."""
-    rescaled: bool = True
-    """Map [0, 1] to [-1, 1] by 2x - 1."""
-    logit_transform: bool = False
-    """Map [0, 1] to logits with lambda = 1e-6 instead of rescaling."""
-    uniform_dequantization: bool = False
-    """x * 255/256 + U/256 before rescaling, U uniform on [0, 1)."""
-    gaussian_dequantization: bool = False
-    """x + 0.01 N(0, 1) before rescaling."""
-    num_workers: Natural = 4
-    """Processes that decode images (packing, and training with data.cache off)."""
-    validation_fraction: Fraction = 0.0
-    """Part of a data set without an official split that is held out as split "test"."""
-    cache: Literal["auto", "device", "ram", "mmap", "off"] = "auto"
-    """Where decoded images lie while training: device memory, RAM, memory-mapped file, or nowhere."""
-    skip_bad: Natural = 0
-    """Number of unreadable images that are tolerated (and listed) before loading fails."""
-
-    @property
-    def height(self) -> int:
-        return self.image_size if isinstance(self.image_size, int) else self.image_size[0]
-
-    @property
-    def width(self) -> int:
-        return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
-        return self.channels, self.height, self.width
-
-    @model_validator(mode="after")
-    def _one_range(self):
-        if self.rescaled and self.logit_transform:
-            raise ValueError("data.rescaled and data.logit_transform are both true; set one of them to false")
-        return self
-
-
-class Model(Section):
-    arch: str = "unet"
-    """Name in the MODELS registry."""
-    in_channels: Count = 3
-    """Channels of x_t; equal to data.channels."""
-    out_ch: Count = 3
-    """Channels of the predicted noise; equal to data.channels."""
-    ch: Count = 128
-    """Base width; ch * m must be a multiple of 32 for every m in ch_mult (group normalisation)."""
-    ch_mult: Annotated[Counts, Field(min_length=1)] = (1, 2, 2, 2)
-    """Width multiplier of each resolution, highest first."""
-    num_res_blocks: Count = 2
-    """Residual blocks for each resolution."""
-    attn_resolutions: Counts = (16,)
-    """Resolutions with self-attention; on non-square images the longer side decides."""
-    dropout: Fraction = 0.1
-    """Dropout probability inside the residual blocks."""
-    resamp_with_conv: bool = True
-    """Convolve when changing resolution; false: average pooling and nearest neighbour only."""
-    var_type: Literal["fixedlarge", "fixedsmall"] = "fixedlarge"
-    """Recorded for the seeds' files; sampling uses --var_type, and says so when the two differ."""
-    ema: bool = True
-    """Keep an exponential moving average of the weights."""
-    ema_rate: Fraction = 0.9999
-    """Decay mu of the average for each optimizer step."""
-    ema_warmup: bool = False
-    """Use min(mu, (1 + n) / (10 + n)) at step n instead of mu."""
-
-
-class DiffusionSection(Section):
-    beta_schedule: Literal["linear", "quad", "const", "jsd", "sigmoid", "cosine"] = "linear"
-    """Noise schedule (DDIM's five, and Nichol & Dhariwal's cosine)."""
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    """First beta (linear, quad, sigmoid)."""
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Last beta (linear, quad, const, sigmoid)."""
-    num_diffusion_timesteps: Count = 1000
-    """T, the number of steps of the forward process."""
-
-
-class Loss(Section):
-    num_consecutive_steps: Natural = 2
-    """K of the sequence-aware loss, the base step included; 0 or 1 with lamda 0 is the plain DDPM loss."""
-    lamda: NonNegative = 1.0
-    """Weight of the sequence term."""
-    input_perturbation: NonNegative = 0.0
-    """gamma of DDPM-IP: the network input is perturbed by gamma * N(0, I), the target is not."""
-
-    @model_validator(mode="after")
-    def _sequence_has_steps(self):
-        if self.lamda > 0 and self.num_consecutive_steps < 1:
-            raise ValueError(
-                f"num_consecutive_steps {self.num_consecutive_steps} with lamda {self.lamda} is not possible; "
-                "use lamda 0 for the plain loss, or at least 1 consecutive step"
-            )
-        return self
-
-
-class Training(Section):
-    batch_size: Count = 128
-    """Images for each process and optimizer step; not used when global_batch_size is set."""
-    global_batch_size: Count | None = None
-    """Images for each optimizer step over all processes."""
-    micro_batch_size: Count | None = None
-    """Images for each network call on one process; the rest of its batch is accumulated. Fixing it makes a run the
-    same for any number of processes."""
-    n_epochs: Count = 1000
-    """Epochs to train."""
-    max_steps: Count | None = None
-    """Optimizer steps after which training ends, if that comes before n_epochs."""
-    snapshot_freq: Count = 50
-    """Save ckpt_{epoch}.pth and model_{epoch}_ema.pth every so many snapshot_units."""
-    snapshot_unit: Literal["epochs", "steps"] = "epochs"
-    """What snapshot_freq counts; DDIM's files count steps."""
-    validation_freq: Natural = 0
-    """Loss of the EMA weights on held-out images every so many optimizer steps; 0: never."""
-    validation_num: Count = 1000
-    """Held-out images for it, at most."""
-    log_freq: Count = 50
-    """Optimizer steps between two lines of metrics.jsonl."""
-    sample_num: Natural = 36
-    """Images of the EMA sample grid drawn with each snapshot; 0: no grid."""
-    sample_timesteps: Count = 50
-    """DDIM steps for that grid."""
-    checkpoint_minutes: NonNegative = 30.0
-    """ckpt.pth is rewritten when it is older than this; 0: only with snapshots."""
-    keep_last: Count | None = None
-    """Keep ckpt_{epoch}.pth and model_{epoch}_ema.pth of so many snapshots; none: of all."""
-    keep_every: Count | None = None
-    """Keep those of every so many epochs in any case."""
-    max_bad_steps: Count = 20
-    """Steps without a finite gradient are skipped; so many in a row end the run."""
-    fid_freq: Natural = 0
-    """FID of the EMA weights every so many epochs, with a snapshot; 0: never."""
-    fid_num: Count = 5000
-    """Images for it, drawn with sample_timesteps DDIM steps."""
-    seed: Natural = 1024
-    """Seed of weights, data order and noise."""
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Autocast of the network; auto: on CUDA bf16 where the GPU has it, else fp16; on CPU off."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time, the same gradients."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the network; auto: on CUDA for runs of 2,000 steps or more."""
-
-
-class Sampling(Section):
-    batch_size: Count = 64
-    """Images for each network call of generate.py."""
-    ckpt_id: Natural | None = None
-    """Epoch to sample from when --ckpt_id is not given; none: the newest."""
-    fid_stats: str | None = None
-    """Reference statistics, a path or a name in pytorch_fid/."""
-
-
-class Optim(Section):
-    optimizer: Literal["Adam", "AdamW", "RMSProp", "SGD"] = "Adam"
-    """Update rule."""
-    lr: Positive = 2e-4
-    """Learning rate after warm-up."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: from lr to 0 over the whole run."""
-    warmup_steps: Natural = 0
-    """Steps over which the learning rate rises linearly to lr."""
-    weight_decay: NonNegative = 0.0
-    """L2 penalty (Adam, RMSProp, SGD) or decoupled decay (AdamW)."""
-    beta1: Fraction = 0.9
-    """First moment of Adam; momentum of SGD."""
-    beta2: Fraction = 0.999
-    """Second moment of Adam."""
-    amsgrad: bool = False
-    """AMSGrad variant of Adam."""
-    eps: Positive = 1e-8
-    """Denominator offset of Adam and RMSProp."""
-    grad_clip: Positive | None = None
-    """Largest gradient norm; none: no clipping."""
+AnyNetwork = _tagged(*NETWORKS.values())
 
 
 class Config(Section):
@@ -225,37 +34,57 @@ class Config(Section):
     """
 
     data: Data
-    model: Model
+    model: AnyNetwork
     diffusion: DiffusionSection = DiffusionSection()
     loss: Loss = Loss()
     training: Training = Training()
     sampling: Sampling = Sampling()
     optim: Optim = Optim()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older_forms(cls, raw: Any):
+        """``model.arch`` defaults to unet; the average's keys were in ``model``, as they still are in DDIM's files."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
+            return raw
+        model = {"arch": "unet", **raw["model"]}
+        old = {key: model.pop(key) for key in ("ema", "ema_rate", "ema_warmup") if key in model}
+        training = raw.get("training", {})
+        if old and isinstance(training, dict):
+            if "ema" in training:
+                raise ValueError(f"training.ema and model.{next(iter(old))} are both given; give training.ema alone")
+            average = {"rate": old.get("ema_rate", 0.9999), "warmup": old.get("ema_warmup", False)}
+            training = {**training, "ema": [average] if old.get("ema", True) else []}
+        return {**raw, "model": model, "training": training}
+
     @model_validator(mode="after")
     def _sections_agree(self):
-        data, model = self.data, self.model
-        for key, given in (("model.in_channels", model.in_channels), ("model.out_ch", model.out_ch)):
-            if given != data.channels:
-                raise ValueError(f"{key} {given} must equal data.channels {data.channels}")
-        for mult in model.ch_mult:
-            if model.ch * mult % 32:
-                raise ValueError(f"model.ch {model.ch} * {mult} (model.ch_mult) must be a multiple of 32")
-        factor = 2 ** (len(model.ch_mult) - 1)
-        for side in (data.height, data.width):
-            if side % factor:
-                below = side // factor * factor
-                nearest = f"{below} and {below + factor}" if below else f"{factor}"
-                raise ValueError(
-                    f"data.image_size {side} cannot be halved {len(model.ch_mult) - 1} times for model.ch_mult; "
-                    f"nearest valid: {nearest}"
-                )
-        if self.loss.num_consecutive_steps > self.diffusion.num_diffusion_timesteps:
-            raise ValueError(
-                f"loss.num_consecutive_steps {self.loss.num_consecutive_steps} exceeds "
-                f"diffusion.num_diffusion_timesteps {self.diffusion.num_diffusion_timesteps}"
-            )
+        self.model.check(self.data)
+        loss, diffusion = self.loss, self.diffusion
+        if loss.num_consecutive_steps > diffusion.num_steps:
+            name = "num_diffusion_timesteps" if diffusion.schedule == "discrete" else "rungs"
+            raise ValueError(f"loss.num_consecutive_steps {loss.num_consecutive_steps} exceeds diffusion.{name} "
+                             f"{diffusion.num_steps}")
+        if diffusion.schedule == "discrete" and self.training.sample_timesteps > diffusion.num_steps:
+            raise ValueError(f"training.sample_timesteps {self.training.sample_timesteps} exceeds the "
+                             f"{diffusion.num_steps} steps of the chain; give 1 to {diffusion.num_steps}")
+        if self.training.label_dropout and not self.model.num_labels:
+            raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels; set "
+                             "model.num_classes")
         return self
+
+    def replace(self, key: str, value) -> "Config":
+        """A checked copy with another value of one dotted key, such as ``config.replace("loss.lamda", 0.5)``.
+
+        Raises:
+            ConfigError: An unknown key, or a value that is not possible.
+        """
+        section, _, name = key.partition(".")
+        raw = self.model_dump(mode="json")
+        if not name or section not in raw:
+            raise ConfigError(f"key {key!r} is not of the form section.key; sections: {', '.join(raw)}")
+        raw[section][name] = value
+        return validate(raw, "replace")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -287,6 +116,7 @@ def validate(raw: dict, where: str) -> Config:
     except ValidationError as error:
         by_key = {}                                                 # a union reports each of its members: keep one
         for problem in error.errors(include_url=False):
+            problem["loc"] = _without_arch(problem["loc"])
             by_key.setdefault(problem["loc"][:2], problem)
         # Unknown keys first: a misspelt one is often why another is missing.
         known = [*dotted_keys(), *Config.model_fields]
@@ -300,20 +130,36 @@ def save_config(config: Config, path: str | Path) -> None:
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
+def _without_arch(loc: tuple) -> tuple:
+    """("model", "unet", "ch") -> ("model", "ch"): a tagged union puts its tag in between."""
+    return ("model", *loc[2:]) if loc[:1] == ("model",) and len(loc) > 1 and loc[1] in NETWORKS else loc
+
+
+def sections() -> Iterator[tuple[str, type[Section]]]:
+    """("data", Data), ...; ``model`` comes once for each arch."""
+    for name, field in Config.model_fields.items():
+        if name == "model":
+            yield from ((name, network) for network in NETWORKS.values())
+        else:
+            yield name, field.annotation
+
+
 def dotted_keys() -> dict[str, tuple]:
     """``{"data.dataset": (annotation, default, help), ...}`` of every key."""
     return {f"{name}.{key}": (field.annotation, field.get_default(), field.description)
-            for name, section in Config.model_fields.items()
-            for key, field in section.annotation.model_fields.items()}
+            for name, section in sections() for key, field in section.model_fields.items()}
 
 
 def documentation() -> str:
     """docs/configuration.md."""
     lines = ["# Configuration", "", "Made by `python -m configs.schema`. Any key can be overridden on the command "
              "line: `--training.batch_size 64`.", "", "| key | default | meaning |", "|---|---|---|"]
-    for dotted, (_, default, description) in dotted_keys().items():
-        shown = "required" if default is PydanticUndefined else json.dumps(default)
-        lines.append(f"| `{dotted}` | {shown} | {' '.join(description.split())} |")
+    for name, section in sections():
+        arch = f" ({section.model_fields['arch'].default})" if name == "model" else ""
+        for key, field in section.model_fields.items():
+            default = field.get_default()
+            shown = "required" if default is PydanticUndefined else json.dumps(default, default=lambda d: dict(d))
+            lines.append(f"| `{name}.{key}`{arch} | {shown} | {' '.join(field.description.split())} |")
     return "\n".join(lines)
 
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from configs.base import AsTuple, Count, Counts, Natural, Positive, Section
 from configs.messages import describe
 from configs.reading import CONFIG_FOLDER, parse_yaml
-from configs.schema import AsTuple, Count, Counts, Natural, Section
+from configs.sampling import SamplerSettings
 from utils.errors import ConfigError
 
 STUDIES = CONFIG_FOLDER / "studies"
@@ -25,20 +26,15 @@ RunName = Annotated[str, AfterValidator(_usable_as_folder)]
 Overrides = dict[str, Any]
 
 
-class Sampler(Section):
-    """A way to sample, and what it is applied to: one cell for each run, seed, number of images and number of steps."""
+class Sampler(SamplerSettings):
+    """A way to sample, and what it is applied to: one cell for each run, seed, number of images and number of steps.
+
+    Its other keys are those of ``SamplerSettings``.
+    """
 
     timesteps: Annotated[Counts, Field(min_length=1)]
     """Numbers of sampling steps."""
-    sample_type: str = "generalized"
-    """Name in SAMPLERS: generalized (DDIM), ddpm_noisy, heun, euler or dpmpp_2m."""
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """0 (deterministic) to 1, for generalized."""
-    var_type: Literal["fixedlarge", "fixedsmall"] = "fixedlarge"
-    """Variance of ddpm_noisy."""
-    skip_type: str = "uniform"
-    """How the steps are spaced."""
-    eps_scaler: Literal["fit"] | float | Annotated[tuple[float, float], AsTuple] | None = None
+    eps_scaler: Literal["fit"] | Positive | Annotated[tuple[float, float], AsTuple] | None = None
     """Divide the predicted noise by B, or by K i + B; fit: by what diagnose.py fit-eps-scaler finds."""
     images_seen: Counts | None = None
     """Measure after so many training images; none: at the end of training only."""

@@ -6,8 +6,8 @@ The hot loop does not use this: it takes whole batches from ``datasets.packed`` 
 from functools import partial
 from pathlib import Path
 
-from datasets.source import Images, Subset, held_out
-from datasets.specs import DATASETS, DatasetSpec
+from datasets.image_dataset import ImageDataset, Subset, held_out, limited
+from datasets.specs import DATASETS, DatasetSpec, label_rule
 from utils.errors import DataError, UserError, choose
 
 __all__ = ["DATASETS", "DEFAULT_ROOT", "DatasetSpec", "build_dataset", "check_held_out", "find_dataset", "open_dataset"]
@@ -57,7 +57,7 @@ def _places(spec: DatasetSpec, data, root) -> list[Path]:
     return [base / folder for folder in spec.folders] or [base]
 
 
-def open_dataset(config, root=None, split: str = "train") -> Images:
+def open_dataset(config, root=None, split: str = "train") -> ImageDataset:
     """The data set with its split and transform; decodes nothing yet. CIFAR10 is downloaded if it is absent.
 
     Raises:
@@ -66,16 +66,20 @@ def open_dataset(config, root=None, split: str = "train") -> Images:
     data = config.data
     folder = find_dataset(config, root, split, download=True)
     spec = DATASETS[data.dataset]
-    source = spec.read(folder, data, split)
+    reader = spec.read(folder, data, split)
     fraction = spec.held_out or data.validation_fraction
     if spec.official_split:
         fraction = None
     elif fraction:
-        source = Subset(source, partial(held_out, fraction, split))
+        reader = Subset(reader, partial(held_out, fraction, split))
     elif split == "test":
         check_held_out(config, root)
-    return Images(data.dataset.lower() + SPLITS[split], source, spec.transform, data.shape,
-                  (str(folder), data.category, split, fraction))
+    max_size = getattr(data, "max_size", None)
+    if max_size:
+        reader = Subset(reader, partial(limited, max_size))
+    return ImageDataset(data.dataset.lower() + SPLITS[split], reader, spec.transform, data.shape,
+                        (str(folder), data.category, split, fraction, label_rule(data), max_size),
+                        labelled=label_rule(data) != "none")
 
 
 def check_held_out(config, root=None) -> None:

@@ -2,7 +2,6 @@
 
 import gzip
 import math
-import struct
 import tarfile
 import tempfile
 import zipfile
@@ -13,9 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from datasets.files import file_stamp, open_zip
+from datasets.labels import class_array
 from utils.errors import DataError
-from utils.safe_load import load_pickle
+from utils.files import MIB, open_regular
+from utils.safe_load import load_pickle, map_npy, member_start, read_npy_header
 
+BATCH_LIMIT = 64 * MIB                                     # of CIFAR-10's pickles, which have 31 MB
+BOMB_SIZE, BOMB_RATIO = 64 * MIB, 100                      # images shrink ten times at most; zeros a thousand times
 CIFAR10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 
@@ -40,8 +43,8 @@ class ArrayImages:
 
     @cached_property
     def _loaded(self) -> list:
-        loaded = [(_checked(images, file, self.channels), labels) for file in self.files
-                  for images, labels in [self.load(file)]]
+        loaded = [(_checked(images, file, self.channels), None if labels is None else class_array(labels, str(file)))
+                  for file in self.files for images, labels in [self.load(file)]]
         for file, (images, labels) in zip(self.files, loaded, strict=True):
             if images.shape[1:] != loaded[0][0].shape[1:]:
                 raise DataError(f"{file}: images of {images.shape[1:]}, those of {self.files[0]} are "
@@ -57,8 +60,8 @@ class ArrayImages:
     @cached_property
     def labels(self) -> np.ndarray:
         """int64, (N,); -1 where a file has none."""
-        return np.concatenate([np.full(len(images), -1) if labels is None else np.asarray(labels)
-                               for images, labels in self._loaded]).astype(np.int64)
+        return np.concatenate([np.full(len(images), -1, np.int64) if labels is None else labels
+                               for images, labels in self._loaded])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -77,6 +80,9 @@ class ArrayImages:
 
     def stamp(self) -> str:
         return "".join(map(file_stamp, self.files))
+
+    def contents(self) -> str:
+        return f"{', '.join(map(str, self.files))} has an array of none"
 
     def __getstate__(self):                                # a spawned worker loads for itself
         cached = {"shards", "_loaded", "starts", "labels"}
@@ -110,22 +116,28 @@ def cifar10_tar(path: Path):
     """The 50,000 training images of ``cifar-10-python.tar.gz``, as EDM's tool takes them."""
     wanted = [f"cifar-10-batches-py/{name}" for name in CIFAR10_BATCHES]
     images, labels = [], []
+    open_regular(path).close()                             # a pipe or a device would never end
     try:
-        with tarfile.open(path) as archive, tempfile.NamedTemporaryFile() as copy:
-            present = set(archive.getnames())
-            for name in filter(present.__contains__, wanted):
-                copy.seek(0)
-                copy.truncate()
-                copy.write(archive.extractfile(name).read())
-                copy.flush()
-                batch = cifar10_batch(Path(copy.name))
-                images.append(batch[0])
-                labels.extend(batch[1])
-    except (tarfile.TarError, OSError, EOFError) as error:
+        with tarfile.open(path) as archive, tempfile.TemporaryDirectory() as folder:
+            for member in archive:
+                if member.size > BATCH_LIMIT:              # also of those that are only passed over
+                    raise DataError(f"{path}: {member.name} unpacks to {member.size / MIB:,.0f} MiB: a batch of "
+                                    f"CIFAR-10 may have {BATCH_LIMIT // MIB}")
+                if member.name in wanted and member.isreg():
+                    copy = Path(folder) / member.name.rpartition("/")[2]
+                    copy.write_bytes(archive.extractfile(member).read())
+            for name in CIFAR10_BATCHES:
+                if (Path(folder) / name).is_file():
+                    batch = cifar10_batch(Path(folder) / name)
+                    images.append(batch[0])
+                    labels.append(class_array(batch[1], f"{path}, {name}"))
+    except DataError:
+        raise
+    except Exception as error:                # TarError, OSError, EOFError, zlib.error, ...
         raise DataError(f"{path}: cannot be read: {error}") from None
     if not images:
         raise DataError(f"{path}: holds no cifar-10-batches-py/data_batch_*")
-    return np.concatenate(images), labels
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def imagenet_batch(height: int, width: int, path: Path):
@@ -134,7 +146,7 @@ def imagenet_batch(height: int, width: int, path: Path):
     if data.ndim != 2 or data.shape[1] != 3 * height * width:
         raise DataError(f"{path}: 'data' has shape {data.shape}, images of 3x{height}x{width} need "
                         f"(n, {3 * height * width}); change data.image_size, or use the other ImageNet")
-    labels = npz_array(path, "labels").astype(np.int64) - 1 if "labels" in npz_keys(path) else None
+    labels = class_array(npz_array(path, "labels"), f"{path}, labels") - 1 if "labels" in npz_keys(path) else None
     return data.reshape(-1, 3, height, width).transpose(0, 2, 3, 1), labels
 
 
@@ -146,10 +158,7 @@ def npz_images(path: Path):
 
 def npy_images(path: Path):
     """One npy array (N, H, W, C), memory-mapped."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False), None
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a usable npy file: {error}") from None
+    return map_npy(path), None
 
 
 def digits(path: Path):
@@ -159,7 +168,7 @@ def digits(path: Path):
             table = np.loadtxt(file, delimiter=",")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    return np.rint(table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1), table[:, 64]
+    return np.rint(table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1), table[:, 64].astype(np.int64)
 
 
 def npz_keys(path: Path) -> list[str]:
@@ -180,24 +189,34 @@ def npz_array(path: Path, key: str) -> np.ndarray:
         try:
             if info.compress_type == zipfile.ZIP_STORED:
                 return _map_member(path, info)
-            with archive.open(info) as member:
-                return np.lib.format.read_array(member, allow_pickle=False)
+            return _unpack_member(archive, info)
         except Exception as error:            # zlib.error, BadZipFile, EOFError, ValueError, SyntaxError, ...
             raise DataError(f"{path}: array {key!r} cannot be read: {error}") from None
 
 
 def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
     """Memory-map an npy file that lies uncompressed inside a zip archive."""
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)                                     # the local header ends in two lengths,
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))  # then comes the name, then "extra"
-        file.seek(start)
-        version = np.lib.format.read_magic(file)
-        shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(file)
-        if dtype.hasobject:
-            raise ValueError("it is a pickled object")
-        if file.tell() - start + math.prod(shape) * dtype.itemsize > info.file_size:
-            raise ValueError("it is truncated")
+    with open_regular(path) as file:
+        file.seek(member_start(file, info))
+        shape, fortran, dtype = read_npy_header(file, info.file_size)
         if 0 in shape:
             return np.zeros(shape, dtype)
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+
+def _unpack_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """An npy file that lies compressed inside a zip archive, in memory."""
+    if info.file_size > BOMB_SIZE and info.file_size > BOMB_RATIO * info.compress_size:
+        raise ValueError(f"it unpacks to {info.file_size / MIB:,.0f} MiB from {info.compress_size / MIB:,.2f}: above "
+                         f"{BOMB_SIZE // MIB} MiB, arrays that shrink more than {BOMB_RATIO} times are refused")
+    with archive.open(info) as member:
+        shape, fortran, dtype = read_npy_header(member, info.file_size)
+        content = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        view, done = memoryview(content), 0
+        while done < len(content):
+            count = member.readinto(view[done:done + (16 << 20)])
+            if not count:
+                raise ValueError("it is truncated")
+            done += count
+        member.read(1)                                     # at its end the checksum is compared
+    return content.view(dtype).reshape(shape, order="F" if fortran else "C")

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.files import LABELS
+from datasets.labels import LABELS
 from utils.atomic import atomic_path
-from utils.errors import UserError
+from utils.errors import DataError, UserError
+from utils.processes import removed_if_killed
 
-Item = tuple[np.ndarray, bytes, int]                       # pixels (H, W, C), the same encoded, label
+Item = tuple[np.ndarray, bytes, int | list]                # pixels (H, W, C), the same encoded, label
 
 
 def encode(pixels: np.ndarray, jpeg: int | None = None) -> bytes:
@@ -37,7 +38,7 @@ def member_name(i: int, suffix: str) -> str:
 
 
 def write_zip(items: Iterable[Item], dest: Path, suffix: str) -> None:
-    with atomic_path(dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with _atomic_file(dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         labels = {}
         for i, (_, data, label) in enumerate(items):
             labels[member_name(i, suffix)] = label
@@ -61,19 +62,23 @@ def write_lmdb(items: Iterable[Item], dest: Path, suffix: str) -> None:
     """Encoded images under ``str(i)``: what CELEBAHQ and LSUN read."""
     import lmdb
 
-    with atomic_folder(dest) as temporary, lmdb.open(str(temporary), map_size=1 << 40) as environment:
-        batch = []
-        for i, (_, data, _) in enumerate(items):
-            batch.append((str(i).encode(), data))
-            if len(batch) == 1000:
+    with atomic_folder(dest) as temporary:
+        try:
+            with lmdb.open(str(temporary), map_size=1 << 40) as environment:
+                batch = []
+                for i, (_, data, _) in enumerate(items):
+                    batch.append((str(i).encode(), data))
+                    if len(batch) == 1000:
+                        _put(environment, batch)
                 _put(environment, batch)
-        _put(environment, batch)
-        environment.sync(True)
+                environment.sync(True)
+        except lmdb.Error as error:                        # a full disk above all
+            raise DataError(f"{dest}: cannot be written: {error}") from None
 
 
 def write_npy(items: Iterable[Item], dest: Path, suffix: str) -> None:
     """One uint8 array (N, H, W, C); N is written last, because it is known last."""
-    with atomic_path(dest) as temporary, open(temporary, "wb") as file:
+    with _atomic_file(dest) as temporary, open(temporary, "wb") as file:
         count, shape = 0, ()
         for pixels, _, _ in items:
             if not count:
@@ -94,12 +99,20 @@ def format_of(dest: Path) -> str:
 
 
 @contextmanager
+def _atomic_file(dest: Path) -> Iterator[Path]:
+    """``atomic_path`` that leaves nothing behind even when this process is killed."""
+    with atomic_path(dest) as temporary, removed_if_killed(temporary):
+        yield temporary
+
+
+@contextmanager
 def atomic_folder(dest: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``dest`` on success and is removed on failure."""
+    """A temporary folder that becomes ``dest`` on success and is removed on failure, even when we are killed."""
     dest.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent))
     try:
-        yield temporary
+        with removed_if_killed(temporary):
+            yield temporary
         temporary.chmod(0o755)
         os.replace(temporary, dest)                        # works onto an empty folder too
     finally:
@@ -112,8 +125,8 @@ def check_free(dest: Path) -> None:
         raise UserError(f"{dest} exists already; choose another --dest, or remove it")
 
 
-def _labels_json(labels: dict[str, int]) -> str:
-    known = any(label >= 0 for label in labels.values())
+def _labels_json(labels: dict[str, int | list]) -> str:
+    known = any(label != -1 for label in labels.values())
     return json.dumps({"labels": list(map(list, labels.items())) if known else None})
 
 

@@ -1,11 +1,11 @@
-"""Trees and zip archives of image files, with EDM's ``dataset.json`` labels where they have one."""
+"""Trees and zip archives of image files."""
 
 import hashlib
-import json
 import logging
 import os
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -13,11 +13,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from datasets.handles import PerProcess
-from datasets.images import SUFFIXES, UnreadableImage, decode
+from datasets.images import BYTE_LIMIT, SUFFIXES, UnreadableImage, decode
+from datasets.labels import FILE_RULES, LABELS, file_rule, read_labels
 from utils.errors import DataError
+from utils.files import MIB, open_regular, read_regular
 
 log = logging.getLogger(__name__)
-LABELS = "dataset.json"
 
 
 class ImageFiles:
@@ -27,29 +28,27 @@ class ImageFiles:
         path: The folder or archive; not opened before it is asked for something.
         channels: What ``read`` returns: 1 (grey) or 3 (RGB).
         strict: ``read`` refuses files with another number of channels instead of converting them.
+        label_rule: Name in ``datasets.labels.FILE_RULES``.
 
     Safe in worker processes: handles are opened lazily, once in each process, and never pickled.
     """
 
     parallel = True                                        # decoding pays for worker processes
 
-    def __init__(self, path: str | Path, channels: int = 3, strict: bool = False):
-        self.path, self.channels, self.strict = Path(path), channels, strict
+    def __init__(self, path: str | Path, channels: int = 3, strict: bool = False, label_rule: str = "auto"):
+        self.path, self.channels, self.strict, self.label_rule = Path(path), channels, strict, file_rule(label_rule)
         self.container = _Folder(self.path) if self.path.is_dir() else _Zip(self.path)
 
     @cached_property
-    def _listing(self) -> tuple[list[str], int]:
-        names, ignored = [], 0
+    def _listing(self) -> tuple[list[str], list[str]]:
+        names, ignored = [], []
         for name in self.container.listing():
             if name == LABELS:
                 continue
             visible = not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-            if visible and name.lower().endswith(SUFFIXES):
-                names.append(name)
-            else:
-                ignored += 1
+            (names if visible and name.lower().endswith(SUFFIXES) else ignored).append(name)
         if ignored:
-            log.info("%s: %d images; %d other files are ignored", self.path, len(names), ignored)
+            log.info("%s: %d images; %d other files are ignored", self.path, len(names), len(ignored))
         return sorted(names), ignored
 
     @property
@@ -60,7 +59,13 @@ class ImageFiles:
     @property
     def ignored(self) -> int:
         """Number of hidden files and files that are no images."""
-        return self._listing[1]
+        return len(self._listing[1])
+
+    def contents(self) -> str:
+        """What lies there instead of images, by endings."""
+        endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in self._listing[1])
+        found = ", ".join(f"{count} x {ending}" for ending, count in endings.most_common(4))
+        return f"{self.path} has {found or 'no files'}; images end in {', '.join(SUFFIXES)}"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,9 +80,10 @@ class ImageFiles:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """int64, (N,): from ``dataset.json``, -1 where there is none."""
-        return read_labels(self.container.read(LABELS), f"{self.path}/{LABELS}", self.names) \
-            if self.container.has(LABELS) else np.full(len(self), -1, np.int64)
+        """int64 (N,), -1: none; or float32 (N, D): from ``dataset.json`` if the rule takes that, else by the rule."""
+        if self.label_rule in ("auto", "json") and self.container.has(LABELS):
+            return read_labels(self.container.read(LABELS), f"{self.path}/{LABELS}", self.names)
+        return FILE_RULES[self.label_rule](str(self.path), self.names)
 
     def stamp(self) -> str:
         """Changes with any file's name, size or modification time."""
@@ -113,25 +119,25 @@ class _Folder:
 
     def read(self, name: str) -> bytes:
         try:
-            with open(f"{self.path}/{name}", "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise DataError(f"{self.path / name}: cannot be read: {error.strerror}") from None
+            return read_regular(f"{self.path}/{name}", BYTE_LIMIT, "picture")
+        except DataError as error:
+            raise UnreadableImage(str(error)) from None
 
     def stamp(self, files: ImageFiles) -> str:
         digest = hashlib.sha256()
         for name in [*files.names, LABELS] if self.has(LABELS) else files.names:
-            digest.update(file_stamp(self.path / name).encode())
+            digest.update(os.fsencode(file_stamp(self.path / name)))
         return digest.hexdigest()
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Raises DataError: it cannot be read, or is no zip archive of a version that Python knows (its RuntimeError)."""
+    open_regular(path).close()                             # a pipe or a device would never end
     try:
         return zipfile.ZipFile(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except (zipfile.BadZipFile, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:                # BadZipFile, RuntimeError, ValueError, struct.error, OverflowError, ...
         raise DataError(f"{path}: not a usable zip archive: {error}") from None
 
 
@@ -157,45 +163,25 @@ class _Zip(PerProcess):
         return name in self.handle.NameToInfo
 
     def read(self, name: str) -> bytes:
+        size = self.handle.NameToInfo[name].file_size
+        if size > BYTE_LIMIT:
+            raise UnreadableImage(f"{self.path}/{name}: unpacks to {size / MIB:,.1f} MiB: a picture may have "
+                                  f"{BYTE_LIMIT // MIB} MiB at most")
         try:
             return self.handle.read(name)
-        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as error:
+        except Exception as error:            # BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, ...
             raise UnreadableImage(f"{self.path}/{name}: unreadable in the archive: {error}") from None
 
     def stamp(self, files: ImageFiles) -> str:
         return file_stamp(self.path)                       # of the archive: its 50,000 names need not be listed
 
 
-def read_labels(text: bytes, where: str, names: list[str]) -> np.ndarray:
-    """Labels of ``names`` from the text of a ``dataset.json``: ``{"labels": [["00000/img.png", 6], ...] or null}``.
-
-    Returns:
-        int64, (N,); -1 for all where labels are null or vectors instead of numbers.
-
-    Raises:
-        DataError: Not of that form, or the labelled names are not exactly ``names``.
-    """
-    try:
-        entries = json.loads(text)["labels"]
-        labels = {str(name).replace("\\", "/"): label for name, label in entries or ()}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise DataError(f'{where}: must be {{"labels": [[name, number], ...]}}') from None
-    if not labels:
-        return np.full(len(names), -1, np.int64)
-    if odd := set(names) ^ set(labels):
-        problem = "labels an image that is not there," if min(odd) in labels else "has no label for"
-        raise DataError(f"{where}: {problem} {min(odd)} ({len(odd)} names disagree)")
-    if any(type(label) is not int or label < 0 for label in labels.values()):
-        return np.full(len(names), -1, np.int64)
-    return np.array([labels[name] for name in names], np.int64)
-
-
 def file_stamp(path: Path) -> str:
     """Path, size and modification time of one file, for fingerprints."""
     try:
         info = os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(info.st_mode):
         raise DataError(f"{path}: is not a file")
     return f"{path}:{info.st_size}:{info.st_mtime_ns};"

@@ -2,14 +2,24 @@
 
 import io
 import warnings
+from contextlib import suppress
+from functools import cache
 
 import numpy as np
 from PIL import Image
 
 from utils.errors import DataError, choose
+from utils.files import MIB
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".heic", ".heif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")      # not EPS and such: PIL runs programs for them
+BYTE_LIMIT = 128 * MIB                        # of an encoded image, before it is opened
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+# EXIF's orientation -> what makes the picture upright.
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+ORIENTATION = 0x0112
 MODES = {1: "L", 3: "RGB"}
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 
@@ -25,10 +35,10 @@ class Unfit(DataError):
 
 
 def decode(data: bytes, name: str, channels: int = 3, strict: bool = False) -> np.ndarray:
-    """Pixels of an encoded image.
+    """Pixels of an encoded image, upright: turned as its EXIF data say.
 
     Args:
-        data: A file in one of ``FORMATS``.
+        data: A file in one of ``FORMATS``, or HEIC where pillow-heif is installed.
         name: What to call it in an error.
         channels: 1 (grey) or 3 (RGB); other modes (palette, alpha, ...) are converted, as torchvision's loader does.
         strict: Refuse a file whose stored channels differ from ``channels`` instead of converting.
@@ -41,13 +51,12 @@ def decode(data: bytes, name: str, channels: int = 3, strict: bool = False) -> n
         DataError: ``strict`` and another number of channels.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+        with _open(data) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode}: more than 8 bits per channel")
             stored = 3 if image.mode == "P" else len(image.getbands())
-            pixels = np.array(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
+            turned = _upright(image)
+            pixels = np.array(turned if turned.mode == MODES[channels] else turned.convert(MODES[channels]))
     except Exception as error:                # PIL raises OSError, SyntaxError, struct.error, ... for bad bytes
         raise UnreadableImage(f"{name}: unreadable image: {_reason(error)}") from None
     if strict and stored != channels:
@@ -55,10 +64,59 @@ def decode(data: bytes, name: str, channels: int = 3, strict: bool = False) -> n
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) that ``decode`` would give, without decoding. Raises UnreadableImage as ``decode``."""
+    try:
+        with _open(data) as image:
+            sides = image.height, image.width
+            turned = image.format != "TIFF" and _orientation(image) > 4        # PIL turns TIFF itself
+            return sides[::-1] if turned else sides
+    except Exception as error:                # as in decode
+        raise UnreadableImage(f"{name}: unreadable image: {_reason(error)}") from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """An image whose claimed size is bearable; it is not decoded yet."""
+    if len(data) > BYTE_LIMIT:
+        raise ValueError(f"{len(data) / MIB:,.1f} MiB: a picture may have {BYTE_LIMIT // MIB} MiB at most")
+    heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS
+    if heif and not _can_read_heif():
+        raise ValueError("a HEIC picture needs a further package: pip install pillow-heif")
+    image = Image.open(io.BytesIO(data), formats=("HEIF",) if heif else FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+    return image
+
+
+@cache
+def _can_read_heif() -> bool:
+    """Whether pillow-heif is there; PIL knows its format from now on."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 (upright) to 8; 1 where the EXIF data are missing or damaged."""
+    with suppress(Exception):                 # PIL raises SyntaxError, struct.error, ... for damaged ones
+        found = image.getexif().get(ORIENTATION, 1)
+        return found if found in UPRIGHT else 1
+    return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()                              # a TIFF is turned by this, and says so no longer
+    method = UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
 def encoded(data: bytes) -> bool:
     """Whether ``data`` begins like an image file, rather than being raw pixels."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS):
+        with _open(data):
             return True
     except Exception:                         # as in decode
         return False

@@ -1,18 +1,25 @@
 """Images decoded one by one, for PyTorch's DataLoader."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from datasets.image_dataset import ImageDataset
 from datasets.images import UnreadableImage
-from datasets.source import Images
+from datasets.labels import class_labels
 
 
 class DecodedImages(Dataset):
-    """Items ``(uint8 tensor (C, H, W), int label)``."""
+    """Items ``(uint8 tensor (C, H, W), int label)``, label -1 where there is none or it is a vector."""
 
-    def __init__(self, images: Images):
+    def __init__(self, images: ImageDataset):
         self.images = images
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return class_labels(self.images.labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -21,7 +28,7 @@ class DecodedImages(Dataset):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i %= len(self)
-        return torch.tensor(self.images.read(i)).permute(2, 0, 1), int(self.images.labels[i])
+        return torch.tensor(self.images.read(i)).permute(2, 0, 1), int(self.labels[i])
 
 
 class DecodedBatches(Dataset):
@@ -30,7 +37,7 @@ class DecodedBatches(Dataset):
     An unreadable image is replaced by the next readable one and reported, so that the caller can count.
     """
 
-    def __init__(self, images: Images):
+    def __init__(self, images: ImageDataset):
         self.images = images
 
     def __getitem__(self, indices: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, str]]]:

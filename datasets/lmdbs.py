@@ -4,7 +4,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,10 +12,27 @@ import numpy as np
 
 from datasets.files import file_stamp
 from datasets.images import UnreadableImage, decode, encoded
+from datasets.lmdb_scan import scan
 from utils.errors import DataError
 
 _OPENING = threading.Lock()
 _OPEN = {}          # real path -> ((process id, stamp), environment): LMDB allows one for each file and process
+
+
+class Keys(Sequence):
+    """Byte strings of any content in two arrays: forked workers share them, which they would not share a list."""
+
+    def __init__(self, keys: Sequence[bytes]):
+        self.text = b"".join(keys)
+        self.ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> bytes:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.text[self.ends[i]:self.ends[i + 1]]
 
 
 class LmdbImages:
@@ -24,7 +41,7 @@ class LmdbImages:
     Args:
         path: The LMDB; not opened before it is asked for something.
         channels: What ``read`` returns: 1 (grey) or 3 (RGB).
-        find_keys: ``(environment, path) -> keys``, in the order of the images.
+        find_keys: ``(all keys, value of the key "length" or None, path) -> keys of the images``, in their order.
 
     Safe under fork and spawn: the environment belongs to the process that opened it, and is never pickled.
     """
@@ -35,9 +52,11 @@ class LmdbImages:
         self.path, self.channels, self.find_keys = Path(path), channels, find_keys
 
     @cached_property
-    def keys(self) -> np.ndarray:
-        """Byte strings, (N,)."""
-        return np.array(self.find_keys(environment(self.path), self.path), np.bytes_)
+    def keys(self) -> Keys:
+        """One for each image. Raises DataError: missing, damaged, no LMDB, or of another form."""
+        file = _data_file(self.path)
+        file_stamp(file)
+        return Keys(self.find_keys(*scan(self.path, file, _close_all), self.path))
 
     @cached_property
     def raw_length(self) -> int | None:
@@ -59,11 +78,17 @@ class LmdbImages:
         return len(self.keys)
 
     def name(self, i: int) -> str:
-        return f"{self.path}, key {self.keys[i].decode(errors='replace')}"
+        return f"{self.path}, key {self.keys[i].decode(errors='backslashreplace')}"
 
     def value(self, i: int) -> bytes:
-        with environment(self.path).begin() as transaction:
-            value = transaction.get(bytes(self.keys[i]))
+        import lmdb
+
+        key = self.keys[i]                                 # the scan has been there: what is read now is in bounds
+        try:
+            with environment(self.path).begin() as transaction:
+                value = transaction.get(key)
+        except lmdb.Error as error:
+            raise UnreadableImage(f"{self.name(i)}: damaged: {error}") from None
         if value is None:
             raise DataError(f"{self.name(i)}: missing")
         return value
@@ -86,6 +111,9 @@ class LmdbImages:
     def stamp(self) -> str:
         return file_stamp(_data_file(self.path))
 
+    def contents(self) -> str:
+        return f"{self.path} has no keys of images"
+
 
 def environment(path: Path):
     """The read-only LMDB environment of this process for ``path``.
@@ -100,6 +128,12 @@ def environment(path: Path):
             if key not in _OPEN or _OPEN[key][0] != asked:
                 _OPEN[key] = asked, _open(path, file, _OPEN.pop(key, (None, None))[1])
     return _OPEN[key][1]
+
+
+def _close_all() -> None:
+    """In a child: let go of the parent's environments, of which LMDB does not want a second."""
+    while _OPEN:
+        _OPEN.popitem()[1][1].close()
 
 
 def _open(path: Path, file: Path, found):
@@ -117,38 +151,37 @@ def _open(path: Path, file: Path, found):
     return found
 
 
-def all_keys(env, path: Path) -> list[bytes]:
+def all_keys(keys: list[bytes], length: bytes | None, path: Path) -> list[bytes]:
     """Every key, in LMDB's order: LSUN."""
-    with env.begin() as transaction:
-        return list(transaction.cursor().iternext(values=False))
-
-
-def numbered_keys(env, path: Path) -> list[bytes]:
-    """``b"0"``, ``b"1"``, ... without a gap; other keys (``length``) are not images: CelebA-HQ."""
-    found = {int(key) for key in all_keys(env, path) if key.isdigit()}
-    missing = set(range(len(found))) - found
-    if missing:
-        raise DataError(f"{path}: key {min(missing)} is missing, though {max(found)} is there")
-    return [b"%d" % i for i in range(len(found))]
-
-
-def resolution_keys(resolution: int, env, path: Path) -> list[bytes]:
-    """``{resolution}-{i:05d}`` for i < ``length``: the FFHQ of DDIM, as StyleGAN 2's prepare_data writes it."""
-    with env.begin() as transaction:
-        length = transaction.get(b"length")
-        if length is None or not length.isdigit():
-            raise DataError(f"{path}: the key 'length' is {'missing' if length is None else 'not a number'}")
-        keys = [b"%d-%05d" % (resolution, i) for i in range(int(length))]
-        if keys and transaction.get(keys[0]) is None:
-            sizes = {int(m[1]) for k in all_keys(env, path) if (m := re.fullmatch(rb"(\d+)-0+", k))}
-            raise DataError(f"{path}: has no images of side {resolution}, only of {sorted(sizes)}; "
-                            "change data.image_size, or convert the images")
     return keys
 
 
-def any_keys(env, path: Path) -> list[bytes]:
+def numbered_keys(keys: list[bytes], length: bytes | None, path: Path) -> list[bytes]:
+    """``b"0"``, ``b"1"``, ... without a gap; other keys (``length``) are not images: CelebA-HQ."""
+    found = {int(key) for key in keys if key.isdigit()}
+    missing = set(range(len(found))) - found
+    if missing:
+        raise DataError(f"{path}: key {min(missing)} is missing, though {str(max(found))[:40]} is there")
+    return [b"%d" % i for i in range(len(found))]
+
+
+def resolution_keys(resolution: int, keys: list[bytes], length: bytes | None, path: Path) -> list[bytes]:
+    """``{resolution}-{i:05d}`` for i < ``length``: the FFHQ of DDIM, as StyleGAN 2's prepare_data writes it."""
+    if length is None or not re.fullmatch(rb"\d{1,12}", length):
+        raise DataError(f"{path}: the key 'length' is {'missing' if length is None else 'not a number'}")
+    if int(length) > len(keys):
+        raise DataError(f"{path}: the key 'length' says {int(length):,}, but there are {len(keys):,} keys in all")
+    wanted = [b"%d-%05d" % (resolution, i) for i in range(int(length))]
+    if wanted and wanted[0] not in keys:
+        sizes = {int(m[1]) for key in keys if (m := re.fullmatch(rb"(\d{1,9})-0+", key))}
+        raise DataError(f"{path}: has no images of side {resolution}, only of {sorted(sizes)}; "
+                        "change data.image_size, or convert the images")
+    return wanted
+
+
+def any_keys(keys: list[bytes], length: bytes | None, path: Path) -> list[bytes]:
     """The images of an LMDB of unknown origin: every key but ``length``, in numerical order where all are numbers."""
-    keys = [key for key in all_keys(env, path) if key != b"length"]
+    keys = [key for key in keys if key != b"length"]
     return sorted(keys, key=int) if all(key.isdigit() for key in keys) else keys
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from datasets import DATASETS, DEFAULT_ROOT, open_dataset
 from datasets.items import DecodedBatches
+from datasets.labels import class_labels
 from datasets.packing import TooLarge, open_pack
 from utils.errors import DataError
 
@@ -31,13 +32,18 @@ class ImageStore(ABC):
 
     Args:
         name: Data set and split, for messages.
-        fingerprint: Of source, transform and image size.
-        labels: int64 (N,), -1 where there is none.
+        fingerprint: Of files, transform and image size.
+        labels: int64 (N,), -1 where there is none; or float32 (N, D).
         device: Where batches go.
+
+    Attributes:
+        labels: int64 (N,), -1 where there is none.
+        label_vectors: float32 (N, D) where the labels are vectors, else None.
     """
 
     def __init__(self, name: str, fingerprint: str, labels: np.ndarray, device: torch.device):
-        self.name, self.fingerprint, self.labels, self.device = name, fingerprint, labels, device
+        self.name, self.fingerprint, self.device = name, fingerprint, device
+        self.labels, self.label_vectors = class_labels(labels), labels if labels.ndim == 2 else None
 
     @property
     def num_images(self) -> int:
@@ -173,7 +179,7 @@ def synthetic_images(config, device="cpu") -> ImageStore:
     """
     channels, height, width = config.data.shape
     training, spec = config.training, DATASETS.get(config.data.dataset)
-    count = max(spec.usual_size if spec else 0, training.global_batch_size or training.batch_size)
+    count = max(spec.usual_size(config.data) if spec else 0, training.global_batch_size or training.batch_size)
     images = np.random.RandomState(0).randint(0, 256, (64, height, width, channels), np.uint8)
     return RepeatedStore(images, name="synthetic", fingerprint="synthetic", labels=np.full(count, -1, np.int64),
                          device=torch.device(device))

@@ -6,8 +6,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,11 +15,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from datasets.image_dataset import ImageDataset
 from datasets.images import UnreadableImage
-from datasets.source import Images
+from datasets.labels import is_class
 from utils.atomic import atomic_path, write_json
 from utils.errors import DataError
 from utils.locks import exclusive
+from utils.processes import leave_with
+from utils.safe_load import map_npy
 
 log = logging.getLogger(__name__)
 CHUNK = 256                 # images for each task of a worker
@@ -36,11 +37,11 @@ class TooLarge(DataError):
 @dataclass(frozen=True)
 class Pack:
     array: np.ndarray       # memory-mapped, read-only, uint8 (N, H, W, C)
-    labels: np.ndarray      # int64 (N,)
+    labels: np.ndarray      # int64 (N,), or float32 (N, D)
     bad: list               # [[name, reason], ...]: images left out
 
 
-def open_pack(images: Images, folder: Path, workers: int, skip_bad: int) -> Pack:
+def open_pack(images: ImageDataset, folder: Path, workers: int, skip_bad: int) -> Pack:
     """The pack of ``images`` in ``folder``; made first if there is none of these very files and this transform.
 
     Args:
@@ -54,29 +55,46 @@ def open_pack(images: Images, folder: Path, workers: int, skip_bad: int) -> Pack
         TooLarge: More than a quarter of the free disk.
     """
     path = folder / f"{images.name}-{images.fingerprint}.npy"
-    found = _load(path)
+    found = _load(path, images.shape)
     if found is None:
         lock = folder / f"{images.name.partition('-')[0]}.lock"
         with exclusive(lock, f"packing {images.name}") as descriptor:
-            found = _load(path) or _build(images, path, workers, skip_bad, descriptor)
+            found = _load(path, images.shape) or _build(images, path, workers, skip_bad, descriptor)
     _check_bad(found.bad, skip_bad)
     return found
 
 
-def _load(path: Path) -> Pack | None:
-    try:
-        about = json.loads(path.with_suffix(".json").read_text())
-        array = np.load(path, mmap_mode="r")
-        labels = np.full(len(array), -1) if about["labels"] is None else np.array(about["labels"])
-    except FileNotFoundError:
+def _load(path: Path, image_shape: tuple[int, int, int]) -> Pack | None:
+    """The pack of images of (C, H, W) in ``path``; None if it is absent, or not what ``_build`` writes."""
+    about = path.with_suffix(".json")
+    if not (path.exists() and about.exists()):
         return None
-    except (OSError, ValueError, KeyError) as error:
+    try:
+        array, (channels, height, width) = map_npy(path), image_shape
+        if array.dtype != np.uint8 or array.shape[1:] != (height, width, channels) or not len(array):
+            raise ValueError(f"it holds {array.dtype} {array.shape}")
+        stored = json.loads(about.read_bytes())
+        bad = [(str(name), str(reason)) for name, reason in stored["bad"]]
+        return Pack(array, _stored_labels(stored["labels"], len(array)), bad)
+    except Exception as error:                # whatever a damaged file makes of it
         log.warning("%s: damaged, it is made again: %s", path, error)
         return None
-    return Pack(array, labels.astype(np.int64), about["bad"])
 
 
-def _build(images: Images, path: Path, workers: int, skip_bad: int, lock: int) -> Pack:
+def _stored_labels(labels: list | None, count: int) -> np.ndarray:
+    if labels is None:
+        return np.full(count, -1, np.int64)
+    if len(labels) != count:
+        raise ValueError(f"{len(labels)} labels for {count} images")
+    if all(map(is_class, labels)):
+        return np.array(labels, np.int64)
+    vectors = np.array(labels, np.float32)
+    if vectors.ndim != 2:
+        raise ValueError("its labels are neither classes nor vectors")
+    return vectors
+
+
+def _build(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: int) -> Pack:
     for left_over in path.parent.glob(f".{images.name.partition('-')[0]}-*.tmp"):
         left_over.unlink()                                 # of a killed process: we hold the lock
     channels, height, width = images.shape
@@ -90,15 +108,15 @@ def _build(images: Images, path: Path, workers: int, skip_bad: int, lock: int) -
         _drop_rows(temporary, kept)
         labels = images.labels[kept]
         write_json(path.with_suffix(".json"), {
-            "identity": images.identity, "source": images.description, "count": len(kept),
-            "bad": [[images.source.name(i), reason] for i, reason in sorted(bad.items())],
-            "labels": labels.tolist() if (labels >= 0).any() else None})
+            "identity": images.identity, "reader": images.description, "count": len(kept),
+            "bad": [[images.reader.name(i), reason] for i, reason in sorted(bad.items())],
+            "labels": labels.tolist() if labels.ndim == 2 or (labels >= 0).any() else None})
     log.info("packed %d images of %s in %.1f s", len(kept), images.name, time.perf_counter() - start)
     _remove_stale(images, path)
-    return _load(path)
+    return _load(path, images.shape)
 
 
-def _check_space(images: Images, shape: tuple, folder: Path) -> None:
+def _check_space(images: ImageDataset, shape: tuple, folder: Path) -> None:
     size, free = math.prod(shape), shutil.disk_usage(folder).free
     log.info("packing %s: %d images of %dx%d into %.1f MB at %s", images.name, *shape[:3], size / 1e6, folder)
     if size > free / DISK_SHARE:
@@ -118,7 +136,7 @@ def _allocate(path: Path, shape: tuple) -> None:
                             f"{error.strerror}") from None
 
 
-def _decode_all(images: Images, path: Path, workers: int, skip_bad: int, lock: int) -> dict[int, str]:
+def _decode_all(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: int) -> dict[int, str]:
     """Fill the array in ``path``. Returns {index: reason} of unreadable images, at most ``skip_bad``."""
     chunks = [(i, min(i + CHUNK, len(images))) for i in range(0, len(images), CHUNK)]
     bad = {}
@@ -126,17 +144,17 @@ def _decode_all(images: Images, path: Path, workers: int, skip_bad: int, lock: i
         for done, unreadable in _results(images, path, chunks, workers, lock):
             bad |= unreadable
             progress.update(done)
-            _check_bad([[images.source.name(i), reason] for i, reason in sorted(bad.items())], skip_bad)
+            _check_bad([[images.reader.name(i), reason] for i, reason in sorted(bad.items())], skip_bad)
     return bad
 
 
-def _results(images: Images, path: Path, chunks: list, workers: int, lock: int):
+def _results(images: ImageDataset, path: Path, chunks: list, workers: int, lock: int):
     """Yield what ``_decode`` returns for each chunk, in any order."""
-    if not (workers and images.source.parallel and len(images) >= FEW):
+    if not (workers and images.reader.parallel and len(images) >= FEW):
         array = np.lib.format.open_memmap(path, "r+")
         yield from (_decode(images, array, *chunk) for chunk in chunks)
         return
-    fork = multiprocessing.get_context("fork")             # inherits the listing of the source
+    fork = multiprocessing.get_context("fork")             # inherits the listing of the reader
     pool = ProcessPoolExecutor(workers, fork, _start_worker, (images, path, lock, os.getpid()))
     try:
         for future in as_completed([pool.submit(_work, *chunk) for chunk in chunks]):
@@ -155,23 +173,15 @@ def _work(start: int, stop: int):
     return _decode(*_job, start, stop)
 
 
-def _start_worker(images: Images, path: Path, lock: int, parent: int) -> None:
+def _start_worker(images: ImageDataset, path: Path, lock: int, parent: int) -> None:
     """Leave signals to the parent; neither outlive it nor hold its lock."""
     global _job
     os.close(lock)
     _job = images, np.lib.format.open_memmap(path, "r+")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    leave_with(parent)
 
 
-def _decode(images: Images, array: np.ndarray, start: int, stop: int) -> tuple[int, dict[int, str]]:
+def _decode(images: ImageDataset, array: np.ndarray, start: int, stop: int) -> tuple[int, dict[int, str]]:
     """Decode images [start, stop) into their rows. Returns how many, and {index: reason} of the unreadable ones."""
     bad = {}
     for i in range(start, stop):
@@ -207,14 +217,14 @@ def _drop_rows(path: Path, kept: np.ndarray) -> None:
         file.truncate(offset + math.prod(shape))
 
 
-def _remove_stale(images: Images, path: Path) -> None:
-    """Delete packs of the same request whose source has changed since."""
+def _remove_stale(images: ImageDataset, path: Path) -> None:
+    """Delete packs of the same request whose files have changed since."""
     for about in path.parent.glob(f"{images.name}-*.json"):
         try:
             stale = about.stem != path.stem and json.loads(about.read_text())["identity"] == images.identity
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if stale:
-            log.info("removing %s: its source has changed", about.with_suffix(".npy"))
+            log.info("removing %s: its files have changed", about.with_suffix(".npy"))
             about.with_suffix(".npy").unlink(missing_ok=True)
             about.unlink(missing_ok=True)

@@ -12,21 +12,21 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from functions.denoiser import Denoiser  # noqa: E402
 from functions.denoising import generalized_steps  # noqa: E402
 from functions.exposure import accumulated_gaps  # noqa: E402
-from functions.schedule import NoiseSchedule  # noqa: E402
-from functions.timesteps import sampling_timesteps  # noqa: E402
+from functions.schedule import DiscreteSchedule  # noqa: E402
+from functions.timesteps import sampling_times  # noqa: E402
 from runners.diagnosis.curves import Curve, Panel, write_figure  # noqa: E402
 
 VARIANCE, ERROR, GAMMA, STEPS = 0.25, 0.02, 0.1, 100
-SCHEDULE = NoiseSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
-TIMES = sampling_timesteps(1000, STEPS)
+SCHEDULE = DiscreteSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+TIMES = sampling_times(SCHEDULE, STEPS)
 
 
 def q_variance(t: int) -> float:
     """Of x_t for images from N(0, VARIANCE I)."""
-    abar = SCHEDULE.exact_alpha_bar(t)
-    return abar * VARIANCE + 1 - abar
+    return SCHEDULE.alpha(t) ** 2 * VARIANCE + SCHEDULE.sigma(t) ** 2
 
 
 def excess(factor: float, eps_scaler: float | None = None) -> list[float]:
@@ -36,11 +36,11 @@ def excess(factor: float, eps_scaler: float | None = None) -> list[float]:
     """
     def network(x, t):
         t = int(t[0])
-        return factor * sqrt(1 - SCHEDULE.exact_alpha_bar(t)) / q_variance(t) * x
+        return factor * SCHEDULE.sigma(t) / q_variance(t) * x
 
     inputs = {}
     start = torch.full((1, 1, 1, 1), sqrt(q_variance(TIMES[-1])), dtype=torch.float64)
-    generalized_steps(network, SCHEDULE, start, TIMES, eps_scaler=eps_scaler,
+    generalized_steps(Denoiser(network, SCHEDULE), start, TIMES, eps_scaler=eps_scaler,
                       callback=lambda index, t, x, x0, eps: inputs.update({t: x.item() ** 2 / q_variance(t) - 1}))
     return [inputs[t] for t in TIMES]
 
@@ -53,7 +53,7 @@ def gap(sign) -> list[float]:
 
 
 def main() -> None:
-    perturbed = [GAMMA**2 * (1 - SCHEDULE.exact_alpha_bar(t)) / q_variance(t) for t in TIMES]
+    perturbed = [GAMMA**2 * SCHEDULE.sigma(t) ** 2 / q_variance(t) for t in TIMES]
     drift = Panel(r"Var$_{chain}(x_t)$ / Var$_q(x_t)$ - 1", [
         Curve("exact network", TIMES, excess(1.0), colour=6),
         Curve(f"eps too large by {ERROR:.0%}", TIMES, excess(1 + ERROR), colour=1),

@@ -1,34 +1,122 @@
-"""What every sampler does at a step: check the list, call the network, estimate x0, draw noise.
+"""The one loop behind every sampler, and what a step may ask of it: an estimate, a draw of noise.
 
-Notation, for a step from i to the next lower j of the list (the last j is -1, abar_{-1} = 1):
+Notation, for a step from time i to the next lower time j of the list (the last j is the schedule's end):
 
-    eps       network output at (x, i)
-    e         = eps / lambda_i                            epsilon scaling (2308.15321), lambda_i = 1 without
-    x0'       = (x - sqrt(1 - abar_i) e) / sqrt(abar_i)   DDIM (2010.02502), eq. 9
-    sigma_t   = sqrt((1 - abar_t) / abar_t)               noise level of x / sqrt(abar_t), EDM (2206.00364)
+    e       = eps / lambda_i                        epsilon scaling (2308.15321), lambda_i = 1 without
+    x0'     = (x - sigma_i e) / alpha_i             the image that follows; clipped on request, then e follows from it
+    level   = sigma / alpha
 """
 
-from collections.abc import Iterator, Sequence
-from math import inf, sqrt
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from functions.prediction import Estimate
 
-def chain(schedule, timesteps: Sequence[int], eps_scaler) -> Iterator[tuple[int, int, int, float]]:
-    """(step_index, i, j, lambda_i) of each executed step; checks the list and the scaling before the first."""
-    steps = list(timesteps)
-    if not steps or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-        raise ValueError("timesteps must be non-empty, ascending and distinct")
-    if steps[0] < 0 or steps[-1] >= schedule.num_timesteps:
-        raise ValueError(f"timesteps must lie in [0, {schedule.num_timesteps}), given {steps[0]} to {steps[-1]}")
+
+class Link(NamedTuple):
+    """One step of a chain."""
+
+    index: int               # 0 for the first that is executed
+    i: float                 # from this time
+    j: float                 # to this one
+    scale: float             # lambda_i
+    above: float | None      # the time before i, None at the first step
+    below: float             # lambda_j, for a second evaluation there
+
+
+class Chain:
+    """What the steps of one sampling run share.
+
+    Args:
+        denoiser: Denoiser.
+        times: Ascending, distinct; executed from the last to the first, then to the schedule's end.
+        eps_scaler: None, b, or (k, b): eps is divided by lambda = k i + b, i = 0 at the lowest noise.
+        clip_denoised: Clamp x0' to [-1, 1] and derive e from it again.
+        noise_fn: step index -> standard normal draw like x.
+        callback: (step_index, t, x, x0', eps): network input, estimate used, eps before scaling; once for each step.
+        gradient: (x, t) -> s grad_x log p(y | x), (B, C, H, W): a classifier's guidance (2105.05233, algorithm 2).
+
+    Raises:
+        ValueError: Times that the schedule does not have, or a scaling that is not above 0.
+    """
+
+    def __init__(self, denoiser, times: Sequence[float], eps_scaler=None, clip_denoised: bool = False,
+                 noise_fn: Callable | None = None, callback: Callable | None = None, gradient: Callable | None = None):
+        self.denoiser, self.schedule, self.times = denoiser, denoiser.schedule, list(times)
+        self.clip_denoised, self.noise_fn, self.callback, self.gradient = clip_denoised, noise_fn, callback, gradient
+        self.schedule.check_times(self.times)
+        self.scales = scales_of(eps_scaler, len(self.times))
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def links(self):
+        """Each step in the order of execution."""
+        lower, lower_scales, upper = [self.schedule.end, *self.times], [1.0, *self.scales], [*self.times[1:], None]
+        for n in reversed(range(len(self.times))):
+            yield Link(len(self.times) - 1 - n, self.times[n], lower[n], self.scales[n], upper[n], lower_scales[n])
+
+    def run(self, x: Tensor, step: Callable) -> Tensor:
+        """The sample: ``step(x, link) -> x at time j`` for each link."""
+        with torch.no_grad():
+            for link in self.links():
+                x = step(x, link)
+        return x
+
+    def look(self, x: Tensor, link: Link, t=None) -> Estimate:
+        """The first evaluation of a step, at time i or where churn has moved x to; the callback sees it."""
+        t = link.i if t is None else t
+        raw = self.denoiser(x, t)
+        estimate = self.adjust(raw, x, t, link.scale)
+        if self.callback:
+            self.callback(link.index, t, x, estimate.x0, raw.eps)
+        return estimate
+
+    def estimate(self, x: Tensor, t, scale: float) -> Estimate:
+        """A further evaluation."""
+        return self.adjust(self.denoiser(x, t), x, t, scale)
+
+    def adjust(self, estimate: Estimate, x: Tensor, t, scale: float) -> Estimate:
+        """Epsilon scaling, then clipping."""
+        alpha, sigma = self.schedule.alpha(t, x.dtype), self.schedule.sigma(t, x.dtype)
+        x0, eps, variance = estimate
+        if scale != 1 and (isinstance(alpha, Tensor) or alpha > 0):        # from pure noise no image follows
+            eps = eps / scale
+            x0 = (x - sigma * eps) / alpha
+        if self.clip_denoised:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - alpha * x0) / sigma
+        return Estimate(x0, eps, variance)
+
+    def guide(self, estimate: Estimate, x: Tensor, t) -> Estimate:
+        """A classifier's gradient on the noise: eps - sigma s grad, x0 accordingly, not clipped again."""
+        if self.gradient is None:
+            return estimate
+        alpha, sigma = self.schedule.alpha(t, x.dtype), self.schedule.sigma(t, x.dtype)
+        eps = estimate.eps - sigma * self.gradient(x, t)
+        return Estimate((x - sigma * eps) / alpha, eps, estimate.variance)
+
+    def draw(self, link: Link) -> Tensor:
+        if self.noise_fn is None:
+            raise ValueError("this chain draws noise; give noise_fn")
+        return self.noise_fn(link.index)
+
+
+def scales_of(eps_scaler, num_steps: int) -> list[float]:
+    """lambda_i of each step, lowest noise first.
+
+    Raises:
+        ValueError: A divisor that is not above 0.
+    """
     slope, constant = linear_scaler(eps_scaler)
-    scales = [slope * i + constant for i in range(len(steps))]
+    scales = [slope * i + constant for i in range(num_steps)]
     if not all(0 < scale < inf for scale in scales):
         raise ValueError(f"eps_scaler {eps_scaler} gives a divisor of {min(scales)}; it must stay above 0")
-    lower = [-1, *steps]
-    for i in reversed(range(len(steps))):
-        yield len(steps) - 1 - i, steps[i], lower[i], scales[i]
+    return scales
 
 
 def linear_scaler(eps_scaler) -> tuple[float, float]:
@@ -36,38 +124,3 @@ def linear_scaler(eps_scaler) -> tuple[float, float]:
     if eps_scaler is None:
         return 0.0, 1.0
     return (0.0, float(eps_scaler)) if isinstance(eps_scaler, (int, float)) else tuple(map(float, eps_scaler))
-
-
-def estimate(model, schedule, x: Tensor, t: int, scale: float, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """One network call: (eps, x0', e), each (B, C, H, W). A clipped x0' gives e anew."""
-    abar = schedule.exact_alpha_bar(t)
-    eps = model(x, torch.full((len(x),), float(t), device=x.device))        # t float32 (B,)
-    e = eps / scale
-    x0 = (x - sqrt(1 - abar) * e) / sqrt(abar)
-    if clip_denoised:
-        x0 = x0.clamp(-1, 1)
-        e = direction(schedule, x, x0, t)
-    return eps, x0, e
-
-
-def direction(schedule, x: Tensor, x0: Tensor, t: int) -> Tensor:
-    """The noise in ``x`` if ``x0`` was the image: the estimate above solved for e."""
-    abar = schedule.exact_alpha_bar(t)
-    return (x - sqrt(abar) * x0) / sqrt(1 - abar)
-
-
-def sigma(schedule, t: int) -> float:
-    """sigma_t; 0 for t = -1."""
-    abar = schedule.exact_alpha_bar(t)
-    return sqrt((1 - abar) / abar)
-
-
-def nearest_time(schedule, level: float) -> int:
-    """The step whose sigma_t is nearest to ``level``."""
-    return min(range(schedule.num_timesteps), key=lambda t: abs(sigma(schedule, t) - level))
-
-
-def draw(noise_fn, index: int) -> Tensor:
-    if noise_fn is None:
-        raise ValueError("this chain draws noise; give noise_fn")
-    return noise_fn(index)

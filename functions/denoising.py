@@ -1,101 +1,116 @@
-"""Samplers: from noise x_{T-1} to an image, one network call for each step of a list.
+"""Samplers: from noise to an image, one step after another. Each is a rule for one step; ``functions.chain`` loops.
 
-Notation, for a step from i to the next lower j of the list (the last j is -1, abar_{-1} = 1):
+Notation (i, j, e, x0' as in ``functions.chain``): r = level_j / level_i, z ~ N(0, I).
 
-    e     = eps(x, i) / lambda_i                          and x0' that follows from it: ``functions.chain``
-    z     ~ N(0, I)
+    generalized   x_j = alpha_j x0' + sqrt(sigma_j^2 - s^2) e + s z,   s = eta sigma_j sqrt(1 - r^2)
+    ddpm_noisy    x_j = alpha_j x0' + sigma_j r e + sqrt(v) z,         no noise on the last step
+    euler         x_j = alpha_j x0' + sigma_j e                        (``functions.ode``)
 """
 
 from collections.abc import Sequence
-from math import sqrt
+from math import log
 
 import torch
 from torch import Tensor
 
-from functions.chain import chain, draw, estimate
+from functions.chain import Chain
 from functions.ode import dpmpp_2m_steps, euler_steps, heun_steps
+from functions.schedule import root
 
 
-@torch.no_grad()
-def generalized_steps(model, schedule, x: Tensor, timesteps: Sequence[int], *, eta: float = 0.0, eps_scaler=None,
-                      clip_denoised: bool = False, noise_fn=None, callback=None) -> Tensor:
+def generalized_steps(denoiser, x: Tensor, times: Sequence[float], *, eta: float = 0.0, eps_scaler=None,
+                      clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None) -> Tensor:
     """DDIM (2010.02502, eq. 12 and 16).
 
-        sigma = eta sqrt((1 - abar_j)/(1 - abar_i)) sqrt(1 - abar_i/abar_j)
-        x <- sqrt(abar_j) x0' + sqrt(1 - abar_j - sigma^2) e + sigma z
-
     Args:
-        model: Callable (x (B, C, H, W), t float32 (B,)) -> predicted noise like x.
-        schedule: NoiseSchedule.
-        x: Start, a draw of N(0, I) for generation, (B, C, H, W).
-        timesteps: Ascending, distinct, in [0, T); executed from the last to the first.
+        denoiser: Denoiser.
+        x: Start, a draw of N(0, prior_std^2 I) for generation, (B, C, H, W); its type is that of the whole chain.
+        times: Ascending, distinct times of the denoiser's schedule; executed from the last to the first.
         eta: In [0, 1]; 0 is deterministic, 1 has the DDPM posterior variance.
-        eps_scaler: None, b, or (k, b): the network output is divided by lambda = k i + b, i = 0 at the lowest noise.
-        clip_denoised: Clamp x0' to [-1, 1] and derive e from it again.
-        noise_fn: step_index -> standard normal draw like x; called once for each step with sigma > 0.
-        callback: Called as (step_index, t, x, x0, eps): network input, estimate used, unscaled network output.
+        eps_scaler, clip_denoised, callback, gradient: See ``functions.chain.Chain``.
+        noise_fn: step_index -> standard normal draw like x; called once for each step with s > 0.
 
     Returns:
         The sample, (B, C, H, W). Memory does not depend on the number of steps.
 
     Raises:
-        ValueError: eta, timesteps or eps_scaler out of range, or noise needed but ``noise_fn`` None.
+        ValueError: eta, times or eps_scaler out of range, or noise needed but ``noise_fn`` None.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} is not in [0, 1]")
-    for index, i, j, scale in chain(schedule, timesteps, eps_scaler):
-        abar, abar_next = schedule.exact_alpha_bar(i), schedule.exact_alpha_bar(j)
-        eps, x0, e = estimate(model, schedule, x, i, scale, clip_denoised)
-        if callback:
-            callback(index, i, x, x0, eps)
-        sigma = eta * sqrt((1 - abar_next) / (1 - abar)) * sqrt(1 - abar / abar_next)
-        x = sqrt(abar_next) * x0 + sqrt(1 - abar_next - sigma**2) * e
-        if sigma > 0:
-            x = x + sigma * draw(noise_fn, index)
-    return x
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient)
+    schedule = chain.schedule
+
+    def step(x, link):
+        x0, e, _ = chain.guide(chain.look(x, link), x, link.i)
+        alpha, sigma = schedule.alpha(link.j), schedule.sigma(link.j)
+        s = eta * sigma * root(1 - (schedule.level(link.j) / schedule.level(link.i)) ** 2)
+        x = alpha * x0 + root(sigma**2 - s**2) * e
+        return x + s * chain.draw(link) if s > 0 else x
+
+    return chain.run(x, step)
 
 
-# Share of b = 1 - abar_i/abar_j that is the variance of a step; DDPM section 3.2.
-VAR_TYPES = {
-    "fixedlarge": lambda abar, abar_next: 1.0,
-    "fixedsmall": lambda abar, abar_next: (1 - abar_next) / (1 - abar),
+def step_variances(schedule, i, j) -> tuple:
+    """Smallest and largest reasonable variance of the ancestral step from i to j (DDPM, section 3.2): the posterior's
+    for data that are a point, and for data that are standard normal."""
+    sigma = schedule.sigma(j)
+    small = sigma**2 * (1 - (schedule.level(j) / schedule.level(i)) ** 2)
+    large = schedule.sigma(i) ** 2 - (schedule.alpha(i) / schedule.alpha(j) * sigma) ** 2
+    return small, large
+
+
+def _learned(chain: Chain, link, estimate):
+    """Between both on a logarithmic scale (2102.09672, eq. 15); where the smaller is 0, that of the step before."""
+    if estimate.variance is None:
+        raise ValueError("var_type learned: this network gives no variances; use fixedlarge or fixedsmall")
+    small, large = step_variances(chain.schedule, link.i, link.j)
+    if small == 0:
+        small = large if link.above is None else step_variances(chain.schedule, link.above, link.i)[0]
+    return torch.exp(estimate.variance * log(large) + (1 - estimate.variance) * log(small))
+
+
+VAR_TYPES = {                                                               # (chain, link, estimate) -> variance
+    "fixedlarge": lambda chain, link, estimate: step_variances(chain.schedule, link.i, link.j)[1],
+    "fixedsmall": lambda chain, link, estimate: step_variances(chain.schedule, link.i, link.j)[0],
+    "learned": _learned,
 }
 
 
-@torch.no_grad()
-def ddpm_steps(model, schedule, x: Tensor, timesteps: Sequence[int], *, var_type: str = "fixedlarge", eps_scaler=None,
-               clip_denoised: bool = True, noise_fn=None, callback=None) -> Tensor:
-    """Ancestral sampling (DDPM, 2006.11239, eq. 7 and 11) on any list of steps.
-
-        b    = 1 - abar_i/abar_j
-        mean = (sqrt(abar_j) b x0' + sqrt(1 - b) (1 - abar_j) x) / (1 - abar_i)
-        x   <- mean + sqrt(variance) z,  no noise on the last step
+def ddpm_steps(denoiser, x: Tensor, times: Sequence[float], *, var_type: str = "fixedlarge", eps_scaler=None,
+               clip_denoised: bool = True, noise_fn=None, callback=None, gradient=None) -> Tensor:
+    """Ancestral sampling (DDPM, 2006.11239, eq. 7 and 11) on any list of times.
 
     Args:
-        var_type: ``fixedlarge`` (variance b) or ``fixedsmall`` (b (1 - abar_j)/(1 - abar_i)).
+        var_type: Name in ``VAR_TYPES``; ``learned`` needs a network that gives variances.
         clip_denoised: Clamp x0' to [-1, 1].
         noise_fn: Called once for each step but the last.
+        gradient: A classifier's, which moves the mean by the variance times it.
 
     The other arguments, the result and the errors are those of ``generalized_steps``.
     """
     if var_type not in VAR_TYPES:
         raise ValueError(f"var_type {var_type!r} is unknown; known: {', '.join(sorted(VAR_TYPES))}")
-    for index, i, j, scale in chain(schedule, timesteps, eps_scaler):
-        abar, abar_next = schedule.exact_alpha_bar(i), schedule.exact_alpha_bar(j)
-        b = 1 - abar / abar_next
-        eps, x0, _ = estimate(model, schedule, x, i, scale, clip_denoised)
-        if callback:
-            callback(index, i, x, x0, eps)
-        x = (sqrt(abar_next) * b * x0 + sqrt(1 - b) * (1 - abar_next) * x) / (1 - abar)
-        if j >= 0:
-            x = x + sqrt(b * VAR_TYPES[var_type](abar, abar_next)) * draw(noise_fn, index)
-    return x
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient)
+    schedule = chain.schedule
+
+    def step(x, link):
+        estimate = chain.look(x, link)
+        r = schedule.level(link.j) / schedule.level(link.i)
+        mean = schedule.alpha(link.j) * estimate.x0 + schedule.sigma(link.j) * r * estimate.eps
+        last = link.j == schedule.end
+        if last and gradient is None:
+            return mean
+        variance = VAR_TYPES[var_type](chain, link, estimate)
+        if gradient is not None:
+            mean = mean + variance * gradient(x, link.i)
+        return mean if last else mean + variance**0.5 * chain.draw(link)
+
+    return chain.run(x, step)
 
 
 SAMPLERS = {"generalized": generalized_steps, "ddpm_noisy": ddpm_steps, "heun": heun_steps, "euler": euler_steps,
             "dpmpp_2m": dpmpp_2m_steps}
-OPTIONS = {"generalized": {"eta"}, "ddpm_noisy": {"var_type"}, "heun": {"churn"}, "euler": {"churn"},
-           "dpmpp_2m": set()}                                               # what each reads beside the common ones
 
 
 def network_calls(sample_type: str, num_steps: int) -> int:

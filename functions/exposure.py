@@ -1,13 +1,13 @@
 """Exposure bias: what a network sees along its own chain, compared with what it saw in training.
 
-Notation (abar, e, x0' and sigma_t as in ``functions.chain``); all means run over images and their noise:
+Notation (alpha, sigma, level as in ``functions.schedule``); all means run over images and their noise:
 
     ||eps||_i   mean of ||eps(x_i, i)||_2, for x_i ~ q(x_i | x_0) ("training") or along a chain ("sampling");
                 EDM-ES (2308.15321), figure 6
     delta_s     Var_chain(x_s) - Var_q(x_s), variances averaged over pixels, images and noise varying jointly
-    d_i         eps(x_i, i) - (x_i - sqrt(abar_i) x_0) / sqrt(1 - abar_i) along a chain that started from q(. | x_0)
-    G_j         sqrt(1 - b) (1 - abar_j) / (1 - abar_i) G_i + b / (sqrt(1 - b) sqrt(1 - abar_i)) d_i, from G = 0, with
-                b = 1 - abar_i/abar_j: the gap accumulated over the steps down to j; SA-DPM (2312.12431)
+    d_i         eps(x_i, i) - (x_i - alpha_i x_0) / sigma_i along a chain that started from q(. | x_0)
+    G_j         (sigma_j r / sigma_i) G_i + alpha_j (1 - r^2) level_i d_i, from G = 0, with r = level_j / level_i: the
+                gap accumulated over the ancestral steps down to j; SA-DPM (2312.12431)
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functions.chain import chain, direction
 from functions.frechet import FeatureStats
 
 
@@ -73,28 +72,28 @@ def eps_norm(eps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def training_norms(model, schedule, x0: Tensor, timesteps: Iterable[int], noise_fn) -> Tensor:
-    """||eps(x_t, t)|| on q(x_t | x_0) of each image at each step; ``noise_fn(index)`` is called once for each step.
+def training_norms(denoiser, x0: Tensor, times: Iterable[float], noise_fn) -> Tensor:
+    """||eps(x_t, t)|| on q(x_t | x_0) of each image at each time; ``noise_fn(index)`` is called once for each.
 
     Returns:
         (B, S)
     """
-    norms = []
-    for index, t in enumerate(timesteps):
-        times = torch.full((len(x0),), t, device=x0.device)                 # long (B,)
-        norms.append(eps_norm(model(schedule.add_noise(x0, noise_fn(index), times), times.float())))
+    schedule, norms = denoiser.schedule, []
+    for index, t in enumerate(times):
+        x = schedule.alpha(t) * x0 + schedule.sigma(t) * noise_fn(index)
+        norms.append(eps_norm(denoiser(x, t).eps))
     return torch.stack(norms, 1)
 
 
 class ExposureBias:
     """delta_s of chains, with its standard error.
 
-    Var_q(x_s) = abar_s Var(x_0) + 1 - abar_s needs no draws. Deviations are taken from the known mean of q, which
+    Var_q(x_s) = alpha_s^2 Var(x_0) + sigma_s^2 needs no draws. Deviations are taken from the known mean of q, which
     makes each image's share of delta_s a number of its own: their spread is the standard error. An image and the
     chain that started from it are paired, so that the variance between images cancels.
 
     Args:
-        schedule: NoiseSchedule.
+        schedule: Schedule.
         data: Moments of all x_0 under the key ``"x0"``.
     """
 
@@ -102,40 +101,42 @@ class ExposureBias:
         self.schedule, self.data = schedule, data
         self.deviation, self.share = Moments(), Moments()
 
-    def add(self, key: Hashable, s: int, x: Tensor, x0: Tensor) -> None:
-        """A chain's ``x`` at step s, and the images, each (B, C, H, W); results are read under (key, s)."""
-        abar, mean = self.schedule.exact_alpha_bar(s), self.data.mean("x0").view(1, *x.shape[1:]).to(x.device)
-        deviation = x.double() - sqrt(abar) * mean
-        expected = abar * (x0.double() - mean).square() + 1 - abar
+    def add(self, key: Hashable, s: float, x: Tensor, x0: Tensor) -> None:
+        """A chain's ``x`` at time s, and the images, each (B, C, H, W); results are read under (key, s)."""
+        alpha, sigma = self.schedule.alpha(s), self.schedule.sigma(s)
+        mean = self.data.mean("x0").view(1, *x.shape[1:]).to(x.device)
+        deviation = x.double() - alpha * mean
+        expected = alpha**2 * (x0.double() - mean).square() + sigma**2
         self.deviation.add((key, s), deviation)
         self.share.add((key, s), (deviation.square() - expected).flatten(1).mean(1))
 
-    def result(self, key: Hashable, s: int) -> dict[str, float]:
+    def result(self, key: Hashable, s: float) -> dict[str, float]:
         """Both variances, their difference, its root with sign, and the difference's standard error."""
-        abar = self.schedule.exact_alpha_bar(s)
-        chained, expected = self.deviation.variance((key, s)), abar * self.data.variance("x0") + 1 - abar
+        alpha, sigma = self.schedule.alpha(s), self.schedule.sigma(s)
+        chained, expected = self.deviation.variance((key, s)), alpha**2 * self.data.variance("x0") + sigma**2
         delta = chained - expected
         return {"var_chain": chained, "var_q": expected, "delta": delta,
                 "standard_error": self.share.standard_error((key, s)),
                 "root_delta": float(np.copysign(sqrt(abs(delta)), delta))}
 
 
-def estimation_gap(schedule, x: Tensor, eps: Tensor, x0: Tensor, t: int) -> Tensor:
-    """d_t: the network's output minus the noise that is in ``x`` if the image is ``x0``, (B, C, H, W)."""
-    return eps - direction(schedule, x, x0, t)
+def estimation_gap(schedule, x: Tensor, eps: Tensor, x0: Tensor, t: float) -> Tensor:
+    """d_t: the network's estimate minus the noise that is in ``x`` if the image is ``x0``, (B, C, H, W)."""
+    return eps - (x - schedule.alpha(t) * x0) / schedule.sigma(t)
 
 
-def accumulated_gaps(schedule, timesteps: Sequence[int], gaps: dict[int, Tensor]) -> dict[int, Tensor]:
-    """G_j for each step j below the highest, and for -1.
+def accumulated_gaps(schedule, times: Sequence[float], gaps: dict[float, Tensor]) -> dict[float, Tensor]:
+    """G_j for each time j below the highest of the list, and for the schedule's end.
 
     Args:
-        gaps: d_i of each step of the list, or their means over images: G is linear in them.
+        times: Ascending.
+        gaps: d_i of each time of the list, or their means over images: G is linear in them.
     """
     gap, found = torch.zeros(()), {}
-    for _, i, j, _ in chain(schedule, timesteps, None):
-        abar, abar_next = schedule.exact_alpha_bar(i), schedule.exact_alpha_bar(j)
-        b = 1 - abar / abar_next
-        gap = sqrt(1 - b) * (1 - abar_next) / (1 - abar) * gap + b / (sqrt(1 - b) * sqrt(1 - abar)) * gaps[i]
+    for i, j in zip(times[::-1], [*times[-2::-1], schedule.end], strict=True):
+        r = schedule.level(j) / schedule.level(i)
+        kept, added = schedule.sigma(j) * r / schedule.sigma(i), schedule.alpha(j) * (1 - r**2) * schedule.level(i)
+        gap = kept * gap + added * gaps[i]
         found[j] = gap
     return found
 

@@ -1,32 +1,98 @@
 """Randomness that can be repeated: a stream for each image when sampling, for each (seed, step, shard) in training."""
 
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, chain, pairwise
+from operator import eq
 
 import numpy as np
 import torch
 from torch import Tensor
 
+LAST_SEED = 2**32 - 1                        # seeds count modulo 2^32: a larger one would repeat another image
 
-def parse_seeds(text: str) -> list[int]:
-    """``"0-63"`` or ``"1,2,5-10"`` as a list, in the order given.
+
+class Seeds(Sequence):
+    """Seeds in the order given, as ranges: a billion takes no more memory than one.
+
+    Args:
+        ranges: Disjoint, each ascending by one, none empty.
+    """
+
+    def __init__(self, ranges: Iterable[range]):
+        self.ranges = tuple(ranges)
+        self.starts = [0, *accumulate(map(len, self.ranges))]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self._slice(*index.indices(len(self)))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        place = bisect_right(self.starts, index % len(self)) - 1
+        return self.ranges[place][index % len(self) - self.starts[place]]
+
+    def _slice(self, start: int, stop: int, step: int) -> "Seeds | list[int]":
+        if step != 1:
+            return [self[i] for i in range(start, stop, step)]
+        parts = (part[max(start - first, 0):max(stop - first, 0)]
+                 for part, first in zip(self.ranges, self.starts, strict=False))
+        return Seeds(part for part in parts if len(part))
+
+    def __iter__(self) -> Iterator[int]:
+        return chain.from_iterable(self.ranges)
+
+    def __contains__(self, seed) -> bool:
+        return any(seed in part for part in self.ranges)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    def __str__(self) -> str:
+        """``0-63,70``: what ``parse_seeds`` reads."""
+        return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in self.ranges)
+
+    def __repr__(self) -> str:
+        return f"Seeds({self})"
+
+
+def parse_seeds(text: str) -> Seeds:
+    """``"0-63"`` or ``"1,2,5-10"`` in the order given; nothing is listed, however many there are.
 
     Raises:
-        ValueError: Not of that form, a range that runs backwards, or a seed given twice.
+        ValueError: Not of that form, a range that runs backwards, a seed given twice or above 2^32 - 1.
     """
-    seeds = []
+    ranges, shown = [], text if len(text) < 80 else f"{text[:77]}..."
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
         if not match:
-            raise ValueError(f"seeds {text!r}: {part!r} is neither a number nor a range such as 0-63")
-        first, last = int(match[1]), int(match[2] or match[1])
+            raise ValueError(f"seeds {shown!r}: {part[:40]!r} is neither a number nor a range such as 0-63")
+        ends = [end.lstrip("0") or "0" for end in match.groups() if end]
+        if any(len(end) > 10 or int(end) > LAST_SEED for end in ends):
+            raise ValueError(f"seeds {shown!r}: {part.strip()[:40]} goes beyond the last seed, {LAST_SEED}")
+        first, last = int(ends[0]), int(ends[-1])
         if last < first:
-            raise ValueError(f"seeds {text!r}: the range {part.strip()} runs backwards")
-        seeds.extend(range(first, last + 1))
-    if len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds {text!r}: a seed is given twice")
-    return seeds
+            raise ValueError(f"seeds {shown!r}: the range {part.strip()} runs backwards")
+        ranges.append(range(first, last + 1))
+    ascending = sorted(ranges, key=lambda part: part.start)
+    if twice := [b.start for a, b in pairwise(ascending) if b.start < a.stop]:
+        raise ValueError(f"seeds {shown!r}: {twice[0]} is given twice")
+    return Seeds(_joined(ranges))
+
+
+def _joined(ranges: list[range]) -> list[range]:
+    """Neighbours that go on where the one before ends become one."""
+    joined = ranges[:1]
+    for part in ranges[1:]:
+        if part.start == joined[-1].stop:
+            joined[-1] = range(joined[-1].start, part.stop)
+        else:
+            joined.append(part)
+    return joined
 
 
 class SeededNoise:
@@ -41,7 +107,7 @@ class SeededNoise:
     """
 
     def __init__(self, seeds: Sequence[int], device="cpu"):
-        self.device = device
+        self.device, self.seeds = device, seeds
         self.generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
 
     def randn(self, shape) -> Tensor:

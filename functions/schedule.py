@@ -1,108 +1,311 @@
-"""Noise schedules and the forward process q(x_t | x_0).
+"""Schedules: from a time to the scale of the image and of the noise, x_t = alpha(t) x_0 + sigma(t) n.
 
-Notation (DDPM, Ho et al. 2020): T steps, t in {0..T-1}; abar_t = prod_{s<=t} (1 - beta_s), abar_{-1} = 1.
+Notation:
+
+    level(t) = sigma / alpha      noise over image; rises with t, infinite where alpha is 0
+    abar_t   = prod_{s<=t} (1 - beta_s)                DDPM (2006.11239), section 2; abar_{-1} = 1
+
+A time is a Python number, and its coefficients are exact Python floats; or a tensor (B,), and they are (B, 1, 1, 1).
 """
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from math import inf, sqrt
 
 import torch
 from torch import Tensor
 
-
-def _linear(start, end, T):
-    return torch.linspace(start, end, T, dtype=torch.float64)
+from functions.betas import make_betas
 
 
-def _quad(start, end, T):
-    return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+class Schedule:
+    """What all schedules share.
+
+    Attributes:
+        start: The noisiest time.
+        end: The time of the clean image: alpha 1, sigma 0.
+    """
+
+    start: float
+    end: float
+    skip_type = "uniform"                   # how the steps of a chain are spaced unless somebody says otherwise
+
+    def alpha(self, t, dtype: torch.dtype = torch.float32):
+        """Scale of the image: float for a number, (B, 1, 1, 1) of ``dtype`` for a tensor (B,)."""
+        raise NotImplementedError
+
+    def sigma(self, t, dtype: torch.dtype = torch.float32):
+        """Scale of the noise, as ``alpha``."""
+        raise NotImplementedError
+
+    def level(self, t, dtype: torch.dtype = torch.float32):
+        """sigma / alpha, as ``alpha``; infinite where alpha is 0."""
+        alpha, sigma = self.alpha(t, dtype), self.sigma(t, dtype)
+        return sigma / alpha if isinstance(t, Tensor) or alpha else inf
+
+    def time(self, level: float) -> float:
+        """The time at ``level`` in [0, inf], number or tensor: the inverse of ``level``."""
+        raise NotImplementedError
+
+    @property
+    def level_range(self) -> tuple[float, float]:
+        """The lowest and the highest finite level that training sees."""
+        raise NotImplementedError
+
+    def prior_std(self, t: float) -> float:
+        """A chain whose first executed time is t starts from a normal draw times this."""
+        return 1.0
+
+    def network_time(self, t):
+        """What a network is told for time t, number or tensor."""
+        return t
+
+    def at(self, u: Tensor) -> Tensor:
+        """The training time at rank u in [0, 1], float64 (B,); evenly spread u are evenly spread training times."""
+        raise NotImplementedError
+
+    def rank(self, t: Tensor) -> Tensor:
+        """The inverse of ``at`` up to rounding: where among the training times t lies, in [0, 1), (B,)."""
+        raise NotImplementedError
+
+    def below(self, t: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k-th training time below t, and whether there is one, each (B,); k = 0 gives t itself, always."""
+        raise NotImplementedError
+
+    def respaced(self, times: Sequence[int]) -> "Schedule":
+        """The shorter chain that consists of these times."""
+        raise ValueError(f"{type(self).__name__} has no steps to leave out; respacing is for discrete schedules")
+
+    def check_times(self, times: Sequence[float]) -> None:
+        """ValueError unless a chain can visit ``times``, ascending."""
+        if not times or any(not a < b for a, b in zip(times, times[1:], strict=False)):
+            raise ValueError("timesteps must be non-empty, ascending and distinct")
+        if not self.end < times[0] or not times[-1] < inf:
+            raise ValueError(f"times must lie above {self.end}, given {times[0]} to {times[-1]}")
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Sample q(x_t | x_0) = N(alpha x_0, sigma^2 I), DDPM eq. 4.
+
+        Args:
+            x0: Clean images, (B, C, H, W).
+            noise: Standard normal draw, same shape.
+            t: Times, (B,); ``end`` returns ``x0`` unchanged.
+        """
+        return self.alpha(t, x0.dtype) * x0 + self.sigma(t, x0.dtype) * noise
 
 
-def _const(start, end, T):
-    return torch.full((T,), end, dtype=torch.float64)
-
-
-def _jsd(start, end, T):
-    """1/T, 1/(T-1), .., 1; the last is capped so that the chain can be inverted."""
-    return (1 / torch.arange(T, 0, -1, dtype=torch.float64)).clamp(max=0.999)
-
-
-def _sigmoid(start, end, T):
-    return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (end - start) + start
-
-
-def _cosine(start, end, T):
-    """Nichol & Dhariwal 2021, eq. 17: abar_t = f(t + 1) / f(0)."""
-    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * torch.pi / 2) ** 2
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
-
-
-SCHEDULES = {"linear": _linear, "quad": _quad, "const": _const, "jsd": _jsd, "sigmoid": _sigmoid, "cosine": _cosine}
-
-
-class NoiseSchedule:
-    """abar_t for every t, computed in float64 and handed out in float32.
+class DiscreteSchedule(Schedule):
+    """DDPM's chain: alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t) at t = 0..T-1; -1 is the image.
 
     Args:
         betas: beta_0 .. beta_{T-1}, any 1-D sequence; 0 < beta < 1, the last may be 1.
+        network_times: What the network is told for each t; default: t. A respaced chain knows its original steps.
+        set_alpha_to_one: False ends the chain at abar_0 instead of 1, as diffusers' scheduler files may ask.
 
     Raises:
         ValueError: Not 1-D, empty, or a beta outside its range.
     """
 
-    def __init__(self, betas):
+    end = -1
+
+    def __init__(self, betas, network_times: Sequence[int] | None = None, set_alpha_to_one: bool = True):
         betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas must be a non-empty 1-D sequence, given shape {tuple(betas.shape)}")
         if not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
             raise ValueError(f"betas must lie in (0, 1), 1 only in last place; given {betas.min()} to {betas.max()}")
         self.num_timesteps = len(betas)
-        alpha_bars = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])
-        self._exact = alpha_bars.tolist()              # float64; index t + 1, so that t = -1 gives 1
-        self._table = alpha_bars.float()               # (T + 1,)
+        self.start = self.num_timesteps - 1
+        abar = torch.cumprod(1 - betas, 0)
+        first = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else abar[:1]
+        abar = torch.cat([first, abar])                                     # (T + 1,), index t + 1
+        self._alphas, self._sigmas = abar.sqrt(), (1 - abar).sqrt()
+        self._alpha_list, self._sigma_list = self._alphas.tolist(), self._sigmas.tolist()
+        self._levels = [self.level(t) for t in range(self.num_timesteps)]
+        self._network_times = torch.as_tensor(range(self.num_timesteps) if network_times is None else network_times)
+        self._tables = {}
 
-    @classmethod
-    def from_config(cls, diffusion) -> "NoiseSchedule":
-        """From the ``diffusion`` section of a configuration (beta_schedule, beta_start, beta_end, T)."""
-        make_betas = SCHEDULES[diffusion.beta_schedule]
-        return cls(make_betas(diffusion.beta_start, diffusion.beta_end, diffusion.num_diffusion_timesteps))
+    def alpha(self, t, dtype=torch.float32):
+        return self._look_up(self._alphas, t, dtype) if isinstance(t, Tensor) else self._alpha_list[int(t) + 1]
 
-    def to(self, device) -> "NoiseSchedule":
-        """Move the table that ``alpha_bar`` reads from; returns self."""
-        self._table = self._table.to(device)
-        return self
+    def sigma(self, t, dtype=torch.float32):
+        return self._look_up(self._sigmas, t, dtype) if isinstance(t, Tensor) else self._sigma_list[int(t) + 1]
 
-    def alpha_bar(self, t: Tensor | int) -> Tensor:
-        """abar_t as float32.
+    def _look_up(self, table: Tensor, t: Tensor, dtype) -> Tensor:
+        """Entries of ``table`` at t (B,), from a copy on t's device that is made once: (B, 1, 1, 1)."""
+        key = id(table), t.device, dtype
+        if key not in self._tables:
+            self._tables[key] = table.to(t.device, dtype)
+        return self._tables[key][t.long() + 1].view(-1, 1, 1, 1)
 
-        Args:
-            t: Steps in [-1, T): long (B,) on the schedule's device, or an int.
+    def time(self, level):
+        """The step whose level is nearest."""
+        if isinstance(level, Tensor):
+            return torch.tensor([self.time(each) for each in level.tolist()], device=level.device)
+        above = min(bisect_left(self._levels, level), self.start)
+        below = max(0, above - 1)
+        return below if level - self._levels[below] <= self._levels[above] - level else above
 
-        Returns:
-            (B, 1, 1, 1), or (1, 1, 1, 1) for an int.
-        """
-        index = torch.as_tensor(t, device=self._table.device).reshape(-1) + 1
-        return self._table[index].view(-1, 1, 1, 1)
+    @property
+    def level_range(self):
+        finite = [level for level in self._levels if level < inf]
+        return finite[0], finite[-1]
 
-    def exact_alpha_bar(self, t: int) -> float:
-        """abar_t in float64, for coefficients such as 1 - abar_i / abar_j that cancel in float32."""
-        return self._exact[t + 1]
+    def network_time(self, t):
+        if isinstance(t, Tensor):
+            return self._look_up_time(t)
+        return int(self._network_times[int(t)])
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Sample q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), DDPM eq. 4.
+    def _look_up_time(self, t: Tensor) -> Tensor:
+        if t.device != self._network_times.device:
+            self._network_times = self._network_times.to(t.device)
+        return self._network_times[t.long()]
 
-        Args:
-            x0: Clean images in [-1, 1], (B, C, H, W).
-            noise: Standard normal draw, same shape.
-            t: Steps in [-1, T); -1 returns ``x0`` unchanged, (B,).
-        """
-        abar = self.alpha_bar(t)                                   # (B, 1, 1, 1)
-        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise        # (B, C, H, W)
+    def at(self, u):
+        return (u * self.num_timesteps).long().clamp(max=self.start)
 
-    def predict_x0(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The x_0 that gave ``x_t`` if ``eps`` was the noise: ``add_noise`` solved for x_0 (DDIM eq. 9).
+    def rank(self, t):
+        return t.double() / self.num_timesteps
 
-        Args:
-            x_t: Noisy images, (B, C, H, W).
-            eps: Noise estimate, same shape.
-            t: Steps in [-1, T), (B,).
-        """
-        abar = self.alpha_bar(t)                                   # (B, 1, 1, 1)
-        return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()       # (B, C, H, W)
+    def below(self, t, k):
+        return (t - k).clamp(min=0), t >= k
+
+    def respaced(self, times):
+        """Index k stands for ``times[k]``: betas 1 - abar_k/abar_{k-1}, and the network is told ``times[k]``."""
+        self.check_times(times)
+        abar = [1.0, *(self._alpha_list[t + 1] ** 2 for t in times)]
+        betas = [1 - below / above for above, below in zip(abar, abar[1:], strict=False)]
+        return DiscreteSchedule(betas, [self.network_time(t) for t in times])
+
+    def check_times(self, times):
+        super().check_times(times)
+        if times[-1] >= self.num_timesteps or any(t != int(t) for t in times):
+            raise ValueError(f"timesteps must be whole numbers in [0, {self.num_timesteps}), given {times[0]} to "
+                             f"{times[-1]}")
+
+
+class SigmaSchedule(Schedule):
+    """EDM's (2206.00364): alpha = 1, sigma = t, so that time is the noise level.
+
+    Args:
+        sigma_min, sigma_max: Range of the training levels; a chain may visit any level above 0.
+        rho: The training levels are evenly spaced in sigma^(1/rho), EDM eq. 5.
+        rungs: How many there are, for the sequence-aware loss: neighbours of one another as the steps of DDPM are.
+
+    Raises:
+        ValueError: An empty range, or a number out of it.
+    """
+
+    end, skip_type = 0.0, "edm"
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, rungs: int = 1000):
+        if not 0 < sigma_min < sigma_max < inf or not rho > 0 or rungs < 2:
+            raise ValueError(f"needs 0 < sigma_min < sigma_max, rho > 0 and at least 2 rungs; given sigma_min "
+                             f"{sigma_min}, sigma_max {sigma_max}, rho {rho}, rungs {rungs}")
+        self.sigma_min, self.sigma_max, self.rho, self.rungs = sigma_min, sigma_max, rho, rungs
+        self.start = sigma_max
+        self.low, self.high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+
+    def alpha(self, t, dtype=torch.float32):
+        return torch.ones(len(t), 1, 1, 1, dtype=dtype, device=t.device) if isinstance(t, Tensor) else 1.0
+
+    def sigma(self, t, dtype=torch.float32):
+        return t.to(dtype).view(-1, 1, 1, 1) if isinstance(t, Tensor) else float(t)
+
+    def time(self, level):
+        return level
+
+    @property
+    def level_range(self):
+        return self.sigma_min, self.sigma_max
+
+    def prior_std(self, t):
+        return float(t)
+
+    def at(self, u):
+        return ((self.low + u * (self.high - self.low)) ** self.rho).float()
+
+    def rank(self, t):
+        return ((t.double() ** (1 / self.rho) - self.low) / (self.high - self.low)).clamp(0, 1 - 1e-9)
+
+    def below(self, t, k):
+        if k == 0:
+            return t, torch.ones_like(t, dtype=torch.bool)
+        rung = t.double() ** (1 / self.rho) - k * (self.high - self.low) / (self.rungs - 1)
+        return (rung.clamp(min=self.low) ** self.rho).to(t.dtype), rung >= self.low
+
+
+class FlowSchedule(Schedule):
+    """Rectified flow (2209.03003, 2210.02747): alpha = 1 - t, sigma = t for t in (0, 1].
+
+    Args:
+        shift: Moves training draws and step lists to more noise, t -> shift t / (1 + (shift - 1) t) (2403.03206, eq.
+            23); 1 changes nothing.
+        rungs: Steps of 1/rungs are neighbours for the sequence-aware loss.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+
+    start, end = 1.0, 0.0
+
+    def __init__(self, shift: float = 1.0, rungs: int = 1000):
+        if not shift > 0 or rungs < 2:
+            raise ValueError(f"needs shift > 0 and at least 2 rungs; given shift {shift}, rungs {rungs}")
+        self.shift, self.rungs = shift, rungs
+
+    def alpha(self, t, dtype=torch.float32):
+        return (1 - t.double()).to(dtype).view(-1, 1, 1, 1) if isinstance(t, Tensor) else 1.0 - t
+
+    def sigma(self, t, dtype=torch.float32):
+        return t.to(dtype).view(-1, 1, 1, 1) if isinstance(t, Tensor) else float(t)
+
+    def time(self, level):
+        return level / (1 + level) if isinstance(level, Tensor) or level < inf else 1.0
+
+    @property
+    def level_range(self):
+        return self.level(1 / self.rungs), self.level(1 - 1 / self.rungs)
+
+    def at(self, u):
+        u = u.clamp(min=2**-53)                                             # never the image itself
+        return (self.shift * u / (1 + (self.shift - 1) * u)).float()
+
+    def rank(self, t):
+        return (t.double() / (self.shift - (self.shift - 1) * t.double())).clamp(0, 1 - 1e-9)
+
+    def below(self, t, k):
+        if k == 0:
+            return t, torch.ones_like(t, dtype=torch.bool)
+        lower = t - k / self.rungs
+        return lower.clamp(min=1 / self.rungs), lower >= 1 / self.rungs
+
+    def check_times(self, times):
+        super().check_times(times)
+        if times[-1] > 1:
+            raise ValueError(f"times of a flow lie in (0, 1], given {times[0]} to {times[-1]}")
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+def _discrete(diffusion) -> DiscreteSchedule:
+    return DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one)
+
+
+def _sigma(diffusion) -> SigmaSchedule:
+    return SigmaSchedule(diffusion.sigma_min, diffusion.sigma_max, diffusion.rho, diffusion.rungs)
+
+
+SCHEDULES = {"discrete": _discrete, "sigma": _sigma,
+             "flow": lambda diffusion: FlowSchedule(diffusion.shift, diffusion.rungs)}
+
+
+def make_schedule(diffusion) -> Schedule:
+    """The schedule of the ``diffusion`` section of a configuration."""
+    return SCHEDULES[diffusion.schedule](diffusion)
+
+
+def root(value):
+    """Square root of a variance, number or tensor, that rounding may have put just below 0."""
+    return value.clamp(min=0).sqrt() if isinstance(value, Tensor) else sqrt(max(0.0, value))

@@ -5,31 +5,27 @@ from collections.abc import Callable
 from torch import nn
 
 from configs.schema import Config
-from models.ema import EMA, make_ema
+from models.codecs import make_codec
+from models.ema import EMA, decay_of
 from models.unet import UNet
-from models.weights import WeightsInfo, load_weights, weights_fingerprint
-from utils.errors import choose
+from models.weights import WeightsInfo, load_profile, load_weights, weights_fingerprint
 
-__all__ = ["EMA", "MODELS", "WeightsInfo", "build_model", "load_weights", "make_ema", "weights_fingerprint"]
+__all__ = ["EMA", "MODELS", "WeightsInfo", "build_model", "decay_of", "load_profile", "load_weights", "make_codec",
+           "weights_fingerprint"]
 
 
 def _unet(config: Config) -> UNet:
-    return UNet(
-        resolution=max(config.data.height, config.data.width),
-        **config.model.model_dump(include={"in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks",
-                                           "attn_resolutions", "dropout", "resamp_with_conv"}),
-    )
+    keys = config.model.model_dump(exclude={"arch", "var_type"})
+    return UNet(resolution=max(config.data.height, config.data.width), **keys)
 
 
 MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet}
 
 
 def build_model(config: Config) -> nn.Module:
-    """The network of ``config.model.arch`` with PyTorch's default initialisation, as DDIM has it.
+    """The network of ``config.model.arch``, initialised as its program has it.
 
-    Its forward takes x (B, C, H, W) float and t (B,) float or long, and returns (B, C_out, H, W).
-
-    Raises:
-        UserError: ``model.arch`` is not in ``MODELS``.
+    Its forward takes x (B, C, H, W) float, t (B,) float or long and the condition by name, such as ``labels`` long
+    (B,); it returns F, (B, C or 2C, H, W). Names in its state dict are those of its program, without prefixes.
     """
-    return choose(MODELS, config.model.arch, "model.arch")(config)
+    return MODELS[config.model.arch](config)

@@ -1,10 +1,17 @@
-"""Exponential moving average of the weights, mu-weighted at every optimizer step.
+"""Moving averages of the weights, after every optimizer step.
 
-    ema_0 = theta_0,    ema_n = mu_n ema_{n-1} + (1 - mu_n) theta_n,    mu_n = mu  or  min(mu, (1 + n) / (10 + n))
+    ema_0 = theta_0,    ema_n = beta_n ema_{n-1} + (1 - beta_n) theta_n
+
+    rate        beta_n = mu, or min(mu, (1 + n) / (10 + n)) with warm-up
+    half-life   beta_n = 0.5^(batch / h),  h = min(half_life, ramp_up * images seen before the step)        (2206.00364)
+    length      beta_n = (1 - 1/n)^(gamma + 1): the average over a power-function profile whose relative
+                standard deviation is ``length``                                             (2312.02696, eq. 123 - 126)
 """
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -16,27 +23,24 @@ class EMA:
     The arithmetic is swa_utils' foreach kernel. Its AveragedModel wrapper counts its updates in a tensor, and moving
     that count to the GPU would make the host wait for the GPU at every step; here it is an int.
 
+    Args:
+        model: Neither wrapped nor compiled.
+        decay: beta_n for update n = 1, 2, ...
+
     Attributes:
         module: The averaged network, in eval mode and without gradients.
         updates: Number n of updates so far; needed beside ``state_dict()`` to resume exactly.
     """
 
-    def __init__(self, model: nn.Module, rate: float, warmup: bool = False):
+    def __init__(self, model: nn.Module, decay: Callable[[int], float]):
         self.module = deepcopy(model).requires_grad_(False).eval()
-        self.rate, self.warmup = rate, warmup
-        self.updates = 0
-
-    @property
-    def decay(self) -> float:
-        """mu_n of the latest update."""
-        n = self.updates
-        return min(self.rate, (1 + n) / (10 + n)) if self.warmup else self.rate
+        self.decay, self.updates = decay, 0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Average the weights of ``model`` in; call once after each optimizer step. Wrapped models (DDP) are fine."""
         self.updates += 1
-        average = get_ema_multi_avg_fn(self.decay)
+        average = get_ema_multi_avg_fn(self.decay(self.updates))
         average(list(self.module.parameters()), list(model.parameters()), self.updates)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -53,11 +57,64 @@ class EMA:
         self.updates = updates
 
 
-def make_ema(model: nn.Module, rate: float, warmup: bool = False) -> EMA:
-    """An average that starts as a copy of ``model`` (neither wrapped nor compiled), on its device.
+def _rate(average, batch: int) -> Callable[[int], float]:
+    return lambda n: min(average.rate, (1 + n) / (10 + n)) if average.warmup else average.rate
+
+
+def _half_life(average, batch: int) -> Callable[[int], float]:
+    def decay(n: int) -> float:
+        seen = (n - 1) * batch
+        images = min(average.half_life, average.ramp_up * seen) if average.ramp_up else average.half_life
+        return 0.5 ** (batch / max(images, 1e-8))
+    return decay
+
+
+def _length(average, batch: int) -> Callable[[int], float]:
+    exponent = profile_exponent(average.length) + 1
+    return lambda n: (1 - 1 / n) ** exponent
+
+
+KINDS = {"rate": _rate, "half_life": _half_life, "length": _length}
+
+
+def decay_of(average, batch: int) -> Callable[[int], float]:
+    """beta_n of an ``Average`` of the configuration, for a global batch of ``batch`` images."""
+    kind = next(name for name in KINDS if getattr(average, name) is not None)
+    return KINDS[kind](average, batch)
+
+
+# ------------------------------------------------------------------------------------- averages chosen after training
+
+
+def profile_exponent(length: float) -> float:
+    """gamma of the profile t^gamma with this relative standard deviation (EDM2, eq. 126), length in (0, 0.289)."""
+    squared = length**-2
+    roots = np.roots([1, 7, 16 - squared, 12 - squared])
+    return float(roots[np.abs(roots.imag) < 1e-9].real.max())
+
+
+def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Inner product of two profiles (time, gamma) (EDM2, algorithm 3)."""
+    (ta, ga), (tb, gb) = a, b
+    power = gb if ta < tb else -ga
+    return (ga + 1) * (gb + 1) * (ta / tb) ** power / ((ga + gb + 1) * max(ta, tb))
+
+
+def combination(stored: Sequence[tuple[float, float]], wanted: tuple[float, float]) -> np.ndarray:
+    """Coefficients with which stored averages best make up another (EDM2, section 3.2); their sum is 1.
 
     Args:
-        rate: mu, in [0, 1).
-        warmup: Follow faster at first: min(mu, (1 + n) / (10 + n)) at update n = 1, 2, ...
+        stored: (time, length) of each stored average; times are steps or images of the whole run.
+        wanted: (time, length) of the one to be made.
     """
-    return EMA(model, rate, warmup)
+    profiles = [(time, profile_exponent(length)) for time, length in stored]
+    target = wanted[0], profile_exponent(wanted[1])
+    matrix = np.array([[_overlap(a, b) for b in profiles] for a in profiles])
+    found = np.linalg.solve(matrix, np.array([_overlap(a, target) for a in profiles]))
+    return found / found.sum()
+
+
+def combine(states: Sequence[dict[str, Tensor]], coefficients: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted sum of state dicts in float64, in the type of the first; buffers alike in all come out alike."""
+    return {name: sum(float(c) * state[name].double() for c, state in zip(coefficients, states, strict=True))
+            .to(tensor.dtype) for name, tensor in states[0].items()}

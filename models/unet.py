@@ -30,19 +30,27 @@ def group_norm(width: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=32, num_channels=width, eps=1e-6)
 
 
+def embed_labels(table: nn.Embedding, labels: Tensor) -> Tensor:
+    """A row for each label, zeros where it is -1, which means none. (B,) -> (B, D)."""
+    return table(labels.clamp(min=0)) * (labels >= 0)[:, None].to(table.weight.dtype)
+
+
 class TimeEmbedding(nn.Module):
-    """Steps to SiLU-activated features, which is the form every residual block wants them in. (B,) -> (B, 4 ch)."""
+    """Times, and labels where there are any, to SiLU-activated features: what every residual block wants.
+
+    (B,) -> (B, 4 ch)
+    """
 
     def __init__(self, ch: int):
         super().__init__()
         self.ch = ch
         self.dense = nn.ModuleList([nn.Linear(ch, 4 * ch), nn.Linear(4 * ch, 4 * ch)])
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, label_embedding: Tensor | None = None) -> Tensor:
         first, second = self.dense
         with torch.autocast(t.device.type, enabled=False):     # bf16 has 8 bits: neighbouring steps would be one
-            h = first(sinusoidal_embedding(t, self.ch).to(first.weight.dtype))               # (B, D)
-            return F.silu(second(F.silu(h)))                                                 # (B, D)
+            h = second(F.silu(first(sinusoidal_embedding(t, self.ch).to(first.weight.dtype))))
+            return F.silu(h if label_embedding is None else h + label_embedding)             # (B, D)
 
 
 class Dropout(nn.Dropout):
@@ -150,7 +158,7 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise in x_t.
+    """A network for x_t, whose output means what ``functions.prediction`` is told.
 
     Args:
         resolution: Longer side of the images; ``resolution / 2^i`` in ``attn_resolutions`` gives level i attention.
@@ -162,12 +170,15 @@ class UNet(nn.Module):
     """
 
     def __init__(self, *, in_channels: int, out_ch: int, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int,
-                 attn_resolutions: tuple[int, ...], resolution: int, dropout: float, resamp_with_conv: bool):
+                 attn_resolutions: tuple[int, ...], resolution: int, dropout: float, resamp_with_conv: bool,
+                 num_classes: int = 0):
         super().__init__()
         self.checkpointing = False
         temb_width, last = 4 * ch, len(ch_mult) - 1
         has_attention = [resolution // 2**i in attn_resolutions for i in range(len(ch_mult))]
         self.temb = TimeEmbedding(ch)
+        if num_classes:
+            self.label_emb = nn.Embedding(num_classes, temb_width)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         width, skip_widths = ch, [ch]                          # widths of the states that forward keeps
 
@@ -199,17 +210,18 @@ class UNet(nn.Module):
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps(x_t, t).
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """F(x_t, t).
 
         Args:
             x: Noisy images, (B, in_channels, H, W); sides divisible by 2^(levels - 1).
             t: Steps, float or integer, (B,).
+            labels: Of a class-conditional network, long (B,), -1 for none; None: none at all.
 
         Returns:
             (B, out_ch, H, W)
         """
-        temb = self.temb(t)                                                                  # (B, D)
+        temb = self.temb(t, None if labels is None else embed_labels(self.label_emb, labels))  # (B, D)
         h = self.conv_in(x)                                                                  # (B, ch, H, W)
         skips = [h]
         for level in self.down:

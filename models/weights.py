@@ -5,12 +5,14 @@ DDIM's names, without the ``module.`` and ``_orig_mod.`` that wrappers put in fr
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from models.ema import combination, combine
 from models.formats import FORMATS, bare_name
 from models.formats.common import State
 from utils.errors import DataError, UserError
@@ -58,6 +60,29 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
             _copy_into(model, weights.state, f"{path} ({name})")
             return WeightsInfo(name, weights.kind, weights.step, weights.epoch, weights_fingerprint(weights.state))
     raise DataError(f"{path}: holds no weights in a known form; known: {', '.join(FORMATS)}")
+
+
+def load_profile(model: nn.Module, files: Sequence[Path], length: float) -> WeightsInfo:
+    """Make up the average of relative width ``length`` from stored power-function averages (EDM2, 2312.02696).
+
+    Args:
+        files: phema_{epoch}_{length}.pth, the newest last; the average ends where it does.
+        length: In (0, 0.289).
+
+    Raises:
+        UserError: A length out of range. DataError: A broken file, or weights of another network.
+    """
+    if not 0 < length < 0.289:
+        raise UserError(f"--ema_length {length:g} is not in (0, 0.289)")
+    stored = [load_torch(path) for path in files]
+    for path, content in zip(files, stored, strict=True):
+        if not isinstance(content, dict) or not {"step", "length", "weights"} <= content.keys():
+            raise DataError(f"{path}: no power-function average of this program")
+    step = stored[-1]["step"]
+    coefficients = combination([(each["step"], each["length"]) for each in stored], (step, length))
+    state = combine([each["weights"] for each in stored], coefficients)
+    _copy_into(model, state, f"{files[-1].parent} (averages)")
+    return WeightsInfo("sa-ddim-averages", f"ema of length {length:g}", step, None, weights_fingerprint(state))
 
 
 def weights_fingerprint(state: State) -> str:

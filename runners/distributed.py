@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -194,6 +194,12 @@ def on_rank_zero(function: Callable):
         error.on_all_ranks = True                    # so that one rank prints it, not all
         raise error
     return result
+
+
+def deal(seeds: Sequence[int], batch_size: int) -> list[tuple[int, list[int]]]:
+    """This rank's batches: every world_size-th consecutive chunk, each with the position of its first seed."""
+    starts = range(0, len(seeds), batch_size)[rank()::world_size()]
+    return [(start, list(seeds[start:start + batch_size])) for start in starts]
 
 
 class Signals:

@@ -100,14 +100,14 @@ def memory_format(device: torch.device, width: int) -> torch.memory_format:
     """Of weights and activations: channels_last, but on a CPU narrow networks are faster without, up to twice in bf16.
 
     Args:
-        width: Channels at the highest resolution, ``model.ch``.
+        width: Channels at the highest resolution.
     """
     narrow = device.type == "cpu" and width < WIDE
     return torch.contiguous_format if narrow else torch.channels_last
 
 
 class Network:
-    """eps(x, t) in float32, whatever runs inside.
+    """The network's output in float32, whatever runs inside; without ``amp`` that is float32 too, not TF32.
 
     Args:
         model: The bare module; its weights stay float32, and images get their memory format.
@@ -122,6 +122,8 @@ class Network:
                  compiled: bool = False, ddp: bool = False, accumulate: int = 1):
         self.device, self.amp, self.memory_format = device, amp, _memory_format_of(model)
         self.module = torch.compile(model) if compiled else model
+        if device.type == "cuda" and amp is None:
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         if ddp:
             # Of the 1x1 kernels in attention, whose two layouts are the same bytes.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -129,10 +131,11 @@ class Network:
                 self.module, device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True, static_graph=accumulate == 1)           # no_sync must not come first then
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,) -> (B, C, H, W)"""
+    def __call__(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,), the condition by name -> (B, C or 2C, H, W)"""
+        x = x.float().contiguous(memory_format=self.memory_format)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            return self.module(x.contiguous(memory_format=self.memory_format), t).float()
+            return self.module(x, t, **condition).float()
 
     def gradient_sync(self, now: bool):
         """Context of a backward pass: average the gradients over ranks at its end, or only accumulate them."""

@@ -15,16 +15,30 @@ TINY = ["--config", "digits.yml", "--device", "cpu", "--model.ch", "32", "--mode
         "--training.log_freq", "1", "--verbose", "critical"]
 
 
+def load_golden(name: str):
+    """Numbers of a published program: those of tests/golden, or all where a shared folder lies beside the repository.
+
+    A state dict that would be too large for one file lies in a second one, NAME.part2.pt.
+    """
+    kept, shared = REPOSITORY / "tests" / "golden" / f"{name}.pt", SHARED / "golden" / f"{name}.pt"
+    if not kept.exists():
+        return torch.load(shared, weights_only=True)
+    values, rest = torch.load(kept, weights_only=True), kept.with_suffix(".part2.pt")
+    if rest.exists():
+        values["state_dict"].update(torch.load(rest, weights_only=True)["state_dict"])
+    return values
+
+
+def golden_names(*names: str) -> list[str]:
+    """Those of ``names`` that are at hand."""
+    return [name for name in names
+            if any((folder / f"{name}.pt").exists() for folder in (REPOSITORY / "tests" / "golden", SHARED / "golden"))]
+
+
 @pytest.fixture(scope="session")
 def golden():
-    """``golden("unet_a")`` loads numbers of the published reference implementation; skips where they are absent."""
-    def load(name):
-        path = SHARED / "golden" / f"{name}.pt"
-        if not path.exists():
-            pytest.skip(f"{path} is not on this machine")
-        return torch.load(path, weights_only=True)
-
-    return load
+    """``golden("unet_a")``: see ``load_golden``."""
+    return load_golden
 
 
 @pytest.fixture(scope="session")

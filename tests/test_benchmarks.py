@@ -5,12 +5,13 @@ import torch
 
 from benchmarks import reference
 from configs.schema import Config
+from configs.sections import Average
+from functions.denoiser import Denoiser
 from functions.denoising import generalized_steps
 from functions.losses import sequence_aware_loss
 from functions.pixels import to_uint8
-from functions.schedule import NoiseSchedule
 from models import build_model
-from models.ema import make_ema
+from models.ema import EMA, decay_of
 
 CONFIG = Config.model_validate({
     "data": {"dataset": "ZIP", "image_size": 8},
@@ -30,10 +31,10 @@ def test_same_loss_and_gradient_from_the_same_noise(networks, steps):
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(shape, generator=generator) for shape in ((4, 3, 8, 8), (steps, 4, 3, 8, 8)))
     t = torch.tensor([0, 1, 50, 99])                           # the first two mask some of the K terms
-    schedule, betas = NoiseSchedule.from_config(CONFIG.diffusion), reference.make_betas(CONFIG, "cpu")
+    betas = reference.make_betas(CONFIG, "cpu")
     lamda = 1.0 if steps > 1 else 0.0
-    losses = [sequence_aware_loss(networks[0], schedule, x0, t, noise, num_consecutive_steps=steps, lamda=lamda)
-              .total.mean(), reference.sequence_loss(networks[1], betas, x0, t, noise, steps, lamda)]
+    ours = sequence_aware_loss(Denoiser.of(CONFIG, networks[0]), x0, t, noise, num_consecutive_steps=steps, lamda=lamda)
+    losses = [ours.total.mean(), reference.sequence_loss(networks[1], betas, x0, t, noise, steps, lamda)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for loss in losses:
         loss.backward()
@@ -42,7 +43,7 @@ def test_same_loss_and_gradient_from_the_same_noise(networks, steps):
 
 
 def test_same_average(networks):
-    ours, theirs = make_ema(networks[0], 0.9), reference.StackedEMA(networks[1], 0.9)
+    ours, theirs = EMA(networks[0], decay_of(Average(rate=0.9), 1)), reference.StackedEMA(networks[1], 0.9)
     for network in networks:
         with torch.no_grad():
             for parameter in network.parameters():
@@ -56,7 +57,7 @@ def test_same_average(networks):
 
 def test_same_picture_from_the_same_noise(networks, tmp_path):
     x, steps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), [0, 30, 60, 90]
-    ours = generalized_steps(networks[0], NoiseSchedule.from_config(CONFIG.diffusion), x, steps)
+    ours = generalized_steps(Denoiser.of(CONFIG, networks[0]), x, steps)
     reference.sample_and_save(networks[1], reference.make_betas(CONFIG, "cpu"), x, steps, tmp_path)
     written = torch.stack([(image + 1) / 2 * 255 for image in reference.Pictures(tmp_path, flip=False)]).round()
     assert (written - to_uint8(((ours + 1) / 2).clamp(0, 1))).abs().max() <= 1

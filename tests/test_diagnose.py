@@ -56,7 +56,7 @@ def test_eps_norms_of_two_runs_on_one_figure(exp, capsys):
     assert [r["sampling"] for r in rows[:4]] == [r["sampling"] for r in rows[4:]]          # the same weights
     for row in rows:
         assert float(row["ratio"]) == pytest.approx(float(row["sampling"]) / float(row["training"]))
-    assert note["runs"]["digits"]["fingerprint"] and "eps-norm-generalized-S4.png" in capsys.readouterr().out
+    assert note["runs"]["digits"]["fingerprint"] and "eps-norm-DDIM-4-steps.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sampler", [("generalized", "--eta", "0.5"), ("ddpm_noisy",), ("heun",)])
@@ -99,14 +99,15 @@ def test_the_fitted_scaling_comes_with_a_command_that_uses_it(exp, capsys):
 
 def test_chains_are_those_of_generate(exp):
     """The chain of seed 3 has the norms that a callback on ``Diffusion.sample`` sees."""
+    from configs.sampling import SamplerSettings
     from datasets.packed import open_images
     from functions.exposure import eps_norm
     from runners.diagnosis.measures import Diagnosis
     from runners.diffusion import Diffusion
 
     diffusion, seen = Diffusion.from_run(exp / "logs" / "digits", device="cpu"), []
-    settings = {"timesteps": 4, "skip_type": "uniform", "eta": 1.0}
-    list(diffusion.sample([3, 4], **settings, callback=lambda i, t, x, x0, eps: seen.append(eps_norm(eps).mean())))
+    settings = SamplerSettings(timesteps=4, eta=1.0)
+    list(diffusion.sample([3, 4], settings, callback=lambda i, t, x, x0, eps: seen.append(eps_norm(eps).mean())))
     diagnosis = Diagnosis(diffusion, open_images(diffusion.config, exp / "datasets"), settings, num_images=2, seed=3)
     torch.testing.assert_close(torch.from_numpy(diagnosis.sampling_norms().mean), torch.stack(seen[::-1]).double(),
                                rtol=1e-5, atol=0)
@@ -118,13 +119,13 @@ def test_chains_are_those_of_generate(exp):
     ("eps-norm", ["--doc", "../digits"], "without '..'"),
     ("eps-norm", ["--sample_type", "heum"], "dpmpp_2m, euler, generalized, heun"),
     ("eps-norm", ["--timesteps", "1001"], "1 to 1000"),
-    ("eps-norm", ["--eta", "2"], "not in [0, 1]"),
-    ("eps-norm", ["--eps_scaler", "-1"], "above 0"),
+    ("eps-norm", ["--eta", "2"], "--eta 2.0: input should be less than or equal to 1"),
+    ("eps-norm", ["--eps_scaler", "-1"], "greater than 0"),
     ("eps-norm", ["--ckpt_id", "77"], "no checkpoint 77"),
     ("eps-norm", ["--num_images", "5000"], "2 to 1797"),
     ("eps-norm", ["--model.ch", "64"], "contradicts"),
     ("exposure", ["--start_t", "a"], "is not a list"),
-    ("exposure", ["--start_t", "900"], "steps 0 to 750"),
+    ("exposure", ["--start_t", "900"], "times 0 to 750"),
     ("fit-eps-scaler", ["--eps_scaler", "1.1"], "do not give one"),
     ("fit-eps-scaler", ["--fid_check", "10", "--fid_stats", "absent.npz"], "not found"),
 ])

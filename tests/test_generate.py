@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 import generate
+from configs.sampling import SamplerSettings
+from runners import distributed
 from runners.diffusion import Diffusion
-from runners.sampling.generation import deal, parse_scaler
+from runners.sampling.flags import numbers
 from tests.conftest import TINY
 from tests.faults import jobs
 from utils.errors import UserError
@@ -136,21 +138,28 @@ def test_subdirs_and_absolute_folders(exp):
     assert (exp / "elsewhere" / "001000" / "001000.png").exists()
 
 
+def sheet(columns, rows, side=8):
+    """Width and height of a picture whose images are enlarged until it is 640 pixels wide."""
+    factor = -(-642 // (columns * (side + 2)))
+    return columns * (side * factor + 2) - 2, rows * (side * factor + 2) - 2
+
+
 def test_pictures(exp):
     assert run(exp, "--num_samples", "3", "--interpolation", "--sequence", "--grid", "2") == 0
     assert run(exp, "--num_samples", "3", "--grid", "2") == 0
     sizes = {p.name: Image.open(p).size for p in (exp / "image_samples").glob("*.png")}
-    assert sizes == {"digits_interpolation.png": (11 * 10 - 2, 2 * 10 - 2), "digits_grid.png": (2 * 10 - 2, 8),
-                     "digits_sequence.png": (5 * 10 - 2, 3 * 10 - 2)}
+    assert sizes == {"digits_interpolation.png": sheet(11, 2), "digits_grid.png": sheet(2, 1),
+                     "digits_sequence.png": sheet(5, 3)}
 
 
 def test_the_ends_of_an_interpolation_are_the_seeds_images(exp):
     from runners.sampling.pictures import interpolation_grid
 
     diffusion = Diffusion.from_run(exp / "logs" / "digits", device="cpu")
-    grid = interpolation_grid(diffusion, [4, 9], {"timesteps": 4}, columns=3)
+    grid = interpolation_grid(diffusion.sampler(SamplerSettings(timesteps=4)), [4, 9], columns=3)
     batch, = diffusion.sample([4, 9], timesteps=4)
-    ends = torch.stack([grid[:, :8, :8], grid[:, :8, 20:]]).int()
+    factor = -(-642 // 30)
+    ends = torch.stack([grid[:, ::factor, :8 * factor:factor], grid[:, ::factor, -8 * factor::factor]]).int()
     assert (ends - (batch.images * 255).round().int()).abs().max() <= 1
 
 
@@ -170,15 +179,15 @@ def test_weights_from_a_file_use_the_given_config(exp):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--timesteps", "0"], "1 to 1000"),
     (["--timesteps", "1001"], "1 to 1000"),
-    (["--eta", "1.5"], "[0, 1]"),
+    (["--eta", "1.5"], "--eta 1.5: input should be less than or equal to 1"),
     (["--seeds", "5-1"], "backwards"),
     (["--seeds", "1,1"], "twice"),
     (["--seeds", "-3"], "--seeds"),
     (["--seeds", "0-3", "--num_samples", "3"], "give one"),
     (["--sample_type", "magic"], "ddpm_noisy"),
     (["--skip_type", "spiral"], "uniform"),
-    (["--eps_scaler", "a"], "B or K,B"),
-    (["--eps_scaler", "-1"], "above 0"),
+    (["--eps_scaler", "a"], "such as 1.017 or 0.0005,1.01"),
+    (["--eps_scaler", "-1"], "greater than 0"),
     (["--ckpt_id", "77"], "no checkpoint 77"),
     (["--weights", "nowhere.pth", "--config", "digits.yml"], "nowhere.pth"),
     (["--doc", "../digits"], ".."),
@@ -203,15 +212,19 @@ def test_without_any_run_the_message_says_what_to_do(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_dealing_is_complete_and_disjoint():
-    seeds = list(range(100, 123))
-    parts = [deal(seeds, 5, rank, 3) for rank in range(3)]
+def test_dealing_is_complete_and_disjoint(monkeypatch):
+    seeds, parts = list(range(100, 123)), []
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(distributed.deal(seeds, 5))
     dealt = sorted(batch for part in parts for batch in part)
     assert [seed for _, batch in dealt for seed in batch] == seeds
     assert [start for start, _ in dealt] == [0, 5, 10, 15, 20]
 
 
 def test_scaler_forms():
-    assert parse_scaler(None) is None and parse_scaler("1.017") == 1.017 and parse_scaler("0.001,1.01") == (0.001, 1.01)
-    with pytest.raises(UserError):
-        parse_scaler("1,2,3")
+    assert numbers("eps_scaler", "1.017") == 1.017 and numbers("eps_scaler", "0.001,1.01") == (0.001, 1.01)
+    assert numbers("churn", "40") == (40.0,)
+    with pytest.raises(UserError, match="such as 1.017"):
+        numbers("eps_scaler", "one")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 
 import runners.study.runner
 import study
@@ -109,11 +110,13 @@ def test_two_ranks_find_what_one_finds(start, tmp_path):
 
 
 def test_a_cell_is_what_its_sampler_reads():
-    samplers = [Sampler(timesteps=[5]), Sampler(timesteps=[5], var_type="fixedsmall"),
-                Sampler(timesteps=[5], sample_type="ddpm_noisy", eta=0.5),
+    samplers = [Sampler(timesteps=[5]), Sampler(timesteps=[5], eta=0.0),
+                Sampler(timesteps=[5], sample_type="ddpm_noisy"),
                 Sampler(timesteps=[5], sample_type="ddpm_noisy", var_type="fixedsmall")]
     assert [cell.label for cell in cells_of(Study.model_validate({**TINY, "samplers": samplers, "runs": {"a": {}}}))] \
         == ["DDIM", "ancestral, fixedlarge", "ancestral, fixedsmall"]
+    with pytest.raises(ValidationError, match="eta is for generalized, not for ddpm_noisy"):
+        Sampler(timesteps=[5], sample_type="ddpm_noisy", eta=0.5)
 
 
 @pytest.mark.parametrize(("target", "name", "moment"), [

@@ -26,7 +26,7 @@ def run(exp, *flags):
     (["--optim.grad_clip", "-1"], "greater than 0"),
     (["--data.image_size", "0"], "greater than or equal to 1"),
     (["--data.dataset", "MNIST"], "known: AFHQ"),
-    (["--model.arch", "transformer"], "known: unet"),
+    (["--model.arch", "transformer"], "input should be 'unet'"),
     (["--config", "nowhere.yml"], "not found"),
     (["--doc", "../x"], "'..'"),
     (["--doc", "/x"], "relative"),
@@ -66,7 +66,8 @@ def test_flags_win_over_the_file_and_the_run_remembers_them(tmp_path):
     assert run(tmp_path, "--max_steps", "1", "--lamda", "0.3", "--num_consecutive_steps", "3", "--input_pertub", "0.1",
                "--seed", "5", "--optim.lr", "1e-4") == 0
     config = load_config(tmp_path / "logs" / "digits" / "config.yml")
-    assert config.loss.model_dump() == {"num_consecutive_steps": 3, "lamda": 0.3, "input_perturbation": 0.1}
+    assert config.loss.model_dump(exclude_defaults=True) == {"num_consecutive_steps": 3, "lamda": 0.3,
+                                                             "input_perturbation": 0.1}
     assert config.training.seed == 5 and config.optim.lr == 1e-4
     # resuming needs no --config
     assert train_ddp.main(["--exp", str(tmp_path), "--doc", "digits", "--resume_training", "--max_steps", "2",

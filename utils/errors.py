@@ -1,11 +1,20 @@
 """Errors that are the user's to mend: scripts print them as one line and exit with their ``code``."""
 
 
+from utils.text import escape_control
+
+
 class UserError(Exception):
-    """A wrong request: what was given, what is allowed, what to do. Exit code 2."""
+    """A wrong request: what was given, what is allowed, what to do. Exit code 2.
+
+    Its text is one line: what a file name or another program's message brings along cannot add lines.
+    """
 
     code = 2
     on_all_ranks = False             # raised by every rank alike, so that one of them prints it
+
+    def __str__(self):
+        return escape_control(" ".join(super().__str__().splitlines()))
 
 
 class ConfigError(UserError):

@@ -1,5 +1,6 @@
 """Locks that the system drops when their process dies, however it dies."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +22,17 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         UserError: Another job holds it.
+        DataError: The lock file is a link.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+    descriptor = _open_lock(folder.with_name(f".{folder.name}.lock"))
+    try:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(f"{folder} is in use by another job; choose another name, or wait for it") from None
         yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -36,9 +40,11 @@ def exclusive(path: Path, what: str) -> Iterator[int]:
     """Hold the lock file ``path``; others wait here. The system frees it when the process dies, however it dies.
 
     Yields the descriptor: a forked worker that may outlive its parent has to close it.
+
+    Raises:
+        DataError: The lock file is a link.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _open_lock(path)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,3 +54,14 @@ def exclusive(path: Path, what: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """A descriptor of ``path``, made if need be; its content is left alone, and no link is followed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise DataError(f"{path}: is a link, a lock must be a file of its own; remove it") from None

@@ -5,7 +5,7 @@
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from functions.chain import chain
-from functions.denoising import SAMPLERS
+from configs.sampling import SamplerSettings
 from functions.exposure import (
     ExposureBias,
     Fit,
@@ -26,14 +25,13 @@ from functions.exposure import (
     training_norms,
 )
 from functions.frechet import FeatureStats
-from functions.pixels import to_model_range
 from functions.rng import SeededNoise, derive_seed
-from functions.timesteps import sampling_timesteps
 from runners import distributed
 from runners.diffusion import Diffusion
 from runners.evaluation.image_pass import choose_subset
-from runners.sampling.generation import NoWriter, deal, generate
-from utils.errors import UserError, choose
+from runners.sampling.generation import generate_and_measure
+from runners.sampling.sampler import Sampler
+from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 TRAINING, START, PIXELS = range(3)                         # streams of noise beside the chains' own
@@ -45,7 +43,7 @@ class Diagnosis:
     Args:
         diffusion: With its weights loaded.
         images: ImageStore of real images.
-        settings: Keyword arguments of ``Diffusion.chain``.
+        settings: SamplerSettings.
         num_images: Real images, drawn with ``seed``, and chains.
         batch_size: Images at a time.
         seed: Chain n starts from the latent of ``generate.py``'s image ``seed + n``.
@@ -54,16 +52,16 @@ class Diagnosis:
         UserError: The data set has fewer images, or one is asked for.
     """
 
-    def __init__(self, diffusion: Diffusion, images, settings: dict, *, num_images: int = 256, batch_size: int = 64,
-                 seed: int = 0):
+    def __init__(self, diffusion: Diffusion, images, settings: SamplerSettings, *, num_images: int = 256,
+                 batch_size: int = 64, seed: int = 0):
         if not 2 <= num_images <= images.num_images:
             raise UserError(f"--num_images {num_images} is not in 2 to {images.num_images}, the size of {images.name}")
         self.diffusion, self.images, self.settings, self.seed = diffusion, images, settings, seed
-        self.schedule, self.chain = diffusion.schedule, diffusion.chain(**settings)
-        self.steps = diffusion.steps(settings["timesteps"], settings["skip_type"])
+        self.schedule, self.sampler = diffusion.schedule, diffusion.sampler(settings)
+        self.steps = self.sampler.times
         self.chosen = choose_subset(images.num_images, num_images, seed, images.name)
         self.batch_size = batch_size
-        self.share = deal(list(range(num_images)), batch_size, distributed.rank(), distributed.world_size())
+        self.share = distributed.deal(range(num_images), batch_size)
 
     # ------------------------------------------------------------------------------------- images, noise and chains
 
@@ -73,38 +71,46 @@ class Diagnosis:
         bar = tqdm(self.share, desc=title, unit="batch", leave=False, disable=distributed.rank() > 0)
         for (start, places), images in zip(bar, batches, strict=True):
             generator = torch.Generator(images.device).manual_seed(derive_seed(self.seed, PIXELS, start))
-            yield places, to_model_range(images, self.diffusion.config.data, generator).contiguous()
+            yield places, self.diffusion.codec.encode(images, generator).contiguous()
 
     def noise(self, stream: int, places: Sequence[int], *more: int) -> SeededNoise:
         return SeededNoise([derive_seed(self.seed, stream, place, *more) for place in places], self.diffusion.device)
 
-    def latent(self, places: Sequence[int]) -> tuple[Tensor, SeededNoise]:
-        """What ``generate.py`` starts from: pure noise, and the stream of the draws that follow."""
-        noise = SeededNoise([self.seed + place for place in places], self.diffusion.device)
-        return noise.randn((len(places), *self.diffusion.config.data.shape)), noise
+    def latent(self, places: Sequence[int]) -> tuple[Tensor, SeededNoise, Tensor | None]:
+        """What ``generate.py`` starts from: pure noise, the stream of the draws that follow, and labels."""
+        seeds = [self.seed + place for place in places]
+        noise = SeededNoise(seeds, self.diffusion.device)
+        return noise.randn((len(places), *self.diffusion.codec.shape)), noise, self.sampler.labels(seeds)
 
-    def diffused(self, x0: Tensor, places: Sequence[int], t: int) -> tuple[Tensor, SeededNoise]:
-        """A draw of q(x_t | x0), and the stream of the draws that follow."""
-        noise = self.noise(START, places, t)
-        return self.schedule.add_noise(x0, noise.randn(x0.shape), torch.full((len(x0),), t, device=x0.device)), noise
+    def diffused(self, x0: Tensor, places: Sequence[int], t: float) -> tuple[Tensor, SeededNoise, Tensor | None]:
+        """A draw of q(x_t | x0), the stream of the draws that follow, and the images' labels."""
+        noise = self.noise(START, places, round(1e6 * t) if isinstance(t, float) else t)
+        x = self.schedule.alpha(t) * x0 + self.schedule.sigma(t) * noise.randn(x0.shape)
+        return x, noise, self.labels(places)
+
+    def labels(self, places: Sequence[int]) -> Tensor | None:
+        """Of the real images, long (B,); None for networks without labels."""
+        labels = self.diffusion.labels_of(self.images)
+        return None if labels is None else labels[torch.as_tensor(self.chosen[places], device=labels.device)]
 
     # ----------------------------------------------------------------------------------------------------- measures
 
     def training_norms(self) -> FeatureStats:
         """Of the norms of all images at each step, lowest noise first."""
-        stats, network = FeatureStats(len(self.steps)), self.diffusion.network()
+        stats = FeatureStats(len(self.steps))
         for places, x0 in self.real_images("training"):
             draw = partial(self.noise(TRAINING, places).randn, x0.shape)
-            norms = training_norms(network, self.schedule, x0, self.steps, lambda _, draw=draw: draw())
+            denoiser = self.sampler.conditioned(self.labels(places))
+            norms = training_norms(denoiser, x0, self.steps, lambda _, draw=draw: draw())
             stats.update(norms.cpu())
         return gathered(stats)
 
-    def sampling_norms(self, run: Callable | None = None) -> FeatureStats:
-        """The same along the chains; ``run`` takes the place of ``Diffusion.chain`` with this object's settings."""
-        stats, run = FeatureStats(len(self.steps)), run or self.chain
+    def sampling_norms(self, sampler: Sampler | None = None) -> FeatureStats:
+        """The same along the chains, of ``sampler`` in place of this object's own."""
+        stats, sampler = FeatureStats(len(self.steps)), sampler or self.sampler
         for _, places in tqdm(self.share, "sampling", unit="batch", leave=False, disable=distributed.rank() > 0):
             norms = []                                     # from the highest noise to the lowest
-            run(*self.latent(places), lambda index, t, x, x0, eps, norms=norms: norms.append(eps_norm(eps)))
+            sampler.run(*self.latent(places), lambda index, t, x, x0, eps, norms=norms: norms.append(eps_norm(eps)))
             stats.update(torch.stack(norms[::-1], 1).cpu())
         return gathered(stats)
 
@@ -112,8 +118,8 @@ class Diagnosis:
         """A row for each step: mean ||eps|| of training and sampling with standard errors, and their ratio."""
         return norm_rows(self.steps, self.training_norms(), self.sampling_norms())
 
-    def exposure(self, starts: Sequence[int | None]) -> list[dict]:
-        """delta_s below each start: a step of the list, or None for pure noise; s = -1 is the sample itself."""
+    def exposure(self, starts: Sequence[float | None]) -> list[dict]:
+        """delta_s below each start: a time of the list, or None for pure noise; the last s is the sample itself."""
         data = Moments()
         for _, x0 in self.real_images("variance"):
             data.add("x0", x0)
@@ -123,8 +129,9 @@ class Diagnosis:
             for start in starts:
                 self._record_chain(bias, start, places, x0)
         bias.deviation, bias.share = gathered(bias.deviation.cpu()), gathered(bias.share.cpu())
+        visited = [*self.steps[::-1], self.schedule.end]
         return [{"start": "noise" if start is None else start, "s": s, **bias.result(start, s)}
-                for start in starts for s in reversed([-1, *self.steps]) if (start, s) in bias.share.sums]
+                for start in starts for s in visited if (start, s) in bias.share.sums]
 
     def _record_chain(self, bias: ExposureBias, start: int | None, places: list[int], real: Tensor) -> None:
         last = None
@@ -135,9 +142,9 @@ class Diagnosis:
                 bias.add(start, t, x, real)
             last = x0
 
-        x, noise = self.latent(places) if start is None else self.diffused(real, places, start)
-        self.chain(x, noise, visit, start)
-        bias.add(start, -1, last, real)                    # the last step of every sampler returns its estimate
+        begin = self.latent(places) if start is None else self.diffused(real, places, start)
+        self.sampler.run(*begin, visit, start)
+        bias.add(start, self.schedule.end, last, real)     # the last step of every sampler returns its estimate
 
     def gaps(self) -> list[dict]:
         """||mean d_i|| and the accumulated ||G_j||, i the step and j the next lower, of chains from q(x_highest | x0).
@@ -146,22 +153,21 @@ class Diagnosis:
         """
         gaps, highest = Moments(), self.steps[-1]
         for places, real in self.real_images("gap"):
-            self.chain(*self.diffused(real, places, highest),
-                       lambda index, t, x, x0, eps, real=real: gaps.add(
-                           t, estimation_gap(self.schedule, x, eps, real, t)))
+            self.sampler.run(*self.diffused(real, places, highest), lambda index, t, x, x0, eps, real=real: gaps.add(
+                t, estimation_gap(self.schedule, x, eps, real, t)), highest)
         gaps = gathered(gaps.cpu())
         mean = {t: gaps.mean(t) for t in self.steps}
         total = accumulated_gaps(self.schedule, self.steps, mean)
         return [{"t": i, "gap": mean[i].norm().item(), "noise_floor": gaps.standard_error(i) * len(mean[i]) ** 0.5,
                  "next_t": j, "accumulated_gap": total[j].norm().item()}
-                for _, i, j, _ in chain(self.schedule, self.steps, None)]
+                for i, j in zip(self.steps[::-1], [*self.steps[-2::-1], self.schedule.end], strict=True)]
 
     def fit(self, model: str = "auto") -> tuple[Fit, list[dict]]:
         """The epsilon scaling that brings the norms of sampling to those of training, and the rows of both chains."""
         training, known = self.training_norms(), {}
 
         def norms_of(scaler):
-            known[scaler] = self.sampling_norms(self.diffusion.chain(**{**self.settings, "eps_scaler": scaler}))
+            known[scaler] = self.sampling_norms(self.scaled(scaler))
             if not np.isfinite(known[scaler].mean).all():
                 raise self._diverged(scaler)
             ratio = 100 * known[scaler].mean / training.mean - 100
@@ -176,6 +182,10 @@ class Diagnosis:
         both = {0: known[0.0, 1.0], 1: known[fit.k, fit.b]}
         return fit, [{"scaled": scaled, **row} for scaled in both
                      for row in norm_rows(self.steps, training, both[scaled])]
+
+    def scaled(self, scaler: tuple[float, float]) -> Sampler:
+        """This object's sampler with another epsilon scaling."""
+        return self.diffusion.sampler(self.settings.model_copy(update={"eps_scaler": scaler}))
 
     @staticmethod
     def _diverged(scaler) -> UserError:
@@ -195,11 +205,8 @@ def fid_of_scalings(diagnosis: Diagnosis, fit: Fit, num_images: int, reference, 
         k, b = strength * fit.k, 1 + strength * (fit.b - 1)
         if min(b, b + k * (len(diagnosis.steps) - 1)) <= 0:
             continue
-        evaluation, settings = Evaluation(reference, net), {**diagnosis.settings, "eps_scaler": (k, b)}
-        for start, seeds, images in generate(diagnosis.diffusion, list(range(num_images)), settings,
-                                             diagnosis.batch_size, NoWriter()):
-            evaluation.update(images, list(range(start, start + len(seeds))))
-        results = evaluation.results()
+        results = generate_and_measure(diagnosis.scaled((k, b)), range(num_images), diagnosis.batch_size,
+                                       evaluation=Evaluation(reference, net)).results
         found.append({"strength": strength, "k": k, "b": b, "name": results["name"], "fid": results["fid"]})
     return found
 
@@ -217,20 +224,3 @@ def gathered(sums):
     for part in others:
         first.merge(part)
     return first
-
-
-def check_settings(schedule, settings: dict) -> list[int]:
-    """The steps of a chain with these settings.
-
-    Raises:
-        UserError: A setting that the sampler would refuse on its first step.
-    """
-    choose(SAMPLERS, settings["sample_type"], "--sample_type")
-    if not 0 <= settings["eta"] <= 1:
-        raise UserError(f"--eta {settings['eta']} is not in [0, 1]")
-    try:
-        steps = sampling_timesteps(schedule.num_timesteps, settings["timesteps"], settings["skip_type"], schedule)
-        next(chain(schedule, steps, settings["eps_scaler"]))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return steps

@@ -1,7 +1,6 @@
 """One pass over images, shared by the ranks: decode in threads while the network works, keep features on request."""
 
 import hashlib
-import io
 import logging
 import os
 from collections import deque
@@ -19,7 +18,7 @@ from torch import Tensor
 from configs.schema import Config
 from datasets.arrays import npz_array, npz_keys
 from datasets.files import ImageFiles
-from datasets.images import FORMATS
+from datasets.images import image_size
 from datasets.specs import read_any
 from runners.distributed import on_rank_zero, rank, world_size
 from runners.evaluation.references import config_provenance
@@ -97,14 +96,7 @@ class FileSource:
     def _size(self, i: int) -> tuple[int, int]:
         if not isinstance(self.reader, ImageFiles):
             return self.reader.read(i).shape[:2]
-        from PIL import Image
-
-        content = self.reader.container.read(self.reader.names[i])
-        try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return image.height, image.width
-        except Exception as error:            # PIL raises OSError, SyntaxError, DecompressionBombWarning, ...
-            raise DataError(f"{self.reader.name(i)}: unreadable image: {str(error).splitlines()[0]}") from None
+        return image_size(self.reader.container.read(self.reader.names[i]), self.reader.name(i))
 
     def batches(self, index_lists: Iterable[Sequence[int]]) -> Iterator[Tensor]:
         with ThreadPoolExecutor(WORKERS) as pool:

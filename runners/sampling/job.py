@@ -1,18 +1,20 @@
 """A request to generate.py, checked: what to load, which images, how to sample, where to write."""
 
+import re
 from pathlib import Path
 
 from configs.schema import load_config
-from functions.denoising import OPTIONS, SAMPLERS, chain, network_calls
 from functions.rng import parse_seeds
-from functions.schedule import NoiseSchedule
-from functions.timesteps import sampling_timesteps
+from functions.schedule import make_schedule
+from models import make_codec
 from runners.cli import run_folder, safe_name
 from runners.evaluation.references import MissingReference, find_reference
-from runners.sampling.generation import ImageFolder, parse_churn, parse_scaler
+from runners.sampling.flags import sampler_settings
+from runners.sampling.folder import ImageFolder
 from runners.sampling.pictures import open_originals
+from runners.sampling.sampler import check_settings
 from runners.training.checkpoint import RunFolder, refuse_differences
-from utils.errors import UserError, choose
+from utils.errors import UserError
 
 
 class SamplingJob:
@@ -21,10 +23,8 @@ class SamplingJob:
     def __init__(self, args):
         self.args, self.absent = args, []
         self.config, self.weights = self._configure()
-        self.settings = {"timesteps": args.timesteps, "eta": args.eta, "sample_type": args.sample_type,
-                         "skip_type": args.skip_type, "var_type": args.var_type,
-                         "eps_scaler": parse_scaler(args.eps_scaler), "clip_denoised": args.clip_denoised,
-                         "churn": parse_churn(args.churn)}
+        self.settings = sampler_settings(args)
+        self.guide = self._guide()
         self.seeds = self._seeds()
         self.batch_size = args.batch_size or self.config.sampling.batch_size
         default = args.doc or Path(args.config or "images").stem
@@ -67,42 +67,56 @@ class SamplingJob:
             raise UserError(f"--{error}") from None
         if args.seeds and args.num_samples and len(seeds) != args.num_samples:
             raise UserError(f"--seeds names {len(seeds)} images, --num_samples asks for {args.num_samples}; give one")
-        return list(seeds)
+        return seeds
+
+    def _guide(self):
+        """(configuration, file) of the network that guides by being worse, or None."""
+        path = self.args.guide_weights and Path(self.args.guide_weights)
+        if not path:
+            return None
+        if not path.exists():
+            raise UserError(f"--guide_weights {path}: no such file")
+        beside = (path if path.is_dir() else path.parent) / "config.yml"
+        return (load_config(beside) if beside.exists() else self.config), path
 
     def _check_sampler(self) -> None:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
-        args, schedule = self.args, NoiseSchedule.from_config(self.config.diffusion)
-        choose(SAMPLERS, args.sample_type, "--sample_type")
-        if not 0 <= args.eta <= 1:
-            raise UserError(f"--eta {args.eta} is not in [0, 1]")
-        try:
-            steps = sampling_timesteps(schedule.num_timesteps, args.timesteps, args.skip_type, schedule)
-            next(chain(schedule, steps, self.settings["eps_scaler"]))
-        except ValueError as error:
-            raise UserError(f"--timesteps {args.timesteps}, --skip_type {args.skip_type}: {error}") from None
-        self.calls = network_calls(args.sample_type, len(steps))            # for each image
-        if args.churn and "churn" not in OPTIONS[args.sample_type]:
-            raise UserError(f"--churn is for heun and euler, not for {args.sample_type}")
+        args, settings, config = self.args, self.settings, self.config
+        self.times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
+                                    config.model.num_labels, bool(self.guide))
         if args.reconstruct:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
             raise UserError("--interpolation needs at least two seeds")
-        if args.save == "none" and not args.fid and not args.grid:
+        if args.save == "none" and not args.fid and not self.grid:
             raise UserError("--save none with --no-fid and --grid 0 leaves nothing to do")
         self.notes = []
-        if args.timesteps.isdigit() and len(steps) != int(args.timesteps):
-            self.notes.append(f"{args.skip_type} gives {len(steps)} distinct steps for --timesteps {args.timesteps}")
-        if args.sample_type == "ddpm_noisy" and args.var_type != self.config.model.var_type:
-            self.notes.append(f"sampling with --var_type {args.var_type}; the configuration says "
-                              f"{self.config.model.var_type}, which DDIM and SA-DPM do not read either")
+        if str(args.timesteps).isdigit() and len(self.times) != int(args.timesteps):
+            self.notes.append(f"{settings.skip_type} gives {len(self.times)} distinct steps for --timesteps "
+                              f"{args.timesteps}")
+        recorded = getattr(config.model, "var_type", settings.var_type)
+        if settings.sample_type == "ddpm_noisy" and settings.var_type != recorded:
+            self.notes.append(f"sampling with --var_type {settings.var_type}; the configuration says {recorded}, which "
+                              "DDIM and SA-DPM do not read either")
 
     def _check_reconstruction(self) -> None:
         args = self.args
-        if args.sample_type == "ddpm_noisy" or args.eta or args.churn:
+        if self.settings.sample_type == "ddpm_noisy" or self.settings.eta or self.settings.churn:
             raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, not ddpm_noisy")
         found = len(open_originals(args.reconstruct, self.config))
         if max(self.seeds) >= found:
             raise UserError(f"--reconstruct {args.reconstruct} has {found} images; lower --num_samples")
+
+    @property
+    def grid(self) -> int:
+        """Images of the picture; a scan with --save none draws none unless it is asked for."""
+        return self.args.grid if self.args.grid is not None else 0 if self.args.save == "none" else 64
+
+    @property
+    def grid_path(self) -> Path:
+        """Beside the folder; without a folder of images the settings tell the pictures of a scan apart."""
+        words = "" if self.args.save != "none" else "_" + re.sub(r"[^A-Za-z0-9.+-]+", "-", str(self.settings))
+        return self.folder.path.with_name(f"{self.folder.path.name}{words}_grid.png")
 
     @property
     def seed_text(self) -> str:

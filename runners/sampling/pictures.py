@@ -7,80 +7,77 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.source import Images
+from datasets.image_dataset import ImageDataset
 from datasets.specs import read_any
-from functions.denoising import network_calls
 from functions.ode import ddim_inversion
-from functions.pixels import from_model_range, to_model_range, to_uint8
+from functions.pixels import to_uint8
 from functions.rng import SeededNoise, slerp
-from runners.diffusion import Diffusion
-from runners.training.monitor import save_png, tile
+from runners.sampling.sampler import Sampler
 from utils.atomic import write_json
 from utils.errors import UserError
+from utils.png import save_png, tile
 
 
-def interpolation_grid(diffusion: Diffusion, seeds: list[int], settings: dict, columns: int = 11) -> Tensor:
+def interpolation_grid(sampler: Sampler, seeds: list[int], columns: int = 11) -> Tensor:
     """DDIM's interpolation: each row runs from one seed's latent to the next one's along the sphere.
 
     Returns:
         uint8 (C, H', W'), len(seeds) - 1 rows.
     """
-    chain, rows = diffusion.chain(**settings), []
-    shape = (1, *diffusion.config.data.shape)
+    rows, shape = [], (1, *sampler.codec.shape)
     for first, second in zip(seeds, seeds[1:], strict=False):
-        a, b = (SeededNoise([seed], diffusion.device).randn(shape)[0] for seed in (first, second))
+        a, b = (SeededNoise([seed], sampler.device).randn(shape)[0] for seed in (first, second))
         x = torch.stack([slerp(a, b, i / (columns - 1)) for i in range(columns)])
-        noise = SeededNoise([first] * columns, diffusion.device)      # with eta > 0 a row shares its later draws too
-        rows.append(to_uint8(chain(x, noise)))
+        same = [first] * columns                                      # with eta > 0 a row shares its later draws too
+        rows.append(to_uint8(sampler.run(x, SeededNoise(same, sampler.device), sampler.labels(same))))
     return tile(torch.cat(rows), columns)
 
 
-def sequence_grid(diffusion: Diffusion, seeds: list[int], settings: dict, columns: int = 10) -> Tensor:
+def sequence_grid(sampler: Sampler, seeds: list[int], columns: int = 10) -> Tensor:
     """DDIM's sequence: each row shows the estimates of x0 of one image along the chain, and the sample last.
 
     Returns:
         uint8 (C, H', W'), one row for each seed.
     """
-    chain, shown = diffusion.chain(**settings), []
-    total = len(diffusion.steps(**{k: settings[k] for k in ("timesteps", "skip_type")}))
+    shown, total = [], len(sampler.times)
     picks = {round(i * (total - 1) / max(1, columns - 2)) for i in range(columns - 1)}
 
     def keep(index, t, x, x0, eps):
         if index in picks:
-            shown.append(to_uint8(from_model_range(x0, diffusion.config.data)))
+            shown.append(to_uint8(sampler.codec.decode(x0)))
 
-    noise = SeededNoise(seeds, diffusion.device)
-    shown.append(to_uint8(chain(noise.randn((len(seeds), *diffusion.config.data.shape)), noise, keep)))
+    shown.append(to_uint8(sampler(seeds, keep)))
     return tile(torch.stack(shown, 1).flatten(0, 1), len(shown))
 
 
-def open_originals(path: str, config) -> Images:
+def open_originals(path: str, config) -> ImageDataset:
     """Images of a folder, zip or npz, brought to the size of the configuration."""
     if not Path(path).exists():
         raise UserError(f"--reconstruct {path}: no such folder or file of images")
-    return Images("reconstruct", read_any(Path(path), config.data, "train"), "resize-center-crop", config.data.shape)
+    reader = read_any(Path(path), config.data, "train")
+    return ImageDataset("reconstruct", reader, "resize-center-crop", config.data.shape)
 
 
-def reconstruct(diffusion: Diffusion, path: str, indices: list[int], settings: dict, batch_size: int,
+def reconstruct(sampler: Sampler, path: str, originals: Images, indices: list[int], batch_size: int,
                 target: Path) -> None:
     """Encode images by the reversed chain and decode them (DDIM, section 5.4).
 
     Writes ``TARGET_reconstruction.png``, pairs of original and reconstruction, and ``.json`` beside it, whose line is
     also printed: errors for each pixel of images in [0, 1], over all images (``mse`` as in DDIM's table 2) and each.
     """
-    data, originals, chain = diffusion.config.data, open_originals(path, diffusion.config), diffusion.chain(**settings)
-    plain = data.model_copy(update={"uniform_dequantization": False, "gaussian_dequantization": False})
-    steps, pairs = diffusion.steps(settings["timesteps"], settings["skip_type"]), []
+    codec, pairs = sampler.codec, []
     for start in range(0, len(indices), batch_size):
         chunk = indices[start:start + batch_size]
         images = torch.from_numpy(np.stack([originals.read(i) for i in chunk])).permute(0, 3, 1, 2)
-        x0 = to_model_range(images.to(diffusion.device), plain)
-        latent = ddim_inversion(diffusion.network(), diffusion.schedule, x0, steps, eps_scaler=settings["eps_scaler"])
-        pairs.append(torch.stack([from_model_range(x0, data), chain(latent, SeededNoise(chunk, diffusion.device))], 1))
+        x0, labels = codec.encode(images.to(sampler.device)), sampler.labels(chunk)
+        latent = ddim_inversion(sampler.conditioned(labels), x0, sampler.times,
+                                eps_scaler=sampler.settings.eps_scaler)
+        decoded = sampler.run(latent, SeededNoise(chunk, sampler.device), labels, start=sampler.times[-1])
+        pairs.append(torch.stack([codec.decode(x0), decoded], 1))
     pairs = torch.cat(pairs).cpu()                                          # (N, 2, C, H, W) in [0, 1]
     error = (pairs[:, 1] - pairs[:, 0]).flatten(1)                          # (N, C H W)
-    line = {"images": str(path), "indices": indices, "sampler": settings,
-            "network_calls": len(steps) + network_calls(settings["sample_type"], len(steps)),
+    line = {"images": str(path), "indices": indices, "sampler": sampler.settings.given(),
+            "network_calls": len(sampler.times) + sampler.calls,
             "mse": error.square().mean().item(), "mean_absolute_error": error.abs().mean().item(),
             "largest_error": error.abs().max().item(), "mse_of_each": error.square().mean(1).tolist()}
     picture = target.with_name(f"{target.name}_reconstruction.png")

@@ -4,12 +4,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configs.sampling import SamplerSettings
 from configs.study import Sampler, Study
-from functions.denoising import OPTIONS
 from utils.atomic import write_text
 from utils.errors import DataError
-
-NAMES = {"generalized": "DDIM", "ddpm_noisy": "ancestral"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,8 @@ class Cell:
         run: Name in the study.
         seed: Of its training.
         images_seen: Training images after which its weights are taken.
-        settings: Arguments of ``Diffusion.chain``; ``eps_scaler`` may be "fit".
+        settings: What differs from the defaults of ``SamplerSettings``, with the number of steps; ``eps_scaler`` may be
+            "fit".
     """
 
     run: str
@@ -37,18 +36,19 @@ class Cell:
     def key(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
+    def sampler(self, scaler=None) -> SamplerSettings:
+        """The settings, with ``scaler`` in the place of a fit."""
+        return SamplerSettings(**(self.settings | {"eps_scaler": scaler} if self.fits else self.settings))
+
+    @property
+    def fits(self) -> bool:
+        """Whether its epsilon scaling is to be fitted."""
+        return self.settings.get("eps_scaler") == "fit"
+
     @property
     def label(self) -> str:
         """The sampler in few words, without its number of steps."""
-        settings = self.settings
-        sampler, scaler = settings["sample_type"], settings["eps_scaler"]
-        parts = [NAMES.get(sampler, sampler),
-                 f"eta {settings['eta']:g}" if sampler == "generalized" and settings["eta"] else "",
-                 settings["var_type"] if sampler == "ddpm_noisy" else "",
-                 settings["skip_type"] if settings["skip_type"] != "uniform" else "",
-                 "" if scaler is None else f"eps / {scaler}" if isinstance(scaler, float) else
-                 "eps scaled (fit)" if scaler == "fit" else "eps / ({:g} i + {:g})".format(*scaler)]
-        return ", ".join(part for part in parts if part)
+        return self.sampler().label + (", eps scaled (fit)" if self.fits else "")
 
     def __str__(self) -> str:
         return f"{self.doc} at {self.images_seen:,} images, {self.label}, {self.settings['timesteps']} steps"
@@ -73,10 +73,8 @@ def cells_of(study: Study) -> list[Cell]:
 
 
 def _settings(sampler: Sampler, steps: int) -> dict:
-    """What a sampler does not read keeps its default: two cells that differ there would be one measured twice."""
-    unread = {"eta", "var_type"} - OPTIONS.get(sampler.sample_type, set())
-    read = {key: getattr(sampler, key) for key in ("eta", "sample_type", "skip_type", "var_type", "eps_scaler")}
-    return {"timesteps": steps, **read, **{key: Sampler.model_fields[key].default for key in unread}}
+    kept = sampler.model_dump(mode="json", include=set(SamplerSettings.model_fields), exclude_defaults=True)
+    return {**kept, "timesteps": steps}
 
 
 def read_cells(folder: Path) -> dict[str, dict]:

@@ -228,7 +228,7 @@ def describe_plan(job: StudyJob) -> str:
         calls = job.calls[cell.key] * job.study.num_images
         state = "measured" if cell.key in done else "to measure"
         total += calls * (cell.key not in done)
-        fit = " and the fit" if cell.settings["eps_scaler"] == "fit" else ""
+        fit = " and the fit" if cell.fits else ""
         lines.append(f"  {number:3} {cell}: {calls:,} images through the network{fit}; {state}")
     left = sum(cell.key not in done for cell in job.cells)
     lines.append(f"{left} of {len(job.cells)} cells to measure: {total:,} images through the network, "

@@ -10,23 +10,23 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from configs.reading import parse_yaml
 from configs.schema import Config, Data, Training, load_config
 from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
 from datasets.packed import open_images
 from functions.denoising import network_calls
-from functions.schedule import NoiseSchedule
+from functions.schedule import make_schedule
+from models import make_codec
 from models.inception import load_inception
 from runners import distributed
 from runners.cli import safe_name
-from runners.diagnosis.measures import Diagnosis, check_settings
+from runners.diagnosis.measures import Diagnosis
 from runners.diffusion import Diffusion
 from runners.evaluation.metrics import Evaluation, append_log, find_reference, make_reference
 from runners.network import explain_out_of_memory
-from runners.sampling.generation import NoWriter, generate, write_grid
+from runners.sampling.generation import generate_and_measure, write_grid
+from runners.sampling.sampler import Sampler, check_settings
 from runners.study.grid import Cell, cells_of, drop_broken_lines, read_cells
 from runners.training.checkpoint import RunFolder, differences
 from runners.training.plan import Plan
@@ -112,10 +112,11 @@ class StudyJob:
                 raise UserError(f"images_seen {images} is not a multiple of the global batch of {batch} images")
         self.calls = {}                                              # network calls for each image, by Cell.key
         for cell in self.all_cells:
-            scaler = None if cell.settings["eps_scaler"] == "fit" else cell.settings["eps_scaler"]
-            schedule = NoiseSchedule.from_config(self.configs[cell.doc].diffusion)
-            steps = check_settings(schedule, {**cell.settings, "eps_scaler": scaler})
-            self.calls[cell.key] = network_calls(cell.settings["sample_type"], len(steps))
+            settings, config = cell.sampler(), self.configs[cell.doc]
+            times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
+                                   config.model.num_labels)
+            guided = settings.guidance not in (None, 1)
+            self.calls[cell.key] = network_calls(settings.sample_type, len(times)) * (1 + guided)
         find_dataset(self.any_config, self.datasets)
         self._refuse_mixing()
         self.reference()
@@ -256,7 +257,6 @@ class StudyRunner:
         Evaluation(self.reference, self.net, study.metrics)        # refuses what does not fit
 
     def _measure_all(self, cells: list[Cell]) -> None:
-        torch.backends.cudnn.allow_tf32 = False                    # float32, as generate.py samples
         started, diffusion, loaded = time.monotonic(), None, None
         for number, cell in enumerate(cells):
             path = distributed.on_rank_zero(lambda cell=cell: self.job.weights(cell.doc, cell.images_seen))
@@ -272,45 +272,34 @@ class StudyRunner:
     def measure(self, cell: Cell, diffusion: Diffusion, path: Path) -> dict:
         """Sample, compare with the reference, append the line of ``cell``; returns its numbers."""
         study, started = self.job.study, time.perf_counter()
-        settings, fit = self._resolve(cell, diffusion)
+        sampler, fit = self._resolve(cell, diffusion)
         evaluation = Evaluation(self.reference, self.net, study.metrics, bootstrap=study.bootstrap)
-        batch_size, shown, sampling = diffusion.config.sampling.batch_size, {}, time.perf_counter()
-        seconds_of_features = 0.0
-        all_ranks_have = -(-study.num_images // batch_size) // distributed.world_size()        # so many batches
-        made = generate(diffusion, list(range(study.num_images)), settings, batch_size, NoWriter())
-        for number, (start, seeds, images) in enumerate(made):
-            began = time.perf_counter()
-            evaluation.update(images, list(range(start, start + len(seeds))))
-            seconds_of_features += time.perf_counter() - began
-            shown.update((start + i, images[i].clone()) for i in range(len(seeds)) if start + i < study.grid)
-            if number < all_ranks_have:
-                self._stop_if_told()
-        sampling = time.perf_counter() - sampling - seconds_of_features
-        results = evaluation.results()
-        write_grid(shown, self.job.folder / "grids" / f"{cell.file_name}.png")
+        seeds, batch_size = range(study.num_images), diffusion.config.sampling.batch_size
+        made = generate_and_measure(sampler, seeds, batch_size, evaluation=evaluation, keep=study.grid,
+                                    between=self._stop_if_told)
+        write_grid(made.shown, self.job.folder / "grids" / f"{cell.file_name}.png", sampler, seeds)
         weights = diffusion.weights
         details = {
             "study": asdict(cell), "weights": str(path), "weights_fingerprint": weights.fingerprint,
-            "weights_kind": weights.kind, "step": self.job.step(cell.images_seen), "sampler": settings, "fit": fit,
+            "weights_kind": weights.kind, "step": self.job.step(cell.images_seen),
+            "sampler": sampler.settings.model_dump(mode="json"), "fit": fit,
             "network_calls": self.job.calls[cell.key],
             "seeds": f"0-{study.num_images - 1}", "batch_size": batch_size, "amp": "off",
-            "device": str(diffusion.device), "sampling_seconds": round(sampling, 2),
+            "device": str(diffusion.device), "sampling_seconds": round(made.seconds, 2),
             "seconds": round(time.perf_counter() - started, 2)}
         distributed.on_rank_zero(
-            lambda: append_log(self.job.folder / "cells" / f"{cell.doc}.txt", path, results, details))
-        return {**details, **results}
+            lambda: append_log(self.job.folder / "cells" / f"{cell.doc}.txt", path, made.results, details))
+        return {**details, **made.results}
 
-    def _resolve(self, cell: Cell, diffusion: Diffusion) -> tuple[dict, dict | None]:
-        """The sampler's settings with numbers for ``eps_scaler: fit``, and that fit."""
-        settings = {**cell.settings, "clip_denoised": None}
-        if settings["eps_scaler"] != "fit":
-            return settings, None
-        settings["eps_scaler"] = None
+    def _resolve(self, cell: Cell, diffusion: Diffusion) -> tuple[Sampler, dict | None]:
+        """The sampler, with a number for ``eps_scaler: fit``, and that fit."""
+        if not cell.fits:
+            return diffusion.sampler(cell.sampler()), None
         images = open_images(diffusion.config, self.job.datasets, "train", self.device)
-        diagnosis = Diagnosis(diffusion, images, settings, num_images=self.job.study.fit_images,
+        diagnosis = Diagnosis(diffusion, images, cell.sampler(), num_images=self.job.study.fit_images,
                               batch_size=diffusion.config.sampling.batch_size)
         fit, _ = diagnosis.fit("constant")
-        return {**settings, "eps_scaler": fit.b}, fit._asdict()
+        return diffusion.sampler(cell.sampler(fit.b)), fit._asdict()
 
     def _stop_if_told(self) -> None:
         event = max(distributed.gather_objects(self.signals.signum))

@@ -5,14 +5,19 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
+from configs.networks import Network
 from configs.schema import Config, load_config, save_config
+from runners import distributed
 from utils.atomic import atomic_path, atomic_write, remove_leftovers
 from utils.errors import DataError, DivergedError, SaveError, UserError
+from utils.locks import lock_folder
 from utils.safe_load import load_torch
 
 log = logging.getLogger(__name__)
@@ -22,7 +27,8 @@ FORMAT_VERSION = 1
 class RunFolder:
     """Paths below exp/logs/DOC, and which checkpoint is the newest.
 
-        config.yml  ckpt.pth  ckpt_{epoch}.pth  model_{epoch}_ema.pth  metrics.jsonl  stdout.txt  samples/  tensorboard/
+        config.yml  ckpt.pth  ckpt_{epoch}.pth  model_{epoch}_ema.pth  phema_{epoch}_{length}.pth
+        metrics.jsonl  stdout.txt  samples/  tensorboard/
     """
 
     def __init__(self, path: str | Path, datasets: str | Path = "exp/datasets", comment: str = ""):
@@ -46,6 +52,19 @@ class RunFolder:
     def averages(self) -> list[Path]:
         """model_{epoch}_ema.pth by falling epoch."""
         return _by_epoch(self.path, r"model_(\d+)_ema\.pth")
+
+    def profiles(self, ckpt_id: int | None = None) -> list[Path]:
+        """phema_{epoch}_{length}.pth up to epoch ``ckpt_id``, the newest last.
+
+        Raises:
+            UserError: There are none.
+        """
+        files = [p for p in _by_epoch(self.path, r"phema_(\d+)_\d\.\d+\.pth")[::-1]
+                 if ckpt_id is None or _epoch(p) <= ckpt_id]
+        if not files:
+            raise UserError(f"{self.path} has kept no power-function averages; train with training.ema "
+                            "[{length: 0.05}, {length: 0.1}]")
+        return files
 
     def weights(self, ckpt_id: int | None = None, ema: bool = True) -> Path:
         """The file to sample from.
@@ -126,6 +145,19 @@ class RunFolder:
         return None
 
 
+@contextmanager
+def prepared(run: RunFolder, config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Hold the lock of the run's folder and make it ready for ``config``. Collective: rank 0 does it.
+
+    Raises:
+        UserError: Another job holds it, or see ``RunFolder.prepare``.
+    """
+    with ExitStack() as held:
+        distributed.on_rank_zero(lambda: held.enter_context(lock_folder(run.path)))
+        distributed.on_rank_zero(lambda: run.prepare(config, resume=resume, overwrite=overwrite))
+        yield run
+
+
 class CheckpointWriter:
     """Writes states from a background thread, one at a time.
 
@@ -180,6 +212,7 @@ class CheckpointWriter:
                 if state["ema"] is not None:
                     average = self.run.path / f"model_{epoch}_ema.pth"
                     atomic_write(average, lambda file: torch.save(state["ema"], file))
+                self._write_profiles(state, epoch)
                 snapshot = self.run.path / f"ckpt_{epoch}.pth"
                 atomic_write(snapshot, lambda file: torch.save(state, file))
                 with atomic_path(path) as temporary:
@@ -190,6 +223,15 @@ class CheckpointWriter:
         except (OSError, RuntimeError) as error:             # torch.save turns a full disk into a RuntimeError
             self.failure = error
             log.error("SAVING FAILED, training goes on with the old checkpoint: %s", error)
+
+    def _write_profiles(self, state: dict, epoch: int) -> None:
+        """phema_{epoch}_{length}.pth for each power-function average: what ``--ema_length`` makes others from."""
+        averages = [state["ema"], *state["more_averages"].values()]
+        for kind, average in zip(state["config"]["training"]["ema"], averages, strict=False):
+            if kind["length"] is not None:
+                content = {"step": state["step"], "length": kind["length"], "weights": average}
+                path = self.run.path / f"phema_{epoch}_{kind['length']:.3f}.pth"
+                atomic_write(path, lambda file, content=content: torch.save(content, file))
 
     def _remove_old(self, best: dict | None) -> None:
         if self.keep_last is None:
@@ -214,7 +256,8 @@ def refuse_non_finite(state: dict) -> None:
     """DivergedError if a weight, an average or a moment is not finite."""
     moments = {f"{index} {name}": value for index, slots in state["optimizer"]["state"].items()
                for name, value in slots.items() if isinstance(value, torch.Tensor)}
-    for kind, tensors in (("model weight", state["model"]), ("ema weight", state["ema"]), ("optimizer state", moments)):
+    for kind, tensors in (("model weight", state["model"]), ("ema weight", state["ema"]), ("optimizer state", moments),
+                          *((f"average ({name})", each) for name, each in state["more_averages"].items())):
         for name, tensor in (tensors or {}).items():
             if not torch.isfinite(tensor).all():
                 raise DivergedError(f"{kind} {name} is not finite at step {state['step']}; nothing is saved, the last "
@@ -226,8 +269,7 @@ def refuse_non_finite(state: dict) -> None:
 DECIDE_IMAGES = {
     "data": ("dataset", "image_size", "channels", "category", "rescaled", "logit_transform", "uniform_dequantization",
              "gaussian_dequantization"),
-    "model": ("arch", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions",
-              "resamp_with_conv"),
+    "model": None,
     "diffusion": None,
 }
 # What a run keeps when it is resumed.
@@ -235,9 +277,17 @@ DECIDE_A_RUN = {**DECIDE_IMAGES, "loss": None, "optim": ("optimizer", "amsgrad")
 
 
 def differences(stored: Config, given: Config, sections: dict) -> list[str]:
-    return [f"{section}.{key} is {old!r} there, {new!r} here" for section, keys in sections.items()
-            for key, old in getattr(stored, section)
-            if (keys is None or key in keys) and old != (new := getattr(getattr(given, section), key))]
+    found = []
+    for section, keys in sections.items():
+        old, new = (_plain(getattr(config, section)) for config in (stored, given))
+        found += [f"{section}.{key} is {old.get(key)!r} there, {new.get(key)!r} here" for key in {**old, **new}
+                  if (keys is None or key in keys) and old.get(key) != new.get(key)]
+    return found
+
+
+def _plain(section) -> dict:
+    """Keys and values; of ``model`` those that decide what the weights compute."""
+    return section.essence() if isinstance(section, Network) else dict(section)
 
 
 def refuse_differences(stored: Config, given: Config, where: Path, sections: dict = DECIDE_IMAGES) -> None:

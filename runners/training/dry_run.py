@@ -4,22 +4,23 @@ What is absent (data, weights, FID reference) is replaced by a stand-in and list
 """
 
 import logging
-import time
 
 import torch
 
 from configs.schema import Config
 from datasets import build_dataset, find_dataset
 from datasets.packed import synthetic_images
-from functions.losses import sequence_aware_loss
-from functions.rng import SeededNoise, shard_generator
-from models import MODELS, load_weights
+from functions.denoiser import Denoiser
+from functions.rng import shard_generator
+from functions.timesteps import TimeSampler
+from models import load_weights
 from runners import distributed
 from runners.diffusion import Diffusion
 from runners.network import Network, resolve_amp
 from runners.training.plan import Plan, split_batch
-from utils.errors import DataError, choose
+from utils.errors import DataError
 from utils.live_bytes import LiveBytes
+from utils.table import print_table
 
 log = logging.getLogger(__name__)
 # Memory of a process over that of its tensors, without and with activation checkpointing: the gaps of the allocator,
@@ -31,7 +32,6 @@ def check_training(config: Config, args) -> int:
     """Refuse what cannot work with the number of processes and the device; returns the number of processes."""
     world = distributed.detect()
     processes = world.size if world else args.num_process_per_node * args.num_proc_node
-    choose(MODELS, config.model.arch, "model.arch")
     split_batch(config.training, processes)
     resolve_amp(config.training.amp, distributed.pick_device(args.device, distributed.World()))
     return processes
@@ -53,7 +53,7 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
     if plan.rank:
         return
     memory, fixed, further = training_memory(diffusion, images, plan)
-    _print_table({
+    print_table({
         "configuration": " ".join(f"{key}={value}" for key, value in config.loss),
         "device": f"{plan.world_size} x {device.type}, amp {resolve_amp(config.training.amp, device) or 'off'}",
         "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
@@ -74,7 +74,7 @@ def training_memory(diffusion: Diffusion, images: torch.Tensor, plan: Plan) -> t
         All of it, the part of weights and optimizer, and what each further image of a network call adds.
     """
     parameters = sum(p.numel() for p in diffusion.model.parameters())
-    fixed = parameters * 4 * (4 + diffusion.config.model.ema)      # weights, gradients, two Adam moments, EMA
+    fixed = parameters * 4 * (4 + len(diffusion.config.training.ema))     # weights, gradients, two moments, averages
     one, two = (_step_memory(diffusion, images[:count]) for count in (1, 2))
     further = two - one
     return fixed + one + further * (plan.micro_batch - 1), fixed, further
@@ -97,11 +97,13 @@ def _step_memory(diffusion: Diffusion, images: torch.Tensor) -> int:
     """Bytes that a forward and backward pass on (B, C, H, W) needs beyond weights and gradients."""
     config, device = diffusion.config, diffusion.device
     network = Network(diffusion.model, device, resolve_amp(config.training.amp, device))
-    x0, t, noise, xi = diffusion.draw(images.to(device), shard_generator(config.training.seed, 0, 0, device))
+    labels = torch.zeros(len(images), dtype=torch.long, device=device) if config.model.num_labels else None
+    times, generator = TimeSampler.of(config, diffusion.schedule), shard_generator(config.training.seed, 0, 0, device)
+    draw = diffusion.draw(images.to(device), labels, times, generator)
 
     def step():
-        sequence_aware_loss(network, diffusion.schedule, x0, t, noise, perturbation_noise=xi,
-                            **dict(config.loss)).total.mean().backward()
+        denoiser = Denoiser.of(config, network, diffusion.schedule)
+        diffusion.loss(denoiser, draw).total.mean().backward()
 
     step()                                           # the gradients are there now, and counted elsewhere
     if device.type == "cuda":
@@ -115,39 +117,3 @@ def _step_memory(diffusion: Diffusion, images: torch.Tensor) -> int:
         peak = round(CPU_OVERHEAD[diffusion.model.checkpointing] * live.peak)
     diffusion.model.zero_grad(set_to_none=True)
     return peak
-
-
-def dry_run_sampling(job, device: torch.device) -> None:
-    """One network call with one image on every rank, and what the whole ``job`` of generate.py would take."""
-    config, weights, settings, num_images = job.config, job.weights, job.settings, len(job.seeds)
-    diffusion = Diffusion(config, device)
-    if weights:
-        diffusion.load(weights, job.args.model_ema)
-    noise = SeededNoise([0], device)
-    for turn in range(distributed.world_size() if device.type == "cpu" else 1):
-        if device.type != "cpu" or turn == distributed.rank():
-            x = noise.randn((1, *config.data.shape))
-            started = time.perf_counter()
-            with torch.no_grad():
-                Network(diffusion.model.eval(), device, diffusion.amp)(x, torch.zeros(1, device=device)).sum().item()
-            seconds = time.perf_counter() - started
-        distributed.barrier()
-    if distributed.rank():
-        return
-    hours = seconds * job.calls * num_images / distributed.world_size() / 3600
-    _print_table({
-        "device": f"{distributed.world_size()} x {device.type}",
-        "weights": f"{weights} ({diffusion.weights.kind}, {diffusion.weights.fingerprint})" if weights else "random",
-        "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
-        "sampler": ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None),
-        "network calls": f"{job.calls} for each of {num_images:,} images",
-        "time": f"{seconds:.2f} s for one call with one image; at that rate {hours:.1f} h (batches are faster)",
-        "absent": ", ".join(job.absent) or "nothing",
-    })
-
-
-def _print_table(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
-    print("dry run: nothing was written")
-    for name, value in rows.items():
-        print(f"  {name:<{width}}  {value}")

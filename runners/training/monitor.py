@@ -11,14 +11,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from runners import distributed
 from runners.training.checkpoint import RunFolder
-from utils.atomic import atomic_write, write_text
+from utils.atomic import write_text
+from utils.png import save_png, tile
 
 log = logging.getLogger(__name__)
 QUARTILES = 4
@@ -47,12 +47,15 @@ class Monitor:
 
             self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step)
 
-    def add(self, terms, t: Tensor, num_timesteps: int) -> None:
-        """Count one shard: LossTerms of (b,) and its steps t (b,). Images without a finite loss are left out."""
+    def add(self, terms, ranks: Tensor) -> None:
+        """Count one shard: LossTerms of (b,) and the ranks of its times, in [0, 1), (b,).
+
+        Images without a finite loss are left out.
+        """
         losses = torch.stack([terms.total, terms.base, terms.sequence]).detach().double()       # (3, b)
         finite = losses.isfinite().all(0)                                                       # (b,)
         losses = torch.where(finite, losses, 0)
-        quartile = t * QUARTILES // num_timesteps                                               # (b,) in 0..3
+        quartile = (ranks * QUARTILES).long()                                                   # (b,) in 0..3
         self.sums[:3] += losses.sum(1)
         self.sums[3:3 + QUARTILES].index_add_(0, quartile, losses[1])
         self.sums[3 + QUARTILES:3 + 2 * QUARTILES].index_add_(0, quartile, finite.double())
@@ -194,22 +197,3 @@ def keep_lines_before(metrics: Path, step: int) -> list[dict]:
 
 def _mean(total: float, count: float) -> float | None:
     return total / count if count else None
-
-
-def tile(images: Tensor, columns: int | None = None) -> Tensor:
-    """uint8 (N, C, H, W) in rows of ``columns`` (default: as square as N allows), with a white gap of 2 pixels."""
-    n, c, h, w = images.shape
-    columns = columns or -(-n // max(1, int(n**0.5)))
-    rows, gap = -(-n // columns), 2
-    canvas = images.new_full((c, rows * (h + gap) - gap, columns * (w + gap) - gap), 255)
-    for i, image in enumerate(images):
-        top, left = i // columns * (h + gap), i % columns * (w + gap)
-        canvas[:, top:top + h, left:left + w] = image
-    return canvas
-
-
-def save_png(image: Tensor, path: Path, durable: bool = True) -> None:
-    """Write uint8 (C, H, W), C = 1 or 3, atomically."""
-    array = image.permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    atomic_write(path, lambda file: picture.save(file, format="PNG"), durable)

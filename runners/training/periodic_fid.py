@@ -1,11 +1,10 @@
 """FID of the averaged weights while training."""
 
+from configs.sampling import SamplerSettings
 from configs.schema import Config
-from functions.pixels import to_uint8
 from models.inception import load_inception
-from runners import distributed
 from runners.evaluation.metrics import Evaluation, find_reference
-from runners.training.plan import deal
+from runners.sampling.generation import generate_and_measure
 
 
 class PeriodicFid:
@@ -20,9 +19,7 @@ class PeriodicFid:
 
     def measure(self, diffusion) -> dict:
         """Results of ``training.fid_num`` images from the seeds 0, 1, ..., shared among the ranks. Collective."""
-        training, size = diffusion.config.training, diffusion.config.sampling.batch_size
-        evaluation = Evaluation(self.reference, self.net)
-        for start, seeds in deal(list(range(training.fid_num)), size, distributed.rank(), distributed.world_size()):
-            batch, = diffusion.sample(seeds, timesteps=training.sample_timesteps)
-            evaluation.update(to_uint8(batch.images), list(range(start, start + len(seeds))))
-        return evaluation.results()
+        training = diffusion.config.training
+        sampler = diffusion.sampler(SamplerSettings(timesteps=training.sample_timesteps))
+        return generate_and_measure(sampler, range(training.fid_num), diffusion.config.sampling.batch_size,
+                                    evaluation=Evaluation(self.reference, self.net)).results

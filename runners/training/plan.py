@@ -97,9 +97,3 @@ def split_batch(training: Training, world_size: int) -> tuple[int, int, int]:
         raise UserError(f"training.micro_batch_size {micro_batch} does not divide the {process_batch} images of a "
                         "process")
     return process_batch, micro_batch, accumulate
-
-
-def deal(seeds: list[int], batch_size: int, rank: int, world_size: int) -> list[tuple[int, list[int]]]:
-    """This rank's batches: every world_size-th consecutive chunk, each with the position of its first seed."""
-    starts = range(0, len(seeds), batch_size)
-    return [(start, seeds[start:start + batch_size]) for start in starts][rank::world_size]

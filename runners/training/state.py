@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from configs.schema import Config
-from models import make_ema
+from functions.schedule import make_schedule
+from functions.timesteps import TimeSampler
+from models import EMA, decay_of
 from runners.training.optimizer import make_lr_schedule, make_optimizer
 from utils.errors import DivergedError
 
@@ -16,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingState:
-    """Weights, their average, moments, learning rate and loss scale.
+    """Weights, their averages, moments, learning rate, loss scale, and what draws the times of a batch.
 
     A step whose gradient is not finite is skipped: the weights and moments stay as they are, on all ranks alike,
     because they see the same averaged gradient. The decision is made on the device; the host looks at the count now
@@ -26,23 +28,29 @@ class TrainingState:
         model: The bare network on its device.
         config: Of the run.
         total_steps: Length of the learning rate schedule.
+        global_batch: Images of an optimizer step.
         loss_scaling: Scale the loss, as fp16 gradients need it.
     """
 
-    def __init__(self, model: nn.Module, config: Config, total_steps: int, loss_scaling: bool = False):
+    def __init__(self, model: nn.Module, config: Config, total_steps: int, global_batch: int = 1,
+                 loss_scaling: bool = False):
         self.model, self.config = model, config
         self.parameters = list(model.parameters())
         device = self.parameters[0].device
-        self.ema = make_ema(model, config.model.ema_rate, config.model.ema_warmup) if config.model.ema else None
+        self.averages = [EMA(model, decay_of(average, global_batch)) for average in config.training.ema]
+        self.times = TimeSampler.of(config, make_schedule(config.diffusion))
         self.optimizer = make_optimizer(self.parameters, config.optim)
         self.lr_schedule = make_lr_schedule(self.optimizer, config.optim, total_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
+        self.last_lr = self.lr_schedule.get_last_lr()[0]                        # of the latest step
         self.bad_run = torch.zeros((), dtype=torch.long, device=device)         # skipped steps in a row, up to now
         self.longest_bad_run = self.bad_run.clone()                            # and the most since the last check
 
+
     @property
-    def lr(self) -> float:
-        return self.lr_schedule.get_last_lr()[0]
+    def kinds(self):
+        """What each average is, as the configuration has it."""
+        return self.config.training.ema
 
     def update(self) -> tuple[Tensor, Tensor]:
         """Clip the accumulated gradient and step.
@@ -54,10 +62,11 @@ class TrainingState:
         grad_norm = clip_grad_norm_(self.parameters, self.config.optim.grad_clip or math.inf)
         bad = ~torch.isfinite(grad_norm)
         self._step_unless(bad)
+        self.last_lr = self.lr_schedule.get_last_lr()[0]
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(self.model)
+        for average in self.averages:
+            average.update(self.model)
         self.bad_run = (self.bad_run + 1) * bad
         self.longest_bad_run = torch.maximum(self.longest_bad_run, self.bad_run)
         return grad_norm, bad
@@ -89,9 +98,13 @@ class TrainingState:
 
     def state_dict(self) -> dict:
         """Tensors and plain values only, names without prefixes."""
+        first, *more = self.averages or [None]
         return {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None, "ema_updates": self.ema.updates if self.ema else 0,
+            "ema": first.state_dict() if first else None, "ema_updates": first.updates if first else 0,
+            "more_averages": {str(kind): average.state_dict()
+                              for kind, average in zip(self.kinds[1:], more, strict=True)},
+            "times": self.times.state_dict(),
             "optimizer": self.optimizer.state_dict(), "lr_schedule": self.lr_schedule.state_dict(),
             "grad_scaler": self.scaler.state_dict(), "bad_run": int(self.bad_run),
         }
@@ -107,8 +120,11 @@ class TrainingState:
     def load_state_dict(self, state: dict) -> None:
         """Continue from ``state_dict()``; learning rate and other settings of the optimizer are those of this run."""
         self.model.load_state_dict(state["model"])
-        if self.ema:                                        # a run that kept none starts one here
-            self.ema.load_state_dict(state["ema"] or state["model"], state["ema_updates"])
+        kept = state.get("more_averages", {})
+        for kind, average in zip(self.kinds, self.averages, strict=True):
+            stored = state["ema"] if average is self.averages[0] else kept.get(str(kind))
+            average.load_state_dict(stored or state["model"], state["ema_updates"])     # one that is new starts here
+        self.times.load_state_dict(state.get("times", {}))
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
         self._lay_out_moments()

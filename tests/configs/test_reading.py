@@ -1,10 +1,12 @@
 """YAML as people and the programs of this family write it."""
 
 import logging
+import os
+import tracemalloc
 
 import pytest
 
-from configs.reading import parse_yaml
+from configs.reading import CONFIG_FOLDER, parse_yaml
 from configs.schema import Config, load_config, save_config
 from utils.errors import ConfigError
 
@@ -141,14 +143,63 @@ def test_no_tag_builds_an_object(tag, tmp_path, monkeypatch):
 
 # Where files are found
 
-def test_names_are_looked_up_in_configs_and_paths_are_not(tmp_path, monkeypatch):
+def test_a_file_that_is_there_wins_over_a_shipped_one_and_the_log_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cifar10.yml").write_text(SMALL)
-    (tmp_path / "mine.yml").write_text(SMALL)
+    caplog.set_level(logging.INFO)
     assert load_config("cifar10") == load_config("cifar10.yml")
     assert load_config("cifar10.yml").data.dataset == "CIFAR10"
-    assert load_config("./cifar10.yml").data.dataset == "DIGITS"
+    assert [r.getMessage() for r in caplog.records] == [f"reading {CONFIG_FOLDER / 'cifar10.yml'}"] * 3
+    caplog.clear()
+    (tmp_path / "cifar10.yml").write_text(SMALL)
+    (tmp_path / "mine.yml").write_text(SMALL)
+    assert load_config("cifar10.yml").data.dataset == load_config("./cifar10.yml").data.dataset == "DIGITS"
+    assert load_config("cifar10").data.dataset == "CIFAR10"
     assert load_config("mine.yml").data.dataset == "DIGITS"
+    assert [r.getMessage() for r in caplog.records] == [
+        f"reading cifar10.yml of this folder, not {CONFIG_FOLDER / 'cifar10.yml'}",
+        f"reading {CONFIG_FOLDER / 'cifar10.yml'}", "reading mine.yml"]
+
+
+def bomb(levels: int, merge: bool = False) -> str:
+    """Each line refers ten times to the one before."""
+    first = "a0: &a0 {x: 1}\n" if merge else "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    lines = (f"a{i}: &a{i} " + ("{" + f"<<: [{', '.join([f'*a{i - 1}'] * 10)}]" + "}" if merge else
+                                f"[{', '.join([f'*a{i - 1}'] * 10)}]") for i in range(1, levels))
+    return first + "\n".join(lines)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (bomb(9), "aliases write out to more than 50,000 values"), (bomb(9, merge=True), "more than 50,000 keys|a0: unknown key"),      # newer PyYAML merges each key once
+
+    ("a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 101) + "]}", "line 2: .* more than 100 mappings merged"),
+    ("data: &a [*a]", "or to themselves"),
+    ("data: {image_size: " + "9" * 60_000 + "}", "a number of more than 100 digits"),
+    ("data: {image_size: " + "1:" * 30_000 + "1}", "a number of more than 100 digits"),
+    ("# " + "x" * 200_000, "200,002 characters; a configuration has 200,000 at most")])
+def test_what_would_fill_the_memory_is_refused(text, message, tmp_path):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=message):
+            load(text, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_device_or_a_pipe_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yml")
+    for path in ("/dev/zero", tmp_path / "pipe.yml", "x" * 5000, "a\0b"):
+        with pytest.raises(ConfigError, match="not found"):
+            load_config(path)
+    with open(tmp_path / "large.yml", "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ConfigError, match="a configuration may have"):
+        load_config(tmp_path / "large.yml")
+
+
+def test_aliases_as_people_use_them(tmp_path):
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: *a", "here") == {
+        "a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1}}
 
 
 @pytest.mark.parametrize("name", ["cifar11.yml", "no/such/cifar10.yml"])

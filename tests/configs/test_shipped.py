@@ -61,7 +61,8 @@ def test_has_the_published_values(name):
         config.data.dataset, config.data.category, config.data.image_size, parameter_count(config),
         (loss.num_consecutive_steps, loss.lamda, loss.input_perturbation),
         None if training.global_batch_size else training.batch_size, training.global_batch_size, training.n_epochs,
-        config.data.random_flip, config.model.dropout, config.model.ema_rate, config.optim.lr, config.optim.grad_clip)
+        config.data.random_flip, config.model.dropout, config.training.ema[0].rate, config.optim.lr,
+        config.optim.grad_clip)
     width = 192 if name == "imagenet32" else 128
     assert (config.model.ch, config.model.num_res_blocks, config.model.attn_resolutions) == (width, 2, (16,))
     schedule = config.diffusion

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from datasets.image_dataset import held_out
 from datasets.images import TRANSFORMS, decode, transform
-from datasets.source import held_out
 from utils.errors import DataError, UserError
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from datasets import open_dataset, packing
+from datasets.image_dataset import ImageDataset
 from datasets.packed import open_images, synthetic_images
-from datasets.source import Images
 from utils.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -128,13 +128,13 @@ from datasets import packing
 from datasets.packed import open_images
 packing.FEW, packing.CHUNK = 10, 5
 path, root, slow = sys.argv[1], sys.argv[2], float(sys.argv[3])
-from datasets.source import Images
-read = Images.read
+from datasets.image_dataset import ImageDataset
+read = ImageDataset.read
 def slowly(self, i):
     time.sleep(slow)
     if i == 100: open(root + "/half-way", "w").close()
     return read(self, i)
-Images.read = slowly
+ImageDataset.read = slowly
 config = Config(data=dict(dataset="ZIP", image_size=4, root=path, num_workers=2), model=dict(ch=32, ch_mult=(1,)))
 print(open_images(config, root).num_images)
 """
@@ -167,8 +167,8 @@ def test_killed_while_packing_then_packed_again(noise, write_zip, tmp_path, make
 
 def test_two_processes_pack_once(noise, write_zip, tmp_path, make_config, monkeypatch):
     path = write_zip({f"{i:03d}.png": image for i, image in enumerate(noise(120, 4, 4, 3))})
-    read = Images.read
-    monkeypatch.setattr(Images, "read", lambda self, i: (time.sleep(0.002), read(self, i))[1])
+    read = ImageDataset.read
+    monkeypatch.setattr(ImageDataset, "read", lambda self, i: (time.sleep(0.002), read(self, i))[1])
     monkeypatch.setattr(packing, "_drop_rows", lambda *args: (tmp_path / f"packed-{os.getpid()}").touch())
     fork = multiprocessing.get_context("fork")
     both = [fork.Process(target=open_images, args=(make_config("ZIP", 4, root=path), tmp_path)) for _ in range(2)]

@@ -89,15 +89,17 @@ def free_port() -> int:
 
 # ---------------------------------------------------------------------------------------------------------- faults
 
-def after_step(number: int, action) -> None:
-    """Call ``action()`` when step ``number`` (from 1) is done."""
+def after_step(number: int, action, saved: bool = False) -> None:
+    """Call ``action()`` when step ``number`` (from 1) is done; with ``saved`` also the write that was under way."""
     from runners.diffusion import Diffusion
 
     original = Diffusion.train_step
 
-    def train_step(self, network, state, batches, plan, step, monitor):
-        original(self, network, state, batches, plan, step, monitor)
-        if step + 1 == number:
+    def train_step(self, session):
+        original(self, session)
+        if session.step == number:
+            if saved:
+                session.writer._wait()
             action()
 
     Diffusion.train_step = train_step
@@ -124,7 +126,7 @@ def limit_files(size: int) -> None:
 def full_disk(first: int, last: int | None = None) -> list:
     """The disk is full from step ``first`` on, until ``last``."""
     free = [partial(after_step, last, partial(limit_files, resource.RLIM_INFINITY))] if last else []
-    return [partial(after_step, first, partial(limit_files, 2000)), *free]
+    return [partial(after_step, first, partial(limit_files, 2000), saved=True), *free]
 
 
 def hold_after(step: int, reached, released) -> list:

@@ -20,7 +20,8 @@ def make_state(step: int, best=None, size: int = 200_000) -> dict:
     """A full state in which every number is ``step``, so that a mixture of two would show."""
     weights = {"w": torch.full((size,), float(step))}
     return {"format_version": 1, "step": step, "epoch": step, "best_fid": best, "model": weights,
-            "ema": {"w": weights["w"].clone()}, "optimizer": {"state": {0: {"exp_avg": weights["w"].clone()}}}}
+            "ema": {"w": weights["w"].clone()}, "optimizer": {"state": {0: {"exp_avg": weights["w"].clone()}}},
+            "more_averages": {}, "config": {"training": {"ema": [{"rate": 0.9, "length": None}]}}}
 
 
 def write_for_ever(folder: str, first: int, done) -> None:

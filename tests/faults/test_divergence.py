@@ -11,15 +11,16 @@ from tests.faults import jobs
 
 def poison(where: str, steps: list[int]) -> None:
     """Make the training steps ``steps`` (from 1) not finite."""
+    from models.codecs import Pixels
     from runners import diffusion
 
     original, current = diffusion.Diffusion.train_step, [0]
 
-    def train_step(self, network, state, batches, plan, step, monitor):
-        current[0] = step + 1
-        if where == "gradient" and step == 0:
-            state.parameters[3].register_hook(lambda g: g * math.inf if current[0] in steps else g)
-        original(self, network, state, batches, plan, step, monitor)
+    def train_step(self, session):
+        current[0] = session.step + 1
+        if where == "gradient" and session.step == 0:
+            session.state.parameters[3].register_hook(lambda g: g * math.inf if current[0] in steps else g)
+        original(self, session)
 
     diffusion.Diffusion.train_step = train_step
     if where == "loss":
@@ -27,9 +28,8 @@ def poison(where: str, steps: list[int]) -> None:
         diffusion.sequence_aware_loss = lambda *args, **kwargs: (
             terms := loss(*args, **kwargs))._replace(total=terms.total * (math.nan if current[0] in steps else 1))
     if where == "data":
-        prepare = diffusion.to_model_range
-        diffusion.to_model_range = lambda images, *rest: prepare(images, *rest) * (
-            math.nan if current[0] in steps else 1)
+        encode = Pixels.encode
+        Pixels.encode = lambda *args: encode(*args) * (math.nan if current[0] in steps else 1)
 
 
 def finite(exp) -> bool:

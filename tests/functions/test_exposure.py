@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from functions.denoiser import Denoiser
 from functions.denoising import ddpm_steps, generalized_steps
 from functions.exposure import (
     ExposureBias,
@@ -17,19 +18,10 @@ from functions.exposure import (
     training_norms,
 )
 from functions.frechet import FeatureStats
-from functions.schedule import NoiseSchedule
-from functions.timesteps import sampling_timesteps
+from functions.timesteps import sampling_times
+from tests.functions.gaussian import SCHEDULE, abar, exact
 
-SCHEDULE = NoiseSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
-ABAR = SCHEDULE.exact_alpha_bar
-
-
-def gaussian_network(variance, factor=1.0):
-    """``factor`` times the exact eps of data N(0, variance I)."""
-    def eps(x, t):
-        abar = ABAR(int(t[0]))
-        return factor * sqrt(1 - abar) / (abar * variance + 1 - abar) * x
-    return eps
+ABAR = abar
 
 
 def noise_stream(seed, shape):
@@ -58,7 +50,7 @@ def test_training_norms_are_those_of_the_noise():
     """With v = 1 the exact eps of x_t ~ N(0, I) is sqrt(1 - abar) x_t, whose norm is that of a chi distribution."""
     shape, steps = (256, 1, 16, 16), [0, 300, 999]
     noise = noise_stream(0, shape)
-    norms = training_norms(gaussian_network(1.0), SCHEDULE, noise(), steps, noise)
+    norms = training_norms(exact(1.0), noise(), steps, noise)
     assert norms.shape == (256, 3)
     chi = sqrt(256) * (1 - 1 / (4 * 256))
     for norm, t in zip(norms.mean(0), steps, strict=True):
@@ -93,18 +85,14 @@ def ancestral_variances(v, steps, start_variance):
     (generalized_steps, ddim_variances), (ddpm_steps, ancestral_variances)])
 @pytest.mark.parametrize("start", [None, 500])
 def test_exposure_bias_is_its_closed_form(sampler, variances, start):
-    v, shape, steps = 0.25, (512, 1, 16, 16), [t for t in sampling_timesteps(1000, 20) if start is None or t <= start]
+    v, shape, steps = 0.25, (512, 1, 16, 16), [t for t in sampling_times(SCHEDULE, 20) if start is None or t <= start]
     noise, options = noise_stream(1, shape), {"clip_denoised": False} if sampler is ddpm_steps else {}
     x0 = 0.3 + sqrt(v) * noise()                               # a mean, which both variances must leave out
     data, inputs = Moments(), []
     data.add("x0", x0)
 
-    def network(x, t):
-        mean = 0.3 * sqrt(ABAR(int(t[0])))
-        return gaussian_network(v)(x - mean, t)
-
     x = noise() if start is None else SCHEDULE.add_noise(x0, noise(), torch.full((len(x0),), start))
-    last = sampler(network, SCHEDULE, x, steps, noise_fn=noise, **options,
+    last = sampler(exact(v, mean=0.3), x, steps, noise_fn=noise, **options,
                    callback=lambda index, t, x, x0, eps: inputs.append((t, x)))
     bias = ExposureBias(SCHEDULE, data)
     for s, seen in [*inputs[1:], (-1, last)]:
@@ -143,11 +131,10 @@ def test_gap_of_a_constant_error_is_that_error():
     x0, delta = torch.full((2, 1, 4, 4), 0.3), torch.linspace(0, 0.1, 16).view(1, 1, 4, 4)
 
     def network(x, t):
-        abar = ABAR(int(t[0]))
-        return (x - sqrt(abar) * x0) / sqrt(1 - abar) + delta
+        return (x - SCHEDULE.alpha(t) * x0) / SCHEDULE.sigma(t) + delta
 
     seen = []
-    generalized_steps(network, SCHEDULE, noise_stream(0, x0.shape)(), [0, 100, 500],
+    generalized_steps(Denoiser(network, SCHEDULE), noise_stream(0, x0.shape)(), [0, 100, 500],
                       callback=lambda index, t, x, _, eps: seen.append(estimation_gap(SCHEDULE, x, eps, x0, t)))
     for gap in seen:
         torch.testing.assert_close(gap, delta.expand_as(gap), rtol=0, atol=1e-5)
@@ -174,15 +161,15 @@ def stats_of(norms):
 
 def fitted(model, shape, seed=1):
     """The fit of 10 ancestral steps for a network whose eps is 2% too large."""
-    network, steps, noise = gaussian_network(1.0, factor=1.02), sampling_timesteps(1000, 10), noise_stream(seed, shape)
+    network, steps, noise = exact(1.0, factor=1.02), sampling_times(SCHEDULE, 10), noise_stream(seed, shape)
 
     def norms_of(scaler):
         norms, noise = [], noise_stream(seed + 1000, shape)
-        ddpm_steps(network, SCHEDULE, noise(), steps, eps_scaler=scaler, clip_denoised=False, noise_fn=noise,
+        ddpm_steps(network, noise(), steps, eps_scaler=scaler, clip_denoised=False, noise_fn=noise,
                    callback=lambda index, t, x, x0, eps: norms.append(eps_norm(eps)))
         return stats_of(torch.stack(norms[::-1], 1))
 
-    return fit_scaler(norms_of, stats_of(training_norms(network, SCHEDULE, noise(), steps, noise)), model)
+    return fit_scaler(norms_of, stats_of(training_norms(network, noise(), steps, noise)), model)
 
 
 def test_fit_finds_an_eps_that_is_two_percent_too_large():

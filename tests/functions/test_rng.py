@@ -1,3 +1,5 @@
+import tracemalloc
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,9 +9,35 @@ from functions.rng import SeededNoise, derive_seed, parse_seeds, seeded, shard_g
 
 
 @pytest.mark.parametrize(("text", "seeds"), [
-    ("0-3", [0, 1, 2, 3]), ("1,2,5-7", [1, 2, 5, 6, 7]), ("7", [7]), (" 3 , 1-2", [3, 1, 2])])
+    ("0-3", [0, 1, 2, 3]), ("1,2,5-7", [1, 2, 5, 6, 7]), ("7", [7]), (" 3 , 1-2", [3, 1, 2]), ("007", [7])])
 def test_parse_seeds(text, seeds):
-    assert parse_seeds(text) == seeds
+    found = parse_seeds(text)
+    assert found == seeds and list(found) == seeds and len(found) == len(seeds)
+    assert [found[i] for i in range(len(seeds))] == seeds and found[-1] == seeds[-1]
+    for first, last, step in ((0, 2, 1), (1, None, 1), (None, -1, 1), (None, None, -1), (2, 1, 1)):
+        assert list(found[first:last:step]) == seeds[first:last:step]
+    assert parse_seeds(str(found)) == seeds
+
+
+def test_ranges_stay_ranges():
+    tracemalloc.start()
+    seeds = parse_seeds("7,100-4294967295")
+    assert len(seeds) == 2**32 - 99 and seeds[-1] == 2**32 - 1 and 99 not in seeds and 5000 in seeds
+    assert list(seeds[1000:1003]) == [1099, 1100, 1101] and list(seeds[:3]) == [7, 100, 101]
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ["4294967296", "0-99999999999", "9" * 60_000, "0-" + "9" * 5000])
+def test_seeds_beyond_the_last_are_refused(text):
+    with pytest.raises(ValueError, match="beyond the last seed, 4294967295") as error:
+        parse_seeds(text)
+    assert len(str(error.value)) < 300
+
+
+def test_seeds_that_meet_are_given_twice():
+    with pytest.raises(ValueError, match="1000000 is given twice"):
+        parse_seeds("1000000,5-4000000000")
 
 
 @pytest.mark.parametrize("text", ["", "5-1", "1,1", "0-3,2", "-1", "a", "1-", "1,,2", "1.5"])

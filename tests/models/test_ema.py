@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import make_ema
+from configs.sections import Average
+from models.ema import EMA, combination, combine, decay_of, profile_exponent
 
 
 class Scalar(nn.Module):
@@ -14,6 +15,10 @@ class Scalar(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([value], dtype=torch.float64))
         self.register_buffer("table", torch.ones(2))
+
+
+def make_ema(model, rate, warmup=False):
+    return EMA(model, decay_of(Average(rate=rate, warmup=warmup), 1))
 
 
 def follow(ema, values):
@@ -89,3 +94,44 @@ def test_network_after_updates_equals_network_with_averaged_weights():
     ema = make_ema(start, 0.9)
     ema.update(end)
     assert torch.allclose(ema.module.weight, 0.9 * start.weight + 0.1 * end.weight, atol=1e-7)
+
+
+def test_half_life_in_images_with_ramp_up():
+    """EDM's rule: h = min(half-life, 5% of the images seen before), beta = 0.5^(batch / h); the first step copies."""
+    decay = decay_of(Average(half_life=1000.0), batch=10)
+    assert decay(1) == 0
+    assert decay(101) == pytest.approx(0.5 ** (10 / 50))
+    assert decay(10_000) == pytest.approx(0.5 ** (10 / 1000))
+    assert decay_of(Average(half_life=1000.0, ramp_up=0.0), 10)(1) == pytest.approx(0.5 ** 0.01)
+
+
+@pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_power_profile_is_its_closed_form(length, gamma):
+    """EDM2: the weights of steps i follow i^gamma; their relative spread is ``length``."""
+    assert profile_exponent(length) == pytest.approx(gamma, abs=0.005)
+    decay, n = decay_of(Average(length=length), 64), 2000
+    weights = torch.tensor([1 - decay(i) for i in range(1, n + 1)], dtype=torch.float64)
+    kept = torch.tensor([decay(i) for i in range(2, n + 1)] + [1.0], dtype=torch.float64).flip(0).cumprod(0).flip(0)
+    kept = torch.cat([kept[:-1], torch.ones(1)])
+    profile = weights * kept
+    times = torch.arange(1, n + 1, dtype=torch.float64) / n
+    mean = (profile * times).sum()
+    assert profile.sum().item() == pytest.approx(1)
+    assert ((profile * (times - mean) ** 2).sum().sqrt() / times[-1]).item() == pytest.approx(length, rel=0.01)
+
+
+def test_an_average_of_any_length_is_made_up_afterwards():
+    """Two profiles kept at eight times give a third one, which followed the same weights, to a percent."""
+    generator, kept = torch.Generator().manual_seed(0), []
+    walk = torch.randn(1600, generator=generator).cumsum(0).tolist()
+    averages = {length: EMA(Scalar(0.0), decay_of(Average(length=length), 1)) for length in (0.05, 0.10, 0.07)}
+    for n, value in enumerate(walk, 1):
+        for average in averages.values():
+            average.update(Scalar(value))
+        if n % 200 == 0:
+            kept += [((n, length), {"weight": averages[length].module.weight.detach().clone()})
+                     for length in (0.05, 0.10)]
+    profiles, states = zip(*kept, strict=True)
+    for wanted, truth in ((0.07, averages[0.07]), (0.05, averages[0.05])):
+        made = combine(states, combination(profiles, (1600, wanted)))
+        assert made["weight"].item() == pytest.approx(truth.module.weight.item(), rel=0.01)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import generate
+from configs.sampling import SamplerSettings
 from runners.diffusion import Diffusion
-from runners.sampling.pictures import reconstruct
+from runners.sampling.pictures import open_originals, reconstruct
 
 
 @pytest.fixture
@@ -37,17 +38,19 @@ def test_pairs_and_errors(trained, originals, tmp_path, capsys, sampler):
     assert line["indices"] == [0, 2, 3, 4, 5] and line["network_calls"] == {"generalized": 6, "heun": 8}[sampler]
     assert line["mse"] == pytest.approx(np.mean(line["mse_of_each"])) and len(line["mse_of_each"]) == 5
     picture = np.asarray(Image.open(tmp_path / "out_reconstruction.png"))
-    assert picture.shape == (3 * 10 - 2, 4 * 10 - 2)                       # two pairs in a row, 8 + 2 pixels each
+    side = 17 * 8                                                          # enlarged until the sheet is 640 pixels wide
+    assert picture.shape == (2 * (side + 2) - 2, 4 * (side + 2) - 2)       # two full rows of two pairs
     first = np.asarray(Image.open(originals / "0.png"))[1:9]               # the middle square
-    assert np.array_equal(picture[:8, :8], first)
+    assert np.array_equal(picture[:side:17, :side:17], first)
 
 
 def test_a_network_that_knows_the_way_reconstructs_exactly(trained, originals, tmp_path):
     """With an eps that does not depend on x the reversed chain is exact."""
     diffusion = Diffusion.from_run(trained / "logs" / "digits", device="cpu")
     diffusion.network = lambda: lambda x, t: torch.full_like(x, 0.7)
-    settings = {"timesteps": 5, "skip_type": "uniform", "sample_type": "generalized", "eps_scaler": 1.01}
-    reconstruct(diffusion, str(originals), [0, 1, 2], settings, 2, tmp_path / "exact")
+    sampler = diffusion.sampler(SamplerSettings(timesteps=5, eps_scaler=1.01))
+    reconstruct(sampler, "originals", open_originals(str(originals), diffusion.config), [0, 1, 2], 2,
+                tmp_path / "exact")
     assert json.loads((tmp_path / "exact_reconstruction.json").read_text())["largest_error"] < 1e-4
 
 
@@ -61,7 +64,7 @@ def test_refusals(trained, originals, tmp_path, capsys, flags, message):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--churn", "3"], "for heun and euler"), (["--sample_type", "heun", "--churn", "a"], "--churn 'a'"),
+    (["--churn", "3"], "for heun and euler"), (["--sample_type", "heun", "--churn", "a"], "--churn 'a' is not a list"),
     (["--sample_type", "euler", "--churn", "1,5,2"], "s_min at most s_max")])
 def test_refused_churn(trained, tmp_path, capsys, flags, message):
     shutil.copytree(trained / "logs", tmp_path / "logs")

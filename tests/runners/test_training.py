@@ -80,23 +80,22 @@ def test_without_perturbation_the_random_stream_is_that_of_the_plain_loss(tmp_pa
     from configs.schema import load_config
     from datasets.order import batch_indices
     from datasets.packed import open_images
-    from functions.pixels import to_model_range
     from functions.rng import seeded, shard_generator
-    from functions.schedule import NoiseSchedule
-    from functions.timesteps import training_timesteps
-    from models import build_model
+    from functions.schedule import make_schedule
+    from functions.timesteps import antithetic_times
+    from models import build_model, make_codec
 
     config = load_config(tmp_path / "logs" / "digits" / "config.yml")
     images = open_images(config, tmp_path / "datasets")
-    schedule = NoiseSchedule.from_config(config.diffusion)
+    schedule = make_schedule(config.diffusion)
     with seeded(1024):
         model = build_model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.optim.lr, fused=True)
     for step in range(2):
         batch = next(iter(images.batches([batch_indices(images.num_images, 8, step, 1024)])))
         generator = shard_generator(1024, step, 0)
-        x0 = to_model_range(batch, config.data)
-        t = training_timesteps(8, 1000, generator)
+        x0 = make_codec(config).encode(batch, generator)
+        t = antithetic_times(schedule, 8, generator)
         noise = torch.randn((1, *x0.shape), generator=generator)[0]
         eps = model(schedule.add_noise(x0, noise, t), t)
         (noise - eps).square().flatten(1).sum(1).mean().backward()

@@ -1,0 +1,127 @@
+"""List the keys of an LMDB in a process of its own, which alone dies if the file is damaged.
+
+LMDB maps its file and follows the numbers that it finds there: a damaged one makes it read anywhere. The child walks
+through all entries, looks each key up and checks that each value lies within the file, so that nothing else can happen
+to whoever reads them afterwards. Values themselves are not read.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import DataError
+
+SMALLEST_ENTRY = 10         # bytes of the file that an entry takes at least
+VALUE_LIMIT = 1 << 30
+PATIENCE = 600              # seconds, for 50 GB of LSUN
+
+
+def scan(path: Path, file: Path, prepare: Callable = lambda: None) -> tuple[list[bytes], bytes | None]:
+    """All keys in LMDB's order, and the value of the key ``length`` if there is one.
+
+    Args:
+        path: What ``lmdb.open`` is given.
+        file: Its data file.
+        prepare: Called in the child first: closes what it inherits.
+
+    Raises:
+        DataError: No LMDB, or a damaged one.
+    """
+    import lmdb  # noqa: F401  (before the fork: the child need not find it)
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        _child(writing, reading, path, file, prepare)
+    os.close(writing)
+    try:
+        with os.fdopen(reading, "rb") as pipe:
+            content = pipe.read()
+    finally:
+        _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        problem = "takes too long" if os.WTERMSIG(status) == signal.SIGALRM else "leads outside of the file"
+        raise DataError(f"{file}: damaged: following its index {problem}")
+    head, _, rest = content.partition(b"\n")
+    told = json.loads(head)
+    if told["problem"]:
+        raise DataError(told["problem"])
+    ends = np.cumsum(np.frombuffer(rest, np.int32, told["count"]), dtype=np.int64)
+    text = rest[4 * told["count"]:]
+    keys = [text[start:end] for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)] if len(ends) \
+        else []
+    return keys, None if told["length"] is None else bytes.fromhex(told["length"])
+
+
+def _child(writing: int, reading: int, path: Path, file: Path, prepare: Callable) -> None:
+    """Write what ``_walk`` finds to the pipe and end, whatever happens: a line of JSON, lengths of the keys, keys."""
+    try:
+        os.close(reading)
+        for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGALRM, signal.SIGFPE, signal.SIGABRT):
+            signal.signal(number, signal.SIG_DFL)          # die quietly, without a report of faulthandler
+        signal.alarm(PATIENCE)
+        prepare()
+        problem, keys, length = _walk(path, file)
+        head = {"problem": problem, "count": len(keys), "length": None if length is None else length.hex()}
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(json.dumps(head).encode() + b"\n" + np.array([*map(len, keys)], np.int32).tobytes())
+            pipe.write(b"".join(keys))
+    finally:
+        os._exit(0)
+
+
+def _walk(path: Path, file: Path) -> tuple[str | None, list[bytes], bytes | None]:
+    import lmdb
+
+    size, keys = os.path.getsize(file), []
+    try:
+        with lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False) as environment:
+            if (environment.info()["last_pgno"] + 1) * environment.stat()["psize"] > size:
+                return f"{file}: truncated: shorter than its own index says", [], None
+            if environment.stat()["entries"] > size // SMALLEST_ENTRY:
+                return f"{file}: damaged: it claims more entries than fit into it", [], None
+            with environment.begin(buffers=True) as transaction:
+                inside = _bounds(file, size)
+                for key, value in transaction.cursor().iternext():
+                    if not len(key) or len(keys) >= environment.stat()["entries"]:
+                        return f"{file}: damaged: its index has more entries than it says", [], None
+                    found = transaction.get(bytes(key))
+                    if found is None or not (inside(value) and inside(found)):
+                        return f"{file}: damaged: the value of {bytes(key)!r} is not inside the file", [], None
+                    keys.append(bytes(key))
+                length = transaction.get(b"length")
+                return None, keys, None if length is None else bytes(length[:100])
+    except lmdb.Error as error:
+        return f"{path}: not a usable LMDB: {error}", [], None
+    except Exception as error:                             # OSError, MemoryError, ...
+        return f"{path}: cannot be read: {error}", [], None
+
+
+def _bounds(file: Path, size: int):
+    """``inside(buffer)``: whether a value lies within what is mapped of the file; without /proc its ends are read."""
+    inode, ranges = os.stat(file).st_ino, []
+    try:
+        with open("/proc/self/maps") as maps:
+            for line in maps:
+                fields = line.split(maxsplit=5)
+                if len(fields) > 4 and fields[4] == str(inode):
+                    start, offset = int(fields[0].partition("-")[0], 16), int(fields[2], 16)
+                    ranges.append((start, start + size - offset))
+    except (OSError, ValueError):
+        ranges = []
+
+    def inside(buffer) -> bool:
+        if not len(buffer):
+            return True
+        if len(buffer) > min(size, VALUE_LIMIT):
+            return False
+        if not ranges:
+            return bytes((buffer[0], buffer[-1])) is not None
+        start = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+        return any(low <= start and start + len(buffer) <= high for low, high in ranges)
+
+    return inside

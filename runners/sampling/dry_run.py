@@ -1,0 +1,40 @@
+"""Rehearse generate.py: check everything, call the network once, print what the whole request would take."""
+
+import time
+
+import torch
+
+from functions.rng import SeededNoise
+from runners import distributed
+from runners.diffusion import Diffusion
+from utils.table import print_table
+
+
+def dry_run_sampling(job, device: torch.device) -> None:
+    """One network call with one image on every rank, and what the whole ``job`` of generate.py would take."""
+    config, weights, settings, num_images = job.config, job.weights, job.settings, len(job.seeds)
+    diffusion = Diffusion(config, device)
+    if weights:
+        diffusion.load(weights, job.args.model_ema)
+    sampler, noise = diffusion.sampler(settings.model_copy(update={"guidance": None})), SeededNoise([0], device)
+    for turn in range(distributed.world_size() if device.type == "cpu" else 1):
+        if device.type != "cpu" or turn == distributed.rank():
+            x = noise.randn((1, *diffusion.codec.shape))
+            started = time.perf_counter()
+            with torch.no_grad():
+                sampler.conditioned(sampler.labels([0]))(x, sampler.times[0]).x0.sum().item()
+            seconds = time.perf_counter() - started
+        distributed.barrier()
+    if distributed.rank():
+        return
+    calls = sampler.calls * (1 if settings.guidance in (None, 1) else 2)
+    hours = seconds * calls * num_images / distributed.world_size() / 3600
+    print_table({
+        "device": f"{distributed.world_size()} x {device.type}",
+        "weights": f"{weights} ({diffusion.weights.kind}, {diffusion.weights.fingerprint})" if weights else "random",
+        "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
+        "sampler": str(settings),
+        "network calls": f"{calls} for each of {num_images:,} images",
+        "time": f"{seconds:.2f} s for one call with one image; at that rate {hours:.1f} h (batches are faster)",
+        "absent": ", ".join(job.absent) or "nothing",
+    })

@@ -1,0 +1,72 @@
+"""The sampler's flags, the same for every script, and the settings that they make."""
+
+import argparse
+
+from utils.errors import UserError
+
+
+def add_sampler_flags(parser: argparse.ArgumentParser, timesteps: str) -> None:
+    """Flags of ``SamplerSettings``; ``timesteps`` is the default number of steps."""
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--timesteps", default=timesteps, metavar="S", help="number of steps, ddimN, or 10,15,20")
+    group.add_argument("--eta", type=float, default=0.0, help="0 (deterministic) to 1, for generalized")
+    group.add_argument("--sample_type", default="generalized", help="generalized (DDIM), ddpm_noisy (ancestral), heun "
+                       "or euler (EDM), dpmpp_2m (DPM-Solver++)")
+    group.add_argument("--skip_type", help="uniform, quad, leading, linspace, trailing, respace or edm (default: "
+                       "uniform, or edm for continuous noise levels)")
+    group.add_argument("--var_type", default="fixedlarge", help="variance of ddpm_noisy: fixedlarge, fixedsmall, or "
+                       "learned by the network")
+    group.add_argument("--eps_scaler", metavar="B or K,B", help="divide the predicted noise by B, or by K i + B")
+    group.add_argument("--churn", metavar="S[,MIN,MAX,NOISE]", help="EDM's S_churn, S_min, S_max and S_noise, for heun "
+                                                                    "and euler")
+    group.add_argument("--clip_denoised", action=argparse.BooleanOptionalAction,
+                       help="clamp estimates of x0 (default: only for ddpm_noisy)")
+    group.add_argument("--classes", "--class", metavar="LIST", help="labels of a class-conditional network: 3, 0-9 "
+                       "(gone through by seed), random (from the image's own seed), or none (default: random)")
+    group.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1: none")
+    group.add_argument("--guidance_interval", metavar="LOW,HIGH", help="noise levels inside which guidance acts")
+
+
+def sampler_settings(args):
+    """``SamplerSettings`` of parsed flags.
+
+    Raises:
+        UserError: The first flag that is not possible, what was given and what is allowed.
+    """
+    from pydantic import ValidationError
+
+    from configs.sampling import SamplerSettings
+
+    keys = {name: getattr(args, name) for name in SamplerSettings.model_fields if hasattr(args, name)}
+    for name in ("eps_scaler", "churn", "guidance_interval"):
+        if keys.get(name) is not None:
+            keys[name] = numbers(name, keys[name])
+    text = str(keys["timesteps"])
+    keys["timesteps"] = int(text) if text.isdigit() and int(text) > 0 else text
+    try:
+        return SamplerSettings.model_validate(keys)
+    except ValidationError as error:
+        raise UserError(one_line(error)) from None
+
+
+def numbers(name: str, text: str) -> float | tuple[float, ...]:
+    """``"1.017"`` or ``"0.001,1.01"`` as numbers; a single one alone only where the key takes one."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--{name} {text!r} is not a list of numbers such as {EXAMPLES[name]}") from None
+    return found[0] if len(found) == 1 and name == "eps_scaler" else found
+
+
+EXAMPLES = {"eps_scaler": "1.017 or 0.0005,1.01", "churn": "40 or 40,0.05,50,1.003", "guidance_interval": "0.2,5"}
+
+
+def one_line(error) -> str:
+    """The first problem of a pydantic ValidationError about SamplerSettings."""
+    problem = error.errors(include_url=False)[0]
+    flag = f"--{problem['loc'][0]} " if problem["loc"] else ""
+    if problem["type"] == "value_error":
+        return f"--{problem['ctx']['error']}"
+    example = EXAMPLES.get(problem["loc"][0]) if problem["loc"] else None
+    return f"{flag}{problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}" + (
+        f"; such as {example}" if example else "")

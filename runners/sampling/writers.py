@@ -1,0 +1,119 @@
+"""Where generated images go: PNG files, one npz, or nowhere but into the metrics.
+
+A writer is told of batches by the position of their first image in the whole list, and knows which are there already.
+"""
+
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.images import decode
+from runners import distributed
+from runners.sampling.folder import ImageFolder
+from utils.atomic import atomic_path, atomic_write
+from utils.errors import DataError
+from utils.png import save_png
+
+
+class PngWriter:
+    """Encodes on threads while the network works; a batch that is wholly there already is not made again."""
+
+    def __init__(self, folder: ImageFolder, shape: tuple[int, int, int]):
+        self.folder, self.shape, self.pool, self.pending = folder, shape, ThreadPoolExecutor(2), []
+
+    def has(self, start: int, seeds: list[int]) -> bool:
+        return all(self.folder.image(seed).exists() for seed in seeds)
+
+    def write(self, start: int, seeds: list[int], images: Tensor) -> None:
+        self.finish()                                          # at most one batch waits; errors surface here
+        missing = [(seed, image) for seed, image in zip(seeds, images, strict=True)
+                   if not self.folder.image(seed).exists()]
+        self.pending = [self.pool.submit(save_png, image, self.folder.image(seed), False) for seed, image in missing]
+
+    def read(self, start: int, seeds: list[int]) -> Tensor:
+        arrays = [self._decode(self.folder.image(seed)) for seed in seeds]
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+    def _decode(self, path: Path) -> np.ndarray:
+        try:
+            pixels = decode(path.read_bytes(), str(path), self.shape[0], strict=True)
+        except DataError as error:
+            raise DataError(f"{error}; remove it, and it will be made again") from None
+        if pixels.shape[:2] != self.shape[1:]:
+            raise DataError(f"{path}: {pixels.shape[0]}x{pixels.shape[1]} pixels, not {self.shape[1]}x{self.shape[2]}; "
+                            "remove it, and it will be made again")
+        return pixels
+
+    def finish(self) -> None:
+        for future in self.pending:
+            future.result()
+        self.pending = []
+
+    def close(self) -> None:
+        self.finish()
+        self.pool.shutdown()
+
+
+class NpzWriter:
+    """Rows of a memory-mapped array, which rank 0 wraps into ``samples_NxHxWxC.npz`` (key arr_0, as ADM has it)."""
+
+    def __init__(self, folder: Path, count: int, shape: tuple[int, int, int]):
+        c, h, w = shape
+        self.target = folder / f"samples_{count}x{h}x{w}x{c}.npz"
+        self.rows, self.flags = folder / f".{self.target.stem}.npy", folder / f".{self.target.stem}.done.npy"
+        self.finished = self.target.exists()
+        if self.finished:
+            with np.load(self.target) as file:
+                self.array = file["arr_0"]
+            return
+        if distributed.rank() == 0 and not self.flags.exists():
+            np.lib.format.open_memmap(self.rows, "w+", np.uint8, (count, h, w, c)).flush()
+            atomic_write(self.flags, lambda file: np.save(file, np.zeros(count, np.uint8)))
+        distributed.barrier()
+        self.array = np.load(self.rows, mmap_mode="r+")
+        self.done = np.load(self.flags, mmap_mode="r+")
+
+    def has(self, start: int, seeds: list[int]) -> bool:
+        return self.finished or bool(self.done[start:start + len(seeds)].all())
+
+    def write(self, start: int, seeds: list[int], images: Tensor) -> None:
+        self.array[start:start + len(seeds)] = images.permute(0, 2, 3, 1).cpu().numpy()
+        self.done[start:start + len(seeds)] = 1
+
+    def read(self, start: int, seeds: list[int]) -> Tensor:
+        return torch.from_numpy(np.array(self.array[start:start + len(seeds)])).permute(0, 3, 1, 2)
+
+    def close(self) -> None:
+        if self.finished:
+            return
+        self.array.flush()
+        distributed.barrier()
+        if distributed.rank() == 0:
+            with atomic_path(self.target) as temporary, zipfile.ZipFile(temporary, "w") as file:
+                file.write(self.rows, "arr_0.npy")
+            self.rows.unlink()
+            self.flags.unlink()
+
+
+class NoWriter:
+    """Images go to the metrics only."""
+
+    def has(self, start: int, seeds: list[int]) -> bool:
+        return False
+
+    def write(self, start: int, seeds: list[int], images: Tensor) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_writer(name: str, folder: ImageFolder, count: int, shape: tuple[int, int, int]):
+    """The writer of ``--save NAME`` for so many images (C, H, W)."""
+    makers = {"png": lambda: PngWriter(folder, shape), "npz": lambda: NpzWriter(folder.path, count, shape),
+              "none": NoWriter}
+    return makers[name]()

@@ -1,0 +1,203 @@
+"""What one call of ``Diffusion.train`` holds, and what it does between optimizer steps."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import tee
+
+import torch
+from torch import Tensor
+
+from datasets.packed import open_images
+from functions.losses import sequence_aware_loss
+from functions.pixels import to_uint8
+from runners import distributed
+from runners.network import Network, resolve_amp, resolve_compile
+from runners.training.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
+from runners.training.monitor import Monitor
+from runners.training.periodic_fid import PeriodicFid
+from runners.training.plan import Plan
+from runners.training.state import TrainingState
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """The state of a training run and its reports.
+
+    Args:
+        diffusion: Whose network is trained.
+        run: Where everything goes.
+        plan: Batches, shards and steps.
+        images: ImageStore of the training images.
+        signals: Whose vote saves and stops.
+        resume: Continue from the newest checkpoint, if there is one.
+
+    Attributes:
+        network: What a training step differentiates.
+        state: What a training step changes.
+        step: Optimizer steps done, over all calls.
+        event: Outcome of the last vote: 0, Signals.SAVE, or the signal that ends the run.
+    """
+
+    def __init__(self, diffusion, run: RunFolder, plan: Plan, images, signals, resume: bool):
+        training = diffusion.config.training
+        self.diffusion, self.run, self.plan, self.images, self.signals = diffusion, run, plan, images, signals
+        self.training, self.held = training, ExitStack()
+        self.network, self.state = self._prepare()
+        diffusion.averages = self.state.averages
+        stored = self._restore() if resume else {}
+        self.step, self.best = stored.get("step", 0), stored.get("best_fid")
+        self.writer = self.held.enter_context(
+            CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", [])))
+        self.monitor = Monitor(run, plan, diffusion.device, self.step, stored.get("metric_sums"))
+        self.held_out = self._open_held_out()
+        self.fid = PeriodicFid(diffusion.config, diffusion.device) if training.fid_freq else None
+        self.batches = self._batches()
+        self.event, self.line, self.saved_at = 0, {}, time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.held.close()
+
+    @property
+    def goes_on(self) -> bool:
+        return self.step < self.plan.last_step and self.event <= self.signals.SAVE
+
+    # ---------------------------------------------------------------------------------------------------- beginning
+
+    def _prepare(self) -> tuple[Network, TrainingState]:
+        diffusion, training, plan = self.diffusion, self.training, self.plan
+        amp = resolve_amp(training.amp, diffusion.device)
+        state = TrainingState(diffusion.model, diffusion.config, plan.total_steps, plan.global_batch,
+                              loss_scaling=amp is torch.float16)
+        compiled = resolve_compile(training.compile, diffusion.device, plan.last_step)
+        log.info("%d images, %d steps in an epoch, %d in this run; batch %d = %d processes x %d calls x %d images; "
+                 "%s, amp %s, compile %s", plan.num_images, plan.steps_per_epoch, plan.last_step, plan.global_batch,
+                 plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device, amp or "off",
+                 "on" if compiled else "off")
+        return Network(diffusion.model, diffusion.device, amp, compiled=compiled, ddp=plan.world_size > 1,
+                       accumulate=plan.accumulate), state
+
+    def _restore(self) -> dict:
+        """Continue from the newest full state that is whole; an empty dictionary where there is none.
+
+        Raises:
+            UserError: The ranks do not see the same run folder.
+        """
+        found = self.run.load_newest()
+        if len(set(distributed.gather_objects(found and found[0]["step"]))) > 1:
+            raise UserError(f"the ranks find different checkpoints in {self.run.path}; it must lie on a shared file "
+                            "system")
+        if found is None:
+            return {}
+        stored, path = found
+        self.state.load_state_dict(stored)
+        log.info("resumed from %s: step %d, epoch %d", path, stored["step"], stored["epoch"])
+        return stored
+
+    def _open_held_out(self):
+        """ImageStore of the held-out images on rank 0, or None."""
+        if not self.training.validation_freq:
+            return None
+        config, opened = self.diffusion.config, []
+        distributed.on_rank_zero(
+            lambda: opened.append(open_images(config, self.run.datasets, "test", self.diffusion.device)))
+        return opened[0] if opened else None
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(images, labels) of this rank's network calls: uint8 (b, C, H, W), long (b,) or None."""
+        fed, again = tee(self.plan.index_lists(self.step))
+        labels = self.diffusion.labels_of(self.images)
+        for images, indices in zip(self.images.batches(fed), again, strict=False):
+            yield images, None if labels is None else labels[indices.to(labels.device, non_blocking=True)]
+
+    # ------------------------------------------------------------------------------------------- after each step
+
+    def report(self) -> None:
+        """A line of metrics where one is due; stop a run that diverges."""
+        training, step = self.training, self.step
+        last = step == self.plan.last_step
+        if step % training.log_freq == 0 or last:
+            self.line = self.monitor.publish(step, self.state.last_lr)
+        if step % min(training.log_freq, training.max_bad_steps) == 0 or last:
+            self.state.check_divergence(step)
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Plain loss of the averaged weights on held-out images, with the same noise at every call. Rank 0."""
+        if not self.held_out or self.step % self.training.validation_freq:
+            return
+        diffusion, config = self.diffusion, self.diffusion.config
+        denoiser, generator = diffusion.denoiser(), torch.Generator(diffusion.device).manual_seed(0)
+        images, labels = self.held_out, diffusion.labels_of(self.held_out)
+        num, total = min(self.training.validation_num, images.num_images), 0.0
+        chunks = torch.arange(num).split(config.sampling.batch_size)
+        for batch, chosen in zip(images.batches(chunks), chunks, strict=True):
+            x0 = diffusion.codec.encode(batch, generator)
+            t, _ = self.state.times.draw(len(x0), generator)
+            noise = torch.randn((1, *x0.shape), generator=generator, device=x0.device)
+            given = denoiser if labels is None else denoiser.given({"labels": labels[chosen.to(labels.device)]})
+            total += float(sequence_aware_loss(given, x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())
+        self.monitor.scalar("validation_loss", total / num, self.step)
+
+    def measure(self) -> None:
+        """FID of the averaged weights where it is due; the snapshot of the best one is kept. Collective."""
+        if not self.plan.fid_due(self.step, self.training):
+            return
+        results = self.fid.measure(self.diffusion)
+        if self.best is None or results["fid"] < self.best["fid"]:
+            self.best = {"fid": results["fid"], "snapshot": self.snapshot, "step": self.step}
+        if distributed.rank() == 0:
+            self.monitor.scalar("fid", results["fid"], self.step)
+            log.info("%s %.4f; the best so far: %.4f at step %d", results["name"], results["fid"], self.best["fid"],
+                     self.best["step"])
+
+    @property
+    def snapshot(self) -> int | None:
+        """Id of the snapshot to be taken after this step, or None."""
+        return self.plan.snapshot(self.step, self.training)
+
+    def save(self) -> None:
+        """Vote, and write what is due: a snapshot with its grid, or ckpt.pth alone."""
+        snapshot, last = self.snapshot, self.step == self.plan.last_step
+        minutes = self.training.checkpoint_minutes
+        due = distributed.rank() == 0 and 0 < minutes * 60 < time.monotonic() - self.saved_at    # one clock for all
+        self.event = self.signals.vote(due)
+        if due or snapshot is not None:
+            self.saved_at = time.monotonic()
+        if self.event or snapshot is not None or last:
+            full = self.full_state()
+            if distributed.rank() == 0:
+                self.writer.save(full, snapshot)
+            if self.event <= self.signals.SAVE and (snapshot is not None or last):
+                self.draw_grid(snapshot or self.step // self.plan.steps_per_epoch)
+
+    def full_state(self) -> dict:
+        """All that resuming needs. Collective, because the sums of all ranks belong into it.
+
+        Raises:
+            DivergedError: On all ranks alike: a weight or a moment is not finite.
+        """
+        full = {"format_version": FORMAT_VERSION, "config": self.diffusion.config.model_dump(mode="json"),
+                "step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "best_fid": self.best,
+                "metric_sums": self.monitor.state(), "data_fingerprint": self.images.fingerprint,
+                **self.state.state_dict()}
+        refuse_non_finite(full)
+        return full
+
+    def draw_grid(self, epoch: int) -> None:
+        """A picture of samples of the averaged weights from the seeds 0, 1, ... Rank 0."""
+        training = self.training
+        if training.sample_num and distributed.rank() == 0:
+            batches = self.diffusion.sample(range(training.sample_num), timesteps=training.sample_timesteps)
+            self.monitor.grid(to_uint8(torch.cat([batch.images for batch in batches])), epoch, self.step)
+
+    def finish(self) -> None:
+        """Close the reports, wait for the last write. Collective."""
+        self.monitor.close()
+        distributed.on_rank_zero(self.writer.close)

@@ -1,0 +1,52 @@
+"""Files of strangers: regular ones of a stated size, read without waiting for what lies behind a link or a pipe."""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from utils.errors import DataError
+
+MIB = 1 << 20
+
+
+def open_regular(path: str | Path, limit: int | None = None, what: str = "file") -> BinaryIO:
+    """Open a regular file for reading; a pipe, a device or a folder is refused at once.
+
+    Args:
+        path: The file; links are followed.
+        limit: Most bytes that it may have.
+        what: What it is, for the message about the limit.
+
+    Raises:
+        DataError: Missing, unreadable, of another kind, or larger than ``limit``.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)       # a pipe without a writer: no wait
+    except (OSError, ValueError) as error:                                             # ValueError: a null byte
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    info = os.fstat(descriptor)
+    problem = None
+    if not stat.S_ISREG(info.st_mode):
+        problem = "is not a file but a " + _kind(info.st_mode)
+    elif limit is not None and info.st_size > limit:
+        problem = f"{info.st_size / MIB:,.1f} MiB: a {what} may have {limit / MIB:,.3g} MiB at most"
+    if problem:
+        os.close(descriptor)
+        raise DataError(f"{path}: {problem}")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str | Path, limit: int, what: str = "file") -> bytes:
+    """All bytes of a regular file, at most ``limit``, even if it grows meanwhile. Raises DataError as above."""
+    with open_regular(path, limit, what) as file:
+        try:
+            return file.read(limit)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFCHR: "device", stat.S_IFBLK: "device",
+             stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "special file")
