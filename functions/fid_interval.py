@@ -25,11 +25,13 @@ real numbers)
 
 and the k-th term belongs to v_k, so that J exceeds the variance by the integral of 2 (xi/(1 - xi) + log(1 - xi)), and
 by 2 tr S^2/n^2, which is v_2 of |m - mu|^2. What single images decide, J measures on the features as they are, normal
-or not.
+or not. Few images decide much where n is small, and J is then uncertain itself: the interval takes Student's t with
+2 n/(kurtosis of the T_i - 1) degrees of freedom, fewer by what the subtraction leaves of J.
 """
 
 import math
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +41,13 @@ from functions.frechet import covariance_root
 NODES = 96                   # of the integrals over log s, whose error falls as exp(-10/spacing)
 MARGIN = 12.0                # in log s, beyond the roots of the eigenvalues: what is left out is e^-12 of the rest
 BLOCK = 4096                 # rows at a time
+LEAST_FREEDOM = 4.0
+
+
+class Spread(NamedTuple):
+    distance: float                 # of the features given
+    error: float                    # standard error of it
+    freedom: float                  # degrees of freedom that the error was estimated with
 
 
 def frechet_interval(features, mu, sigma, *, level: float = 0.95) -> tuple[float, float]:
@@ -47,17 +56,23 @@ def frechet_interval(features, mu, sigma, *, level: float = 0.95) -> tuple[float
     Args:
         features: (n, D), n at least 4.
         mu, sigma: Reference, (D,) and (D, D), held fixed.
-        level: Coverage; of the normal distribution.
+        level: Coverage.
 
     Returns:
         Lower and upper end.
     """
-    distance, error = frechet_error(features, mu, sigma)
-    reach = NormalDist().inv_cdf((1 + level) / 2) * error
-    return distance - reach, distance + reach
+    spread = frechet_spread(features, mu, sigma)
+    reach = student((1 + level) / 2, spread.freedom) * spread.error
+    return spread.distance - reach, spread.distance + reach
 
 
-def frechet_error(features, mu, sigma) -> tuple[float, float]:
+def student(probability: float, freedom: float) -> float:
+    """Quantile of Student's t by Fisher & Cornish 1960, to 1% from 4 degrees of freedom on and 95% or less."""
+    z = NormalDist().inv_cdf(probability)
+    return z + (z ** 3 + z) / (4 * freedom) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)
+
+
+def frechet_spread(features, mu, sigma) -> Spread:
     """The Frechet distance of ``features`` to N(mu, sigma) and its standard error; arguments as ``frechet_interval``.
 
     Raises:
@@ -86,10 +101,12 @@ def frechet_error(features, mu, sigma) -> tuple[float, float]:
     distance = float((mean - mu).square().sum() + trace + root.square().sum() - 2 * cross)
     own = ((n - 1) * trace - n / (n - 1) * norm) / (n - 2)                     # tr S without image i
     without = off_mean + own - 2 * math.sqrt((n - 1) / (n - 2)) * (cross + loss)
-    jackknife = float((without - without.mean()).square().sum()) * (n - 1) / n
+    squares = (without - without.mean()).square()
+    jackknife = float(squares.sum()) * (n - 1) / n
     pairs = ((n - 1) ** 2 * square - fourth) / (n * (n - 1))                   # tr S^2, free of its bias at small n
-    variance = jackknife - _excess(eigenvalues, n - 1, s, step) - 2 * pairs / n ** 2
-    return distance, math.sqrt(max(variance, 0.0))
+    variance = max(jackknife - _excess(eigenvalues, n - 1, s, step) - 2 * pairs / n ** 2, 0.0)
+    uncertain = float(squares.var()) / n * (n - 1) ** 2                        # the variance of J
+    return Spread(distance, math.sqrt(variance), max(2 * variance ** 2 / max(uncertain, 1e-300), LEAST_FREEDOM))
 
 
 def _few(x: Tensor, mean: Tensor, root: Tensor):
@@ -117,7 +134,7 @@ def _many(x: Tensor, mean: Tensor, root: Tensor):
 
 def _positive(eigenvalues: Tensor) -> Tensor:
     """Rounding leaves zeros a little below zero; a floor far below the largest changes no integral."""
-    return eigenvalues.clamp(min=max(float(eigenvalues[-1]), 1e-300) * 1e-15)
+    return eigenvalues.clamp(min=max(float(eigenvalues[-1]), 1e-100) * 1e-15)
 
 
 def _nodes(eigenvalues: Tensor) -> tuple[Tensor, float]:
@@ -129,10 +146,12 @@ def _nodes(eigenvalues: Tensor) -> tuple[Tensor, float]:
 
 def _excess(eigenvalues: Tensor, samples: int, s: Tensor, step: float) -> float:
     """What the jackknife counts too much in the variance of 2 tr A^(1/2): 4 sum_k (k - 1) v_k."""
-    share = 1 / (1 + eigenvalues[:, None] / s ** 2)                            # s^2/(l_j + s^2), (r, NODES)
-    zeros = samples - len(eigenvalues)
-    g = (share.sum(0) + zeros) / samples                                       # s^2 g(s)
-    one_less_xi = g[:, None] * g / ((share.T @ share + zeros) / samples)       # (NODES, NODES)
-    xi = (1 - one_less_xi).clamp(min=0)
-    density = 2 * (xi / one_less_xi + one_less_xi.log())
+    companion = torch.cat([eigenvalues.new_zeros(samples - len(eigenvalues)), eigenvalues])[:, None]
+    high, low = s ** 2 / (companion + s ** 2), companion / (companion + s ** 2)            # (N, NODES); 1 together
+    # xi from differences of the smaller of the two: at the ends of the integrals, 1 less a rounded number is noise.
+    small = torch.where(high.mean(0) < 0.5, high, -low)
+    small = small - small.mean(0)
+    squares = high.T @ high                                                                # (NODES, NODES)
+    xi, rest = small.T @ small / squares, high.mean(0)[:, None] * high.sum(0) / squares    # rest = 1 - xi
+    density = 2 * (xi / rest + torch.where(xi < 0.5, torch.log1p(-xi.clamp(max=0.5)), rest.log()))
     return float(4 / math.pi ** 2 * (s[:, None] * s * density).sum()) * step ** 2

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +18,7 @@ from configs.schema import Config
 from datasets.arrays import npz_array, npz_keys
 from datasets.files import ImageFiles
 from datasets.images import image_size
-from datasets.specs import read_any
+from datasets.specs import open_any
 from runners.distributed import on_rank_zero, rank, world_size
 from runners.evaluation.references import config_provenance
 from utils.atomic import atomic_write
@@ -63,7 +62,7 @@ class FileSource:
 
     def _open(self):
         """RGB, except that an array of grey images stays grey, which the network takes too."""
-        grey, rgb = (read_any(self.path, SimpleNamespace(channels=channels), "train") for channels in (1, 3))
+        grey, rgb = (open_any(self.path, channels) for channels in (1, 3))
         if isinstance(rgb, ImageFiles):
             return rgb
         try:
