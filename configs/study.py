@@ -24,8 +24,8 @@ def _usable_as_folder(name: str) -> str:
 
 RunName = Annotated[str, AfterValidator(_usable_as_folder)]
 Overrides = dict[str, Any]
-
 MetricName = Literal["fid", "sfid", "kid", "is", "is_blocks", "pr", "digits_fd", "digits_unsure"]
+
 
 class Sampler(SamplerSettings):
     """A way to sample, and what it is applied to: one cell for each run, seed, number of images and number of steps.

@@ -50,18 +50,20 @@ class Spread(NamedTuple):
     freedom: float                  # degrees of freedom that the error was estimated with
 
 
-def frechet_interval(features, mu, sigma, *, level: float = 0.95) -> tuple[float, float]:
+def frechet_interval(features, mu, sigma=None, *, root: Tensor | None = None,
+                     level: float = 0.95) -> tuple[float, float]:
     """Interval for the expectation of the Frechet distance of so many features to N(mu, sigma), about the one observed.
 
     Args:
         features: (n, D), n at least 4.
         mu, sigma: Reference, (D,) and (D, D), held fixed.
+        root: ``covariance_root(sigma)`` instead of ``sigma``, for many intervals to one reference.
         level: Coverage.
 
     Returns:
         Lower and upper end.
     """
-    spread = frechet_spread(features, mu, sigma)
+    spread = frechet_spread(features, mu, sigma, root=root)
     reach = student((1 + level) / 2, spread.freedom) * spread.error
     return spread.distance - reach, spread.distance + reach
 
@@ -72,7 +74,7 @@ def student(probability: float, freedom: float) -> float:
     return z + (z ** 3 + z) / (4 * freedom) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)
 
 
-def frechet_spread(features, mu, sigma) -> Spread:
+def frechet_spread(features, mu, sigma=None, *, root: Tensor | None = None) -> Spread:
     """The Frechet distance of ``features`` to N(mu, sigma) and its standard error; arguments as ``frechet_interval``.
 
     Raises:
@@ -83,7 +85,7 @@ def frechet_spread(features, mu, sigma) -> Spread:
     if n < 4:
         raise ValueError(f"a standard error of FID needs at least 4 features, {n} given")
     x, mean = x.cpu(), x.double().mean(0).cpu()                                # (n, D), (D,)
-    root = covariance_root(sigma)                                              # B, (D, k)
+    root = covariance_root(sigma) if root is None else root                    # B, (D, k)
     if n <= root.shape[1]:
         eigenvalues, parts, square = _few(x, mean, root)
     else:

@@ -71,7 +71,8 @@ def _distance(measured: Measured, mean, cov, count: int | None) -> float:
 def _fid(measured, reference, evaluation) -> dict:
     found = {"fid": _distance(measured["pool"], reference.mean, reference.cov, reference.count)}
     if evaluation.interval:
-        found["fid_interval_95"] = list(frechet_interval(measured["pool"].features, reference.mean, reference.cov))
+        interval = frechet_interval(measured["pool"].features, reference.mean, root=reference.root)
+        found["fid_interval_95"] = list(interval)
     return found
 
 

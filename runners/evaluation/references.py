@@ -14,6 +14,7 @@ import numpy as np
 from configs.schema import Config
 from datasets.arrays import npz_keys
 from datasets.specs import DATASETS
+from functions.frechet import covariance_root
 from runners.evaluation.outputs import check_output
 from runners.evaluation.statistics_files import read_features, read_spatial, read_statistics
 from utils.atomic import atomic_write
@@ -71,6 +72,11 @@ class Reference:
     def spatial(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean (2023,) and covariance of the features of sFID, if the file has them. Read when first asked for."""
         return None if self.path is None else read_spatial(self.path, SPATIAL_DIM)
+
+    @cached_property
+    def root(self):
+        """``covariance_root`` of the covariance, for many intervals to one reference."""
+        return covariance_root(self.cov)
 
     @property
     def has_images(self) -> bool:

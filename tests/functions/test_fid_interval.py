@@ -52,12 +52,10 @@ def test_the_error_of_one_number_is_the_textbooks():
 @pytest.mark.parametrize("shift", [0.0, 0.4])                               # no distance at all, and a real one
 def test_the_error_is_the_spread_over_fresh_sets(count, shift):
     """Normal features of 60 dimensions below, at and above their rank: coverage and size over 300 sets."""
-    mu, sigma, root = torch.zeros(DIM), torch.diag(SCALES ** 2), torch.diag(SCALES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fid_interval, "covariance_root", lambda _: root)      # the same each time
-        sets = [draw(count, seed, shift) for seed in range(300)]
-        values = np.array([frechet_spread(features, mu, sigma) for features in sets])
-        low, high = np.array([frechet_interval(features, mu, sigma) for features in sets]).T
+    mu, root = torch.zeros(DIM), torch.diag(SCALES)
+    sets = [draw(count, seed, shift) for seed in range(300)]
+    values = np.array([frechet_spread(features, mu, root=root) for features in sets])
+    low, high = np.array([frechet_interval(features, mu, root=root) for features in sets]).T
     assert 0.85 < values[:, 1].mean() / values[:, 0].std() < 1.15
     expectation = values[:, 0].mean()
     assert 0.91 < ((low < expectation) & (expectation < high)).mean() < 0.98
