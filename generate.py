@@ -47,8 +47,9 @@ def parse(argv):
     fid.add_argument("--fid_stats", metavar="FILE", help="reference statistics (default: sampling.fid_stats); "
                                                          "auto: make them from the data set if they are missing")
     fid.add_argument("--inception_weights", metavar="FILE", help="weights of the feature network")
-    fid.add_argument("--metrics", default="fid", help="comma list of fid, kid, is, pr")
-    fid.add_argument("--bootstrap", type=natural, default=0, metavar="N", help="95%% interval of FID, N resamples")
+    fid.add_argument("--metrics", default="fid",
+                     help="comma list of fid,sfid,kid,is,is_blocks,pr,digits_fd,digits_unsure")
+    fid.add_argument("--interval", action="store_true", help="95%% interval for the FID of so many images")
     fid.add_argument("--force", action="store_true", help="compare with a reference that was made for something else")
     fid.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid")
     parser.add_argument("--dry_run", action="store_true", help="check everything, call the network once; write nothing")
@@ -170,7 +171,7 @@ def open_evaluation(job, device):
     """The metrics, with their reference, or None; ``--fid_stats auto`` makes a reference that is missing."""
     from models.inception import load_inception
     from runners.distributed import on_rank_zero
-    from runners.evaluation.metrics import Evaluation, make_reference
+    from runners.evaluation.metrics import Evaluation, complete_reference, make_reference, needs
 
     args = job.args
     if not args.fid:
@@ -178,11 +179,11 @@ def open_evaluation(job, device):
     missing = on_rank_zero(lambda: job.reference() is None)
     net = load_inception(args.inception_weights, device, args.preprocess)
     if missing:
-        reference = make_reference(job.config, net, root=job.run.datasets,
-                                   keep_features=bool({"kid", "pr"} & set(job.metrics)))
+        reference = make_reference(job.config, net, root=job.run.datasets, **needs(job.metrics))
     else:
         reference = job.reference()
-    return Evaluation(reference, net, job.metrics, bootstrap=args.bootstrap)
+        complete_reference(reference, net, job.metrics)
+    return Evaluation(reference, net, job.metrics, interval=args.interval)
 
 
 def report(job, diffusion, sampler, results, seconds):

@@ -8,6 +8,7 @@ from functions.rng import parse_seeds
 from functions.schedule import make_schedule
 from models import make_codec
 from runners.cli import run_folder, safe_name
+from runners.evaluation.logs import json_log
 from runners.evaluation.references import MissingReference, find_reference
 from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
@@ -33,8 +34,7 @@ class SamplingJob:
         self.folder = ImageFolder(folder, args.subdirs)
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
-        if self.fid_log.suffix == ".jsonl":
-            raise UserError(f"--fid_log {self.fid_log}: name the text file, such as fid.txt; its .jsonl follows")
+        json_log(self.fid_log)                               # refuses a name that is the JSON file's own
         self._check_sampler()
 
     def _configure(self):

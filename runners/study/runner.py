@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 OWN_KEYS = {"training.snapshot_unit": "steps", "training.snapshot_freq": 10**9, "training.sample_num": 0,
             "training.fid_freq": 0, "training.keep_last": None}
 # Cells with different values of these do not belong into one table.
-KEPT = ("num_images", "metrics", "bootstrap", "fid_stats", "reference_images", "fit_images", "grid")
+KEPT = ("num_images", "metrics", "interval", "fid_stats", "reference_images", "fit_images", "grid")
 DECIDE_A_RUN = {**dict.fromkeys(("model", "diffusion", "loss", "optim")),
                 "training": tuple(set(Training.model_fields) - {"log_freq", "checkpoint_minutes", "compile",
                                                                 "activation_checkpointing"}),
@@ -252,7 +252,7 @@ class StudyRunner:
         if distributed.on_rank_zero(lambda: job.reference() is None):
             log.info("making %s", job.folder / "reference.npz")
             make_reference(job.any_config, self.net, job.folder / "reference.npz", root=job.datasets,
-                           num=study.reference_images, keep_features=True)
+                           num=study.reference_images, keep_features=True, spatial="sfid" in study.metrics)
         self.reference = job.reference()
         Evaluation(self.reference, self.net, study.metrics)        # refuses what does not fit
 
@@ -273,7 +273,7 @@ class StudyRunner:
         """Sample, compare with the reference, append the line of ``cell``; returns its numbers."""
         study, started = self.job.study, time.perf_counter()
         sampler, fit = self._resolve(cell, diffusion)
-        evaluation = Evaluation(self.reference, self.net, study.metrics, bootstrap=study.bootstrap)
+        evaluation = Evaluation(self.reference, self.net, study.metrics, interval=study.interval)
         seeds, batch_size = range(study.num_images), diffusion.config.sampling.batch_size
         made = generate_and_measure(sampler, seeds, batch_size, evaluation=evaluation, keep=study.grid,
                                     between=self._stop_if_told)
