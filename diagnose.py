@@ -69,7 +69,7 @@ class Job:
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
         for config, _ in self.runs.values():
             self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
-                                        config.model.num_labels)
+                                        config.model.num_labels, learns_variance=config.model.learns_variance)
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()
