@@ -1,0 +1,185 @@
+"""The noise levels that EDM's family trains and samples at (Karras et al., 2206.00364, table 1 and appendix C).
+
+Notation: s noise level sigma; S sampling steps; i = 0..S-1 counts from the highest level down, as in the paper. Lists
+come out ascending, as samplers here take them.
+
+    edm     s_i = (s_max^(1/rho) + i/(S - 1) (s_min^(1/rho) - s_max^(1/rho)))^rho                              eq. 5
+    ve      s_i = s_max (s_min/s_max)^(i/(S - 1))
+    vp      s_i = s(1 + i/(S - 1) (epsilon_s - 1)),  s(t) = sqrt(exp(beta_d t^2/2 + beta_min t) - 1)
+    iddpm   every so many of the levels u_j of Nichol & Dhariwal's cosine chain
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import cache
+from math import expm1, inf, log1p, pi, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BETA_D, BETA_MIN = 19.9, 0.1         # of VP; DDPM's linear betas 1e-4 to 0.02 in continuous time
+EPSILON_T = 1e-5                     # the lowest VP time of training
+EPSILON_S = 1e-3                     # and of sampling
+SIGMA_MIN_VE, SIGMA_MAX_VE = 0.02, 100.0
+M, C_1, C_2 = 1000, 0.001, 0.008     # steps of iDDPM's chain, the largest beta's complement, the cosine's offset
+
+# ---------------------------------------------------------------------------------------------------------- VP, iDDPM
+
+
+def vp_sigma(t: Tensor, beta_d: float = BETA_D, beta_min: float = BETA_MIN) -> Tensor:
+    """s(t) at t in [0, 1], in the type of t."""
+    return torch.expm1(0.5 * beta_d * t**2 + beta_min * t).sqrt()
+
+
+def vp_time(sigma: Tensor, beta_d: float = BETA_D, beta_min: float = BETA_MIN) -> Tensor:
+    """The t of s(t). In float32 its last bits are seen by published networks, so the order of operations is theirs."""
+    return ((beta_min**2 + 2 * beta_d * (1 + sigma**2).log()).sqrt() - beta_min) / beta_d
+
+
+def vp_betas(sigma_min: float, sigma_max: float, epsilon_s: float = EPSILON_S) -> tuple[float, float]:
+    """The (beta_d, beta_min) whose levels run from ``sigma_min`` at epsilon_s to ``sigma_max`` at 1.
+
+    Raises:
+        ValueError: There are none: beta_d would be negative.
+    """
+    low, high = log1p(sigma_min**2), log1p(sigma_max**2)
+    if low >= epsilon_s * high:
+        limit = sqrt(expm1(epsilon_s * high))
+        raise ValueError(f"sigma_min {sigma_min:g} is too high for the vp levels up to {sigma_max:g}: it must stay "
+                         f"below {limit:.4g}; lower it, or take the edm levels")
+    beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
+    return beta_d, high - beta_d / 2
+
+
+@cache
+def iddpm_chain(dtype=np.float32, c_1: float = C_1, c_2: float = C_2) -> tuple[float, ...]:
+    """u_0 .. u_M, falling from 20291 to 0:  u_M = 0,  u_{j-1} = sqrt((u_j^2 + 1)/max(abar(j-1)/abar(j), C_1) - 1),
+    abar(j) = sin^2(pi j/(2 M (1 + C_2))).
+
+    abar is rounded to float32, as in the published programs; networks hold the float32 table, the step list the other.
+
+    Args:
+        dtype: NumPy's float32 or float64, in which u is computed.
+    """
+    angle = torch.arange(M + 1, dtype=torch.float32) * (0.5 * pi) / M / (c_2 + 1)
+    ratio = ((angle[:-1].sin()**2) / (angle[1:].sin()**2)).clamp(min=c_1).numpy()
+    u = [dtype(0)]
+    for value in ratio[::-1]:
+        u.append(np.sqrt((u[-1]**2 + dtype(1)) / dtype(value) - dtype(1)))
+    return tuple(float(value) for value in u[::-1])
+
+
+def nearest(levels, level: float) -> float:
+    """The member of a falling sequence that is nearest to ``level``."""
+    at = bisect_left(levels, -level, key=lambda value: -value)
+    return min(levels[max(at - 1, 0):at + 1], key=lambda value: abs(value - level))
+
+
+# --------------------------------------------------------------------------------------------------------- step lists
+
+
+def _fractions(num_steps: int) -> np.ndarray:
+    return np.linspace(0, 1, num_steps)                                     # i/(S - 1); S = 1: the highest level
+
+
+def rho_levels(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[float]:
+    low, high = sigma_min**(1 / rho), sigma_max**(1 / rho)
+    return _ascending((high + _fractions(num_steps) * (low - high))**rho)
+
+
+def ve_levels(num_steps: int, sigma_min: float, sigma_max: float) -> list[float]:
+    return _ascending(sigma_max * (sigma_min / sigma_max)**_fractions(num_steps))
+
+
+def vp_levels(num_steps: int, sigma_min: float, sigma_max: float) -> list[float]:
+    """Raises ValueError as ``vp_betas``."""
+    times = torch.from_numpy(1 + _fractions(num_steps) * (EPSILON_S - 1))
+    return _ascending(vp_sigma(times, *vp_betas(sigma_min, sigma_max)).numpy())
+
+
+def iddpm_levels(num_steps: int, sigma_min: float, sigma_max: float) -> list[float]:
+    """Raises ValueError if the chain has no level in [sigma_min, sigma_max]."""
+    inside = [u for u in iddpm_chain(np.float64) if sigma_min <= u <= sigma_max]
+    if not inside:
+        raise ValueError(f"iDDPM's chain has no level from {sigma_min:g} to {sigma_max:g}; widen the range")
+    return _ascending(np.array(inside)[np.round((len(inside) - 1) * _fractions(num_steps)).astype(int)])
+
+
+def _ascending(levels: np.ndarray) -> list[float]:
+    return levels[::-1].tolist()
+
+
+LEVELS: dict[str, Callable] = {"edm": rho_levels, "ve": ve_levels, "vp": vp_levels, "iddpm": iddpm_levels}
+
+# (sigma_min, sigma_max) where nobody says otherwise. The vp range is s(epsilon_s) to s(1).
+RANGES = {"edm": (0.002, 80.0), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0),
+          "vp": (sqrt(expm1(0.5 * BETA_D * EPSILON_S**2 + BETA_MIN * EPSILON_S)), sqrt(expm1(0.5 * BETA_D + BETA_MIN)))}
+
+
+def sampling_levels(num_steps: int, spacing: str = "edm", *, sigma_min: float | None = None,
+                    sigma_max: float | None = None, rho: float = 7.0, prediction=None) -> list[float]:
+    """The levels of a sampling chain, ascending and distinct; after the lowest comes the image.
+
+    Args:
+        num_steps: S, at least 1; 1 gives the highest level. The result is shorter where levels coincide, which those
+            of iDDPM can.
+        spacing: Name in ``LEVELS``.
+        sigma_min, sigma_max: Range; default: ``RANGES``.
+        rho: Of ``edm``.
+        prediction: Of the network: its own range limits the list, and its ``round`` moves each level to one that it
+            knows.
+
+    Raises:
+        ValueError: An unknown spacing, no step, an empty range, or one that the spacing cannot have.
+    """
+    if spacing not in LEVELS:
+        raise ValueError(f"spacing {spacing!r} is unknown; known: {', '.join(sorted(LEVELS))}")
+    if num_steps < 1:
+        raise ValueError(f"{num_steps} sampling steps are not possible; give at least 1")
+    low, high = (default if given is None else given
+                 for given, default in zip((sigma_min, sigma_max), RANGES[spacing], strict=True))
+    low, high = max(low, getattr(prediction, "sigma_min", 0.0)), min(high, getattr(prediction, "sigma_max", inf))
+    if not 0 < low < high:
+        raise ValueError(f"noise levels from {low:g} to {high:g} are no range; sigma_min must be above 0 and below "
+                         "sigma_max")
+    options = {"rho": rho} if spacing == "edm" else {}
+    levels = LEVELS[spacing](num_steps, low, high, **options)
+    return sorted({prediction.round(level) if prediction else level for level in levels})
+
+
+# ------------------------------------------------------------------------------------------------------ training times
+# From standard normal or uniform draws to levels, in the type of the draws.
+
+
+def lognormal_sigma(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    return (mean + std * normal).exp()
+
+
+def vp_training_sigma(uniform: Tensor, beta_d: float = BETA_D, beta_min: float = BETA_MIN) -> Tensor:
+    return vp_sigma(1 + uniform * (EPSILON_T - 1), beta_d, beta_min)
+
+
+def ve_training_sigma(uniform: Tensor, sigma_min: float = SIGMA_MIN_VE, sigma_max: float = SIGMA_MAX_VE) -> Tensor:
+    return sigma_min * (sigma_max / sigma_min)**uniform
+
+
+DRAWS: dict[str, tuple[Callable, Callable]] = {"lognormal": (torch.randn, lognormal_sigma),
+                                               "vp": (torch.rand, vp_training_sigma),
+                                               "ve": (torch.rand, ve_training_sigma)}
+
+
+def training_levels(kind: str, batch_size: int, generator: torch.Generator, **constants) -> tuple[Tensor, Tensor]:
+    """The levels of a training batch, and the importance weight of each: 1, since a loss on the raw output of a
+    preconditioned network has EDM's weighting already.
+
+    Args:
+        kind: Name in ``DRAWS``.
+        constants: Those of the function that stands there.
+
+    Returns:
+        float32 (batch_size,) twice, on the generator's device.
+    """
+    draw, level_of = DRAWS[kind]
+    levels = level_of(draw(batch_size, generator=generator, device=generator.device), **constants)
+    return levels, torch.ones_like(levels)
