@@ -65,13 +65,28 @@ class _Machine:
         if type(target) is not kind:
             raise ValueError(f"it adds to a {type(target).__name__} as if it were a {kind.__name__}")
         if kind is dict:
-            target.update(zip(items[::2], items[1::2], strict=True))
+            target.update(plain_dict(zip(items[::2], items[1::2], strict=True)))
         else:
-            (target.extend if kind is list else target.update)(items)
+            (target.extend if kind is list else target.update)(items if kind is list else plain_set(items))
 
     def mark(self) -> None:
         self.below.append(self.stack)
         self.stack = []
+
+
+def plain_dict(items=()) -> dict:
+    """What ``collections.OrderedDict`` and its kin mean: a dictionary, from pairs."""
+    pairs = [(key, value) for key, value in items]
+    plain_set(key for key, _ in pairs)
+    return dict(pairs)
+
+
+def plain_set(items=()) -> set:
+    """What ``set`` means. Hashing a tuple that is nested 150,000 deep would overflow the stack."""
+    items = list(items)
+    if not all(isinstance(item, str | bytes | int | float | None) for item in items):
+        raise ValueError("it holds a key that is neither text nor a number")
+    return set(items)
 
 
 def _push(machine: _Machine, value) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from models.formats.common import State
 from utils.errors import DataError
-from utils.pickle_data import Name, Record, read_pickle
+from utils.files import open_regular
+from utils.pickle_data import Name, Record, plain_dict, plain_set, read_pickle
 
 MAX_MODULES = 10_000                            # the largest published network has 500
 ZIP_MAGIC = b"PK\x03\x04"
@@ -74,16 +75,14 @@ def read_snapshot(path: str | Path) -> Snapshot:
         DataError: No such file, broken, or it asks for anything beyond plain values, tensors and EDM's objects.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
+    with open_regular(path) as file:
+        try:
             is_zip = file.read(4) == ZIP_MAGIC
             file.seek(0)
             return _training_state(path, file) if is_zip else _snapshot(path, file)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception as error:                # a broken file raises anything: KeyError, TypeError, MemoryError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not loaded as a network of EDM, nothing in it was run: {reason}") from None
+        except Exception as error:            # a broken file raises anything: KeyError, TypeError, MemoryError, ...
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{path}: not loaded as a network of EDM, nothing in it was run: {reason}") from None
 
 
 def _snapshot(path: Path, file: BinaryIO) -> Snapshot:
@@ -275,9 +274,9 @@ NAMES = {
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch.storage._load_from_bytes": _storage,
-    "collections.OrderedDict": dict,
-    "dnnlib.util.EasyDict": dict,
-    "__builtin__.set": set,                     # this and the next: as torch.save's older protocol writes them
+    "collections.OrderedDict": plain_dict,
+    "dnnlib.util.EasyDict": plain_dict,
+    "__builtin__.set": plain_set,                     # this and the next: as torch.save's older protocol writes them
     "_codecs.encode": lambda text, _: text.encode("latin1"),
     "numpy.dtype": _NumpyType,
     **dict.fromkeys(NUMPY, _scalar),

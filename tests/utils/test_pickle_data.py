@@ -9,7 +9,7 @@ import struct
 
 import pytest
 
-from utils.pickle_data import Record, read_pickle
+from utils.pickle_data import Record, plain_set, read_pickle
 
 
 def read(value, names=None, protocol=4):
@@ -90,6 +90,14 @@ class Box(Record):
 def test_what_no_plain_value_needs_ends_the_reading(parts, message):
     with pytest.raises(ValueError, match=message):
         read_pickle(program(*parts), {"a.box": Box})
+
+
+@pytest.mark.parametrize("end", [("NONE", "SETITEM"), ("TUPLE1", "REDUCE")])
+def test_a_key_nested_200_000_deep_is_never_hashed(end):
+    deep = (b")" + b"\x85" * 200_000,)                         # EMPTY_TUPLE, then TUPLE1 again and again
+    begin = ("EMPTY_DICT",) if end[0] == "NONE" else ("GLOBAL", b"a\nset\n")
+    with pytest.raises(ValueError, match="neither text nor a number"):
+        read_pickle(program(*begin, *deep, *end, "STOP"), {"a.set": plain_set})
 
 
 def test_a_put_at_a_huge_place_takes_no_memory():
