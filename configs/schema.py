@@ -119,7 +119,7 @@ def validate(raw: dict, where: str) -> Config:
             problem["loc"] = _without_arch(problem["loc"])
             by_key.setdefault(problem["loc"][:2], problem)
         # Unknown keys first: a misspelt one is often why another is missing.
-        known = [*dotted_keys(), *Config.model_fields]
+        known = [*dotted_keys(_arch(raw)), *Config.model_fields]
         problems = [describe(p, known) for p in sorted(by_key.values(), key=lambda p: p["type"] != "extra_forbidden")]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{where}: {problems[0]}{more}") from None
@@ -144,10 +144,17 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
             yield name, field.annotation
 
 
-def dotted_keys() -> dict[str, tuple]:
-    """``{"data.dataset": (annotation, default, help), ...}`` of every key."""
+def dotted_keys(arch: str | None = None) -> dict[str, tuple]:
+    """``{"data.dataset": (annotation, default, help), ...}`` of every key, or of those that go with one arch."""
     return {f"{name}.{key}": (field.annotation, field.get_default(), field.description)
-            for name, section in sections() for key, field in section.model_fields.items()}
+            for name, section in sections() if name != "model" or arch not in NETWORKS or section is NETWORKS[arch]
+            for key, field in section.model_fields.items()}
+
+
+def _arch(raw: dict) -> str | None:
+    model = raw.get("model") if isinstance(raw, dict) else None
+    arch = model.get("arch", "unet") if isinstance(model, dict) else None
+    return arch if isinstance(arch, str) else None
 
 
 def documentation() -> str:

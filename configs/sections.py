@@ -62,11 +62,17 @@ class Data(Section):
         return self
 
 
+PRECONDITIONED = ("edm", "vp", "ve", "iddpm")
+NO_PURE_NOISE = ("epsilon", *PRECONDITIONED)                # from these no image follows where alpha is 0
+CONSTANTS = {"sigma_data": ["edm"], "beta_d": ["vp"], "beta_min": ["vp"]}
+
+
 class DiffusionSection(Section):
     schedule: Literal["discrete", "sigma", "flow"] = "discrete"
     """discrete: DDPM's steps; sigma: EDM's continuous noise levels; flow: rectified flow."""
-    prediction: Literal["epsilon", "v_prediction", "sample", "flow"] = "epsilon"
-    """What the network's output is: the noise, v, the image, or noise minus image."""
+    prediction: Literal["epsilon", "v_prediction", "sample", "flow", "edm", "vp", "ve", "iddpm"] = "epsilon"
+    """What the network's output is: the noise, v, the image, or noise minus image; or EDM's preconditioning of it
+    (2206.00364, table 1)."""
     beta_schedule: Literal["linear", "quad", "const", "jsd", "sigmoid", "cosine", "adm_linear", "scaled_linear"] = \
         "linear"
     """Of a discrete schedule: DDIM's five, Nichol & Dhariwal's cosine, guided-diffusion's linear (adm_linear, scaled
@@ -85,10 +91,17 @@ class DiffusionSection(Section):
     """The chain ends at the clean image; false: at abar_0, as some of diffusers' scheduler files have it."""
     rescale_timesteps: bool = False
     """The network is told t * 1000 / T, as improved-diffusion's option has it."""
-    sigma_min: Positive = 0.002
-    """Lowest training level of the sigma schedule."""
-    sigma_max: Positive = 80.0
-    """Highest training level of the sigma schedule, where its chains start."""
+    sigma_data: Positive | None = None
+    """Standard deviation of the data in edm's preconditioning; none: 0.5."""
+    beta_d: Positive | None = None
+    """Slope of vp's betas; none: 19.9."""
+    beta_min: Positive | None = None
+    """First of vp's betas; none: 0.1."""
+    sigma_min: Positive | None = None
+    """Lowest level of the sigma schedule; none: 0.002, or what the prediction knows if that is more."""
+    sigma_max: Positive | None = None
+    """Highest level of the sigma schedule, where its chains start; none: 80, or what the prediction knows if that is
+    less."""
     rho: Positive = 7.0
     """The levels of the sigma schedule are even in sigma^(1/rho)."""
     rungs: Annotated[int, Field(ge=2)] = 1000
@@ -105,15 +118,23 @@ class DiffusionSection(Section):
 
     @model_validator(mode="after")
     def _makes_sense(self):
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"diffusion.sigma_min {self.sigma_min} must be below diffusion.sigma_max {self.sigma_max}")
-        if self.prediction == "epsilon" and (self.zero_terminal_snr or self.schedule == "flow"):
+        low, high = self.sigma_min or 0.002, self.sigma_max or 80.0
+        if low >= high:
+            raise ValueError(f"diffusion.sigma_min {low} must be below diffusion.sigma_max {high}")
+        if self.prediction in NO_PURE_NOISE and (self.zero_terminal_snr or self.schedule == "flow"):
             cause = "schedule flow" if self.schedule == "flow" else "zero_terminal_snr"
-            raise ValueError(f"diffusion.prediction epsilon gives no image from pure noise, where a chain of "
+            raise ValueError(f"diffusion.prediction {self.prediction} gives no image from pure noise, where a chain of "
                              f"diffusion.{cause} starts; use v_prediction, sample or flow")
-        if self.prediction == "epsilon" and self.betas and self.betas[-1] == 1:
-            raise ValueError("diffusion.betas end in 1, pure noise, from which diffusion.prediction epsilon gives no "
-                             "image; use v_prediction or sample")
+        if self.prediction in NO_PURE_NOISE and self.betas and self.betas[-1] == 1:
+            raise ValueError(f"diffusion.betas end in 1, pure noise, from which diffusion.prediction {self.prediction} "
+                             "gives no image; use v_prediction or sample")
+        for key, readers in CONSTANTS.items():
+            if getattr(self, key) is not None and self.prediction not in readers:
+                raise ValueError(f"diffusion.{key} is for diffusion.prediction {' and '.join(readers)}, not for "
+                                 f"{self.prediction}")
+        if self.rescale_timesteps and self.prediction in PRECONDITIONED:
+            raise ValueError(f"diffusion.rescale_timesteps is for networks that are told steps; with "
+                             f"diffusion.prediction {self.prediction} they are told noise levels")
         return self
 
 
@@ -189,9 +210,9 @@ class Training(Section):
     """Epochs to train."""
     max_steps: Count | None = None
     """Optimizer steps after which training ends, if that comes before n_epochs."""
-    time_sampler: Literal["antithetic", "uniform", "lognormal", "logit_normal"] = "antithetic"
+    time_sampler: Literal["antithetic", "uniform", "lognormal", "vp", "ve", "logit_normal"] = "antithetic"
     """How the times of a batch are drawn: antithetic pairs (DDIM), independently, with a normal logarithm of the level
-    (EDM) or a normal logit of the rank (flow models)."""
+    (EDM), as EDM's baselines vp and ve, or with a normal logit of the rank (flow models)."""
     time_mean: float | None = None
     """Mean of that normal draw; none: -1.2 for lognormal, 0 for logit_normal."""
     time_std: Positive | None = None

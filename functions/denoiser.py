@@ -9,7 +9,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from functions.prediction import PREDICTIONS, Estimate
+from functions.prediction import PREDICTIONS, Estimate, make_prediction
 from functions.schedule import make_schedule
 
 
@@ -45,7 +45,7 @@ class Denoiser:
             schedule: Where it is at hand; default: made from ``config.diffusion``.
         """
         diffusion = config.diffusion
-        return cls(network, schedule or make_schedule(diffusion), diffusion.prediction,
+        return cls(network, schedule or make_schedule(diffusion), make_prediction(diffusion),
                    time_factor=TIME_FACTORS[diffusion.schedule](diffusion))
 
     def raw(self, x: Tensor, t) -> Tensor:

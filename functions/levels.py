@@ -102,7 +102,8 @@ def iddpm_levels(num_steps: int, sigma_min: float, sigma_max: float) -> list[flo
     """Raises ValueError if the chain has no level in [sigma_min, sigma_max]."""
     inside = [u for u in iddpm_chain(np.float64) if sigma_min <= u <= sigma_max]
     if not inside:
-        raise ValueError(f"iDDPM's chain has no level from {sigma_min:g} to {sigma_max:g}; widen the range")
+        raise ValueError(f"sigma_min {sigma_min:g} and sigma_max {sigma_max:g}: iDDPM's chain has no level between "
+                         "them; widen the range")
     return _ascending(np.array(inside)[np.round((len(inside) - 1) * _fractions(num_steps)).astype(int)])
 
 
@@ -118,7 +119,8 @@ RANGES = {"edm": (0.002, 80.0), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0),
 
 
 def sampling_levels(num_steps: int, spacing: str = "edm", *, sigma_min: float | None = None,
-                    sigma_max: float | None = None, rho: float = 7.0, prediction=None) -> list[float]:
+                    sigma_max: float | None = None, rho: float = 7.0, limits: tuple[float, float] = (0.0, inf),
+                    rounded: Callable[[float], float] = float) -> list[float]:
     """The levels of a sampling chain, ascending and distinct; after the lowest comes the image.
 
     Args:
@@ -127,25 +129,20 @@ def sampling_levels(num_steps: int, spacing: str = "edm", *, sigma_min: float | 
         spacing: Name in ``LEVELS``.
         sigma_min, sigma_max: Range; default: ``RANGES``.
         rho: Of ``edm``.
-        prediction: Of the network: its own range limits the list, and its ``round`` moves each level to one that it
-            knows.
+        limits: What the network knows; a range beyond is cut to it.
+        rounded: From a level to one that the network knows.
 
     Raises:
-        ValueError: An unknown spacing, no step, an empty range, or one that the spacing cannot have.
+        ValueError: An empty range, or one that the spacing cannot have.
     """
-    if spacing not in LEVELS:
-        raise ValueError(f"spacing {spacing!r} is unknown; known: {', '.join(sorted(LEVELS))}")
-    if num_steps < 1:
-        raise ValueError(f"{num_steps} sampling steps are not possible; give at least 1")
     low, high = (default if given is None else given
                  for given, default in zip((sigma_min, sigma_max), RANGES[spacing], strict=True))
-    low, high = max(low, getattr(prediction, "sigma_min", 0.0)), min(high, getattr(prediction, "sigma_max", inf))
+    low, high = max(low, limits[0]), min(high, limits[1])
     if not 0 < low < high:
-        raise ValueError(f"noise levels from {low:g} to {high:g} are no range; sigma_min must be above 0 and below "
-                         "sigma_max")
+        raise ValueError(f"sigma_min {low:g} and sigma_max {high:g} are no range; the lower must be above 0 and below "
+                         "the higher")
     options = {"rho": rho} if spacing == "edm" else {}
-    levels = LEVELS[spacing](num_steps, low, high, **options)
-    return sorted({prediction.round(level) if prediction else level for level in levels})
+    return sorted({rounded(level) for level in LEVELS[spacing](num_steps, low, high, **options)})
 
 
 # ------------------------------------------------------------------------------------------------------ training times
@@ -162,24 +159,3 @@ def vp_training_sigma(uniform: Tensor, beta_d: float = BETA_D, beta_min: float =
 
 def ve_training_sigma(uniform: Tensor, sigma_min: float = SIGMA_MIN_VE, sigma_max: float = SIGMA_MAX_VE) -> Tensor:
     return sigma_min * (sigma_max / sigma_min)**uniform
-
-
-DRAWS: dict[str, tuple[Callable, Callable]] = {"lognormal": (torch.randn, lognormal_sigma),
-                                               "vp": (torch.rand, vp_training_sigma),
-                                               "ve": (torch.rand, ve_training_sigma)}
-
-
-def training_levels(kind: str, batch_size: int, generator: torch.Generator, **constants) -> tuple[Tensor, Tensor]:
-    """The levels of a training batch, and the importance weight of each: 1, since a loss on the raw output of a
-    preconditioned network has EDM's weighting already.
-
-    Args:
-        kind: Name in ``DRAWS``.
-        constants: Those of the function that stands there.
-
-    Returns:
-        float32 (batch_size,) twice, on the generator's device.
-    """
-    draw, level_of = DRAWS[kind]
-    levels = level_of(draw(batch_size, generator=generator, device=generator.device), **constants)
-    return levels, torch.ones_like(levels)

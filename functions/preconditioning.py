@@ -18,11 +18,11 @@ c_in y of vp and iddpm is x_t itself.
 
 from dataclasses import dataclass
 from math import inf, log
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from functions.estimate import Estimate, coefficients, refuse_zero
 from functions.levels import (
     BETA_D,
     BETA_MIN,
@@ -34,12 +34,6 @@ from functions.levels import (
     nearest,
     vp_time,
 )
-
-
-class Estimate(NamedTuple):
-    x0: Tensor                              # (B, C, H, W)
-    eps: Tensor                             # (B, C, H, W)
-    variance: Tensor | None = None          # never learned by these networks
 
 
 class _Preconditioned:
@@ -91,7 +85,7 @@ class _Preconditioned:
 
 def _unscaled(schedule, x: Tensor, t) -> tuple[Tensor, Tensor | float]:
     """(y, s); raises ValueError where alpha is 0 and t a number."""
-    alpha, sigma = schedule.alpha(t, x.dtype), schedule.sigma(t, x.dtype)
+    alpha, sigma = coefficients(schedule, t, x)
     refuse_zero(alpha)
     return x / alpha, sigma / alpha
 
@@ -207,12 +201,6 @@ class IDDPM(_NoiseNetwork):
 def _log(s):
     """Rounded once: the last bit of a float32 logarithm is seen by Fourier embeddings (2e-4 of the loss)."""
     return s.double().log().to(s.dtype) if isinstance(s, Tensor) else log(s)
-
-
-def refuse_zero(alpha) -> None:
-    if not isinstance(alpha, Tensor) and alpha == 0:
-        raise ValueError("the chain starts from pure noise (alpha 0), of which a preconditioned network knows nothing; "
-                         "leave out the last step")
 
 
 PRECONDITIONERS = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}

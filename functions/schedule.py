@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from functions.betas import make_betas
+from functions.levels import RANGES
+from functions.prediction import make_prediction
 
 
 class Schedule:
@@ -294,7 +296,11 @@ def _discrete(diffusion) -> DiscreteSchedule:
 
 
 def _sigma(diffusion) -> SigmaSchedule:
-    return SigmaSchedule(diffusion.sigma_min, diffusion.sigma_max, diffusion.rho, diffusion.rungs)
+    """EDM's range, as far as the prediction knows it, unless another is given."""
+    prediction, (low, high) = make_prediction(diffusion), RANGES["edm"]
+    low = diffusion.sigma_min or max(low, getattr(prediction, "sigma_min", low))
+    high = diffusion.sigma_max or min(high, getattr(prediction, "sigma_max", high))
+    return SigmaSchedule(low, high, diffusion.rho, diffusion.rungs)
 
 
 SCHEDULES = {"discrete": _discrete, "sigma": _sigma,

@@ -6,7 +6,9 @@ from torch import nn
 
 from configs.schema import Config
 from models.codecs import make_codec
+from models.dhariwal import DhariwalUNet
 from models.ema import EMA, decay_of
+from models.song import SongUNet
 from models.unet import UNet
 from models.weights import WeightsInfo, load_profile, load_weights, weights_fingerprint
 
@@ -19,7 +21,16 @@ def _unet(config: Config) -> UNet:
     return UNet(resolution=max(config.data.height, config.data.width), **keys)
 
 
-MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet}
+def _edm(network: type[nn.Module]) -> Callable[[Config], nn.Module]:
+    def build(config: Config) -> nn.Module:
+        keys = config.model.model_dump(exclude={"arch"})
+        channels = config.model.in_channels * (2 if config.diffusion.prediction == "iddpm" else 1)
+        return network(img_resolution=max(config.data.height, config.data.width), out_channels=channels, **keys)
+    return build
+
+
+MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet, "songunet": _edm(SongUNet),
+                                                    "dhariwal": _edm(DhariwalUNet)}
 
 
 def build_model(config: Config) -> nn.Module:

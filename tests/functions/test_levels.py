@@ -7,28 +7,24 @@ import pytest
 import torch
 
 from functions.levels import (
-    DRAWS,
     LEVELS,
     iddpm_chain,
+    lognormal_sigma,
     rho_levels,
     sampling_levels,
-    training_levels,
+    ve_training_sigma,
     vp_betas,
     vp_sigma,
     vp_time,
+    vp_training_sigma,
 )
 from functions.preconditioning import EDM, IDDPM, VE, VP
+from functions.prediction import PREDICTIONS, make_prediction
+from functions.schedule import DiscreteSchedule, SigmaSchedule, make_schedule
+from functions.timesteps import TimeSampler, sampling_times
 from tests.edm_cases import cases, one
 
-
-class Range:
-    """A prediction that rounds nothing."""
-
-    def __init__(self, sigma_min, sigma_max):
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-
-    def round(self, level):
-        return level
+SCHEDULE = DiscreteSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("case", cases("misc", "sigma_steps"))
@@ -40,7 +36,7 @@ def test_rho_levels_are_published(case):
 @pytest.mark.parametrize("case", cases("misc", "sigma_steps_ablation"))
 def test_levels_of_every_spacing_are_published(case):
     levels = sampling_levels(case["num_steps"], case["discretization"],
-                             prediction=Range(case["net_sigma_min"], case["net_sigma_max"]))
+                             limits=(case["net_sigma_min"], case["net_sigma_max"]))
     np.testing.assert_allclose(levels[::-1], case["sigma"], rtol=1e-11)
 
 
@@ -67,11 +63,50 @@ def test_lists_ascend_between_their_ends_and_one_step_starts_at_the_highest(spac
 
 
 def test_the_network_limits_and_rounds():
-    assert sampling_levels(4, sigma_max=1000, prediction=VE())[-1] == pytest.approx(100)
-    assert sampling_levels(4, sigma_min=1e-5, prediction=VP())[0] == pytest.approx(2**-10)
-    rounded = sampling_levels(30, sigma_min=0.006, sigma_max=0.03, prediction=IDDPM())
+    def times(count, prediction, **options):
+        return sampling_times(SigmaSchedule(), count, prediction=prediction, **options)
+
+    assert times(4, VE(), sigma_max=1000)[-1] == pytest.approx(100)
+    assert times(4, VP(), sigma_min=1e-5)[0] == pytest.approx(2**-10)
+    rounded = times(30, IDDPM(), sigma_min=0.006, sigma_max=0.03)
     assert set(rounded) <= set(iddpm_chain()) and rounded == sorted(set(rounded)) and len(rounded) < 30
-    assert sampling_levels(18, prediction=EDM()) == sampling_levels(18)
+    assert times(18, EDM()) == pytest.approx(rho_levels(18, 0.002, 80))
+    assert times(18, EDM(), rho=3.0) == pytest.approx(rho_levels(18, 0.002, 80, 3.0))
+    assert times(1, EDM()) == [pytest.approx(80)]
+
+
+@pytest.mark.parametrize("spacing", LEVELS)
+def test_steps_of_a_discrete_chain_are_those_nearest_to_the_levels(spacing):
+    low, high = SCHEDULE.level_range
+    steps = sampling_times(SCHEDULE, 12, spacing)
+    assert steps == sorted(set(steps)) and all(isinstance(step, int) for step in steps)
+    levels = sampling_levels(12, spacing, limits=(low, high), **({"sigma_min": low, "sigma_max": high}
+                                                                 if spacing == "edm" else {}))
+    assert steps == sorted({SCHEDULE.time(level) for level in levels})
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"skip_type": "uniform", "sigma_max": 3.0}, "sigma_max is for --skip_type edm and iddpm and ve and vp, not for"),
+    ({"skip_type": "vp", "rho": 3.0}, "rho is for --skip_type edm, not for vp"),
+    ({"skip_type": "cosine"}, "skip type 'cosine' is unknown for this schedule; known: edm, iddpm, uniform, ve, vp"),
+])
+def test_what_a_spacing_does_not_read_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sampling_times(SigmaSchedule(), 4, **options)
+
+
+@pytest.mark.parametrize("name, given, expected", [
+    ("edm", {}, (0.002, 80)), ("vp", {}, (0.002, 80)), ("ve", {}, (0.02, 80)), ("iddpm", {}, (0.006422337, 80)),
+    ("epsilon", {}, (0.002, 80)), ("edm", {"sigma_max": 200.0}, (0.002, 200)), ("ve", {"sigma_min": 0.01}, (0.01, 80)),
+])
+def test_range_of_the_sigma_schedule(name, given, expected):
+    from configs.sections import DiffusionSection
+
+    section = DiffusionSection(schedule="sigma", prediction=name, **given)
+    schedule = make_schedule(section)
+    assert schedule.level_range == pytest.approx(expected, rel=1e-6)
+    assert sampling_times(schedule, 5, prediction=make_prediction(section))[-1] == pytest.approx(expected[1], rel=0.01)
+    assert type(make_prediction(section)) is type(PREDICTIONS[name])
 
 
 def test_the_vp_range_that_breaks_upstream_is_a_line():
@@ -84,22 +119,40 @@ def test_the_vp_range_that_breaks_upstream_is_a_line():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"spacing": "cosine"}, "spacing 'cosine' is unknown; known: edm, iddpm, ve, vp"),
-    ({"num_steps": 0}, "0 sampling steps are not possible"),
-    ({"sigma_min": 90.0}, "noise levels from 90 to 80 are no range"),
-    ({"sigma_min": 0.0}, "noise levels from 0 to 80 are no range"),
-    ({"spacing": "iddpm", "sigma_min": 1.0, "sigma_max": 1.0001}, "no level from 1 to 1.0001"),
+    ({"sigma_min": 90.0}, "sigma_min 90 and sigma_max 80 are no range"),
+    ({"sigma_min": 0.0}, "sigma_min 0 and sigma_max 80 are no range"),
+    ({"spacing": "iddpm", "sigma_min": 1.0, "sigma_max": 1.0001}, "has no level between them"),
 ])
 def test_impossible_lists_are_lines(options, message):
     with pytest.raises(ValueError, match=message):
         sampling_levels(**{"num_steps": 4} | options)
 
 
-@pytest.mark.parametrize("kind", DRAWS)
-def test_training_levels_follow_their_distribution(kind):
-    levels, weight = training_levels(kind, 20_000, torch.Generator().manual_seed(0))
-    assert levels.shape == weight.shape == (20_000,) and (weight == 1).all() and (levels > 0).all()
-    again, _ = training_levels(kind, 20_000, torch.Generator().manual_seed(0))
-    assert torch.equal(levels, again)
-    median = {"lognormal": math.exp(-1.2), "ve": math.sqrt(2), "vp": math.sqrt(math.expm1(19.9 / 8 + 0.05))}[kind]
+@pytest.mark.parametrize("kind, median, least, most", [
+    ("lognormal", math.exp(-1.2), 0, math.inf), ("ve", math.sqrt(2), 0.02, 100),
+    ("vp", math.sqrt(math.expm1(19.9 / 8 + 0.05)), 1e-3, 152.2)])
+def test_training_levels_follow_their_distribution(kind, median, least, most):
+    sampler = TimeSampler(SigmaSchedule(), kind)
+    (levels, weight), (again, _) = (sampler.draw(20_000, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert levels.shape == (20_000,) and weight is None and torch.equal(levels, again)
+    assert least < levels.min() and levels.max() < most
     assert levels.median().item() == pytest.approx(median, rel=0.1)
+
+
+def test_constants_of_training_levels_come_from_the_configuration():
+    from configs.schema import Config
+
+    def drawn(training, **diffusion):
+        config = Config(data={"dataset": "ZIP", "image_size": 8}, model={"arch": "unet"}, training=training,
+                        diffusion={"schedule": "sigma", **diffusion})
+        return TimeSampler.of(config, SigmaSchedule()).draw(4, torch.Generator().manual_seed(0))[0]
+
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(4, generator=generator, dtype=torch.float64).float()
+    torch.testing.assert_close(drawn({"time_sampler": "ve"}, prediction="ve", sigma_min=0.1, sigma_max=7.0),
+                               ve_training_sigma(uniform, 0.1, 7.0))
+    torch.testing.assert_close(drawn({"time_sampler": "vp"}, prediction="vp", beta_d=10.0),
+                               vp_training_sigma(uniform, 10.0))
+    normal = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn({"time_sampler": "lognormal", "time_mean": -0.4, "time_std": 1.0}),
+                               lognormal_sigma(normal, -0.4, 1.0))

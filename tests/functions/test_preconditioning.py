@@ -3,34 +3,17 @@
 import pytest
 import torch
 
-from functions.levels import DRAWS, training_levels
+from functions.levels import lognormal_sigma, ve_training_sigma, vp_training_sigma
 from functions.preconditioning import EDM, IDDPM, PRECONDITIONERS, VE, VP
+from functions.schedule import DiscreteSchedule, SigmaSchedule
 from tests.edm_cases import build, cases, error, one
 
 OF_CLASS = {"EDMPrecond": EDM, "VPPrecond": VP, "VEPrecond": VE, "iDDPMPrecond": IDDPM}
-OF_LOSS = {"EDMLoss": "lognormal", "VPLoss": "vp", "VELoss": "ve"}
+OF_LOSS = {"EDMLoss": lognormal_sigma, "VPLoss": vp_training_sigma, "VELoss": ve_training_sigma}
 
 
-class Levels:
-    """alpha 1, sigma t."""
-
-    def alpha(self, t, dtype=torch.float32):
-        return torch.ones_like(t, dtype=dtype).view(-1, 1, 1, 1) if isinstance(t, torch.Tensor) else 1.0
-
-    def sigma(self, t, dtype=torch.float32):
-        return t.to(dtype).view(-1, 1, 1, 1) if isinstance(t, torch.Tensor) else float(t)
-
-
-class Grid(Levels):
-    """DDPM's linear chain of 1,000 steps."""
-
-    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-
-    def alpha(self, t, dtype=torch.float32):
-        return self.abar[t].sqrt().to(dtype).view(-1, 1, 1, 1)
-
-    def sigma(self, t, dtype=torch.float32):
-        return (1 - self.abar[t]).sqrt().to(dtype).view(-1, 1, 1, 1)
+LEVELS = SigmaSchedule()
+GRID = DiscreteSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
 
 
 def of(case):
@@ -48,11 +31,11 @@ def close(value, expected, tolerance=3e-5):
 def test_coefficients_and_ranges_are_published(case):
     prediction, sigma = of(case), case["sigma"]
     ones = torch.ones(len(sigma), 1, 1, 1)
-    fed, c_noise = prediction.feed(Levels(), ones, sigma)
+    fed, c_noise = prediction.feed(LEVELS, ones, sigma)
     assert close(fed.expand_as(ones), case["c_in"]) and c_noise.shape == sigma.shape
     assert torch.allclose(c_noise, case["c_noise"], 1e-5, 1e-6)
-    assert close(prediction.read(Levels(), ones, sigma, 0 * ones).x0, case["c_skip"])
-    assert close(prediction.read(Levels(), 0 * ones, sigma, ones).x0, case["c_out"])
+    assert close(prediction.read(LEVELS, ones, sigma, 0 * ones).x0, case["c_skip"])
+    assert close(prediction.read(LEVELS, 0 * ones, sigma, ones).x0, case["c_out"])
     assert prediction.sigma_min == pytest.approx(case["sigma_min"], rel=1e-6)
     assert prediction.sigma_max == pytest.approx(case["sigma_max"], rel=1e-6)
 
@@ -60,9 +43,9 @@ def test_coefficients_and_ranges_are_published(case):
 @pytest.mark.parametrize("case", cases("networks", "network"))
 def test_denoiser_is_published(case):
     prediction, x, sigma = of(case), case["x"], case["sigma"]
-    fed, c_noise = prediction.feed(Levels(), x, sigma)
+    fed, c_noise = prediction.feed(LEVELS, x, sigma)
     assert torch.allclose(c_noise, case["c_noise"], 1e-6)
-    x0, eps, variance = prediction.read(Levels(), x, sigma, case["F_x"])
+    x0, eps, variance = prediction.read(LEVELS, x, sigma, case["F_x"])
     assert error(x0, case["D_x"]) < 1e-5 and variance is None
     assert torch.allclose(x0 + sigma.view(-1, 1, 1, 1) * eps, x, 0, 1e-4 * sigma.max().item())
     model = build(case)
@@ -72,7 +55,7 @@ def test_denoiser_is_published(case):
                                      ("D_x_without_augment", case["class_labels"], None)):
             if key in case:
                 raw = model(fed, c_noise, labels, augment)
-                assert error(prediction.read(Levels(), x, sigma, raw).x0, case[key]) < 1e-4
+                assert error(prediction.read(LEVELS, x, sigma, raw).x0, case[key]) < 1e-4
 
 
 @pytest.mark.parametrize("name", PRECONDITIONERS)
@@ -80,19 +63,19 @@ def test_a_number_and_a_tensor_of_it_give_the_same(name):
     """Step by step the samplers give numbers, in training times are tensors; both on any schedule."""
     prediction, x, raw = PRECONDITIONERS[name](), torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
     level = prediction.round(0.7)
-    numbers, tensors = ((prediction.feed(Levels(), x, t), prediction.read(Levels(), x, t, raw[:, :3]),
-                         prediction.target(Levels(), x, raw[:, 3:], t)) for t in (level, torch.full((2,), level)))
+    numbers, tensors = ((prediction.feed(LEVELS, x, t), prediction.read(LEVELS, x, t, raw[:, :3]),
+                         prediction.target(LEVELS, x, raw[:, 3:], t)) for t in (level, torch.full((2,), level)))
     assert isinstance(numbers[0][1], float) and torch.allclose(torch.tensor(numbers[0][1]), tensors[0][1], 1e-6)
     for one_, other in ((numbers[0][0], tensors[0][0]), *zip(numbers[1][:2], tensors[1][:2], strict=True),
                         (numbers[2], tensors[2])):
         assert torch.allclose(one_, other, 1e-5, 1e-6)
-    doubled = prediction.read(Levels(), x.double(), level, raw.double())
+    doubled = prediction.read(LEVELS, x.double(), level, raw.double())
     assert doubled.x0.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", PRECONDITIONERS)
-@pytest.mark.parametrize("schedule, t", [(Levels(), torch.tensor([0.01, 0.5, 60.0])),
-                                         (Grid(), torch.tensor([0, 300, 999]))])
+@pytest.mark.parametrize("schedule, t", [(LEVELS, torch.tensor([0.01, 0.5, 60.0])),
+                                         (GRID, torch.tensor([0, 300, 999]))])
 def test_target_is_what_read_takes_apart(name, schedule, t):
     prediction = PRECONDITIONERS[name]()
     x0, n = torch.randn(2, 3, 3, 2, 2, dtype=torch.float64)
@@ -105,15 +88,15 @@ def test_target_is_what_read_takes_apart(name, schedule, t):
 def test_vp_and_iddpm_see_x_itself_on_a_vp_chain():
     x, t = torch.randn(3, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 300, 999])
     for prediction in (VP(), IDDPM()):
-        assert torch.allclose(prediction.feed(Grid(), x, t)[0], x, 1e-12)
+        assert torch.allclose(prediction.feed(GRID, x, t)[0], x, 1e-12)
 
 
 def test_vp_time_on_the_grid_is_no_offset():
     case = one("misc", "vp_grid")
     grid = torch.zeros(len(case["t"]), 1, 1, 1)
-    c_noise = VP().feed(Grid(), grid, case["t"])[1]
+    c_noise = VP().feed(GRID, grid, case["t"])[1]
     assert torch.allclose(c_noise.double(), case["c_noise"], 2e-4)
-    assert close((1 / Grid().alpha(case["t"], torch.float64)**2 - 1).sqrt(), case["sigma"], 1e-9)
+    assert close((1 / GRID.alpha(case["t"], torch.float64)**2 - 1).sqrt(), case["sigma"], 1e-9)
 
 
 def test_eps_keeps_its_digits_at_a_low_level():
@@ -121,24 +104,24 @@ def test_eps_keeps_its_digits_at_a_low_level():
     torch.manual_seed(0)
     prediction, level = EDM(), 0.002
     y, raw = torch.randn(2, 1, 3, 8, 8, dtype=torch.float64)
-    exact = prediction.read(Levels(), y, level, raw).eps
-    x0, eps, _ = prediction.read(Levels(), y.float(), level, raw.float())
+    exact = prediction.read(LEVELS, y, level, raw).eps
+    x0, eps, _ = prediction.read(LEVELS, y.float(), level, raw.float())
     assert error(eps.double(), exact) < 3e-6
     assert error((y.float() - x0).double() / level, exact) > 3e-5
-    assert torch.allclose(exact, (y - prediction.read(Levels(), y, level, raw).x0) / level, 1e-9, 1e-9)
+    assert torch.allclose(exact, (y - prediction.read(LEVELS, y, level, raw).x0) / level, 1e-9, 1e-9)
 
 
 def test_iddpm_rounds_to_the_nearest_level_that_it_knows():
     case, prediction = one("misc", "iddpm"), IDDPM()
     rounded = torch.tensor([prediction.round(float(level)) for level in case["sigma"]])
     assert torch.allclose(rounded, case["rounded"], 1e-6)
-    c_noise = prediction.feed(Levels(), torch.zeros(len(rounded), 1, 1, 1), case["rounded"])[1]
+    c_noise = prediction.feed(LEVELS, torch.zeros(len(rounded), 1, 1, 1), case["rounded"])[1]
     assert torch.equal(c_noise, 999.0 - case["index"])
     assert EDM().round(0.123) == VP().round(0.123) == VE().round(0.123) == 0.123
 
 
 def test_pure_noise_is_refused():
-    class Pure(Levels):
+    class Pure(SigmaSchedule):
         def alpha(self, t, dtype=torch.float32):
             return 0.0
 
@@ -146,24 +129,22 @@ def test_pure_noise_is_refused():
         EDM().read(Pure(), torch.zeros(1, 1, 2, 2), 1.0, torch.zeros(1, 1, 2, 2))
 
 
-def replayed_levels(case, monkeypatch):
-    """What ``training_levels`` gives for the draw of a case."""
-    kind = OF_LOSS[case["loss"]]
-    monkeypatch.setitem(DRAWS, kind, (lambda *_, **__: case["rnd"].flatten(), DRAWS[kind][1]))
+def level_of(case):
+    """The levels that follow from the draw of a case."""
     names = {"P_mean": "mean", "P_std": "std"}
     constants = {names[key]: value for key, value in case["loss_kwargs"].items() if key in names}
-    return training_levels(kind, len(case["rnd"]), torch.Generator(), **constants)
+    return OF_LOSS[case["loss"]](case["rnd"].flatten(), **constants)
 
 
 @pytest.mark.parametrize("case", cases("loss", "loss"))
-def test_loss_in_network_space_is_the_published_one(case, monkeypatch):
+def test_loss_in_network_space_is_the_published_one(case):
     """weight (D - y)^2 = (F* - F)^2 for each pixel, whatever the preconditioner."""
-    prediction, (sigma, weight) = of(case["net"]), replayed_levels(case, monkeypatch)
-    assert close(sigma, case["sigma"], 2e-5) and torch.equal(weight, torch.ones_like(sigma))
+    prediction = of(case["net"])
+    assert close(level_of(case), case["sigma"], 2e-5)
     y, noise, denoised, sigma = (case[key].double() for key in ("y", "noise", "D_yn", "sigma"))
     t = sigma.flatten()
-    raw = prediction.target(Levels(), denoised, (y + sigma * noise - denoised) / sigma, t)
-    assert error((prediction.target(Levels(), y, noise, t) - raw)**2, case["value"]) < 1e-4
+    raw = prediction.target(LEVELS, denoised, (y + sigma * noise - denoised) / sigma, t)
+    assert error((prediction.target(LEVELS, y, noise, t) - raw)**2, case["value"]) < 1e-4
 
 
 @pytest.mark.parametrize("case", [p for p in cases("loss", "loss") if "grad_norms" in p.values[0]])
@@ -171,8 +152,8 @@ def test_gradients_of_the_loss_are_published(case):
     model, prediction = build(case["net"]), of(case["net"])
     y, t = case["y"], case["sigma"].flatten()
     labels = case["labels"] if case["labels"].shape[1] else None
-    fed, c_noise = prediction.feed(Levels(), y + case["sigma"] * case["noise"], t)
-    difference = prediction.target(Levels(), y, case["noise"], t) - model(fed, c_noise, labels, case["augment_labels"])
+    fed, c_noise = prediction.feed(LEVELS, y + case["sigma"] * case["noise"], t)
+    difference = prediction.target(LEVELS, y, case["noise"], t) - model(fed, c_noise, labels, case["augment_labels"])
     assert error(difference.detach()**2, case["value"]) < 1e-4
     objective = (difference**2).sum() / len(y)
     assert objective.item() == pytest.approx(case["objective"], rel=1e-4)
@@ -187,8 +168,8 @@ def test_gradients_of_the_loss_are_published(case):
 def test_edm_weights_the_noise_error_by_1_plus_4_sigma_squared(sigma, weight):
     x0, n, e = torch.randn(3, 1, 3, 4, 4, dtype=torch.float64)
     prediction = EDM()
-    loss = (prediction.target(Levels(), x0, n, sigma)
-            - prediction.target(Levels(), x0 + sigma * (n - e), e, sigma)).square().sum()
+    loss = (prediction.target(LEVELS, x0, n, sigma)
+            - prediction.target(LEVELS, x0 + sigma * (n - e), e, sigma)).square().sum()
     assert loss.item() == pytest.approx(weight * (n - e).square().sum().item(), rel=1e-3 if sigma == 0.02 else 1e-9)
 
 
@@ -203,5 +184,5 @@ def test_input_perturbation_aims_at_the_perturbed_image(sigma, plain, perturbed,
     assert variance / total == pytest.approx(other, abs=1e-4)
     x0, n, xi = torch.randn(3, 1, 1, 4, 4, dtype=torch.float64)
     y = x0 + sigma * (n + gamma * xi)
-    raw = EDM().target(Levels(), x0 + sigma * gamma * xi, n, sigma)
-    assert torch.allclose(EDM().read(Levels(), y, sigma, raw).x0, x0 + sigma * gamma * xi)
+    raw = EDM().target(LEVELS, x0 + sigma * gamma * xi, n, sigma)
+    assert torch.allclose(EDM().read(LEVELS, y, sigma, raw).x0, x0 + sigma * gamma * xi)
