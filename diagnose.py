@@ -51,6 +51,7 @@ class Job:
 
     def __init__(self, args):
         from datasets import find_dataset
+        from functions.prediction import make_prediction
         from functions.schedule import make_schedule
         from models import make_codec
         from runners.sampling.flags import sampler_settings
@@ -69,7 +70,7 @@ class Job:
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
         for config, _ in self.runs.values():
             self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
-                                        config.model.num_labels)
+                                        config.model.num_labels, prediction=make_prediction(config.diffusion))
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()

@@ -17,6 +17,8 @@ from configs.sections import Data, DiffusionSection, Loss, Optim, Sampling, Trai
 from utils.atomic import write_text
 from utils.errors import ConfigError
 
+AUGMENT_DIM = 9                              # numbers that tell of data.augment
+
 
 def _tagged(*members):
     """A union told apart by ``arch``; of one member: that member."""
@@ -70,7 +72,10 @@ class Config(Section):
                              f"{diffusion.num_steps} steps of the chain; give 1 to {diffusion.num_steps}")
         if self.training.label_dropout and not self.model.num_labels:
             raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels; set "
-                             "model.num_classes")
+                             "model.num_classes, or label_dim of EDM's networks")
+        if self.data.augment and getattr(self.model, "augment_dim", 0) != AUGMENT_DIM:
+            raise ValueError(f"data.augment {self.data.augment} needs a network that is told of it: model.arch "
+                             f"songunet or dhariwal, with model.augment_dim {AUGMENT_DIM}")
         return self
 
     def replace(self, key: str, value) -> "Config":

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from configs.base import AsTuple, Count, Fraction, Natural, NonNegative, Positive, Section, Side
+from configs.base import AsTuple, Count, Fraction, InImages, Natural, NonNegative, Positive, Section, Side
 
 
 class Data(Section):
@@ -20,6 +20,9 @@ class Data(Section):
     """LSUN category, e.g. church_outdoor or bedroom."""
     random_flip: bool = True
     """Mirror each training image with probability 1/2."""
+    augment: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of each of EDM's geometric augmentations (2206.00364, appendix F.2), of which the network is told:
+    0.12 or 0.15 there; 0: none. Mirroring belongs to them, so set random_flip to false."""
     rescaled: bool = True
     """Map [0, 1] to [-1, 1] by 2x - 1."""
     logit_transform: bool = False
@@ -170,8 +173,8 @@ class Average(Section):
     """Decay mu for each optimizer step."""
     warmup: bool = False
     """With rate: min(mu, (1 + n) / (10 + n)) at step n."""
-    half_life: Positive | None = None
-    """Images after which a weight counts half (EDM)."""
+    half_life: Annotated[Positive, InImages] | None = None
+    """Images after which a weight counts half (EDM), such as 500k."""
     ramp_up: NonNegative = 0.05
     """With half_life: it is at most this share of the images seen so far; 0: no ramp-up."""
     length: Annotated[float, Field(gt=0, lt=0.289)] | None = None
@@ -208,8 +211,10 @@ class Training(Section):
     same for any number of processes."""
     n_epochs: Count = 1000
     """Epochs to train."""
+    total_images: Annotated[Count, InImages] | None = None
+    """Images to train on, such as 200M, in place of n_epochs; k, M, G and Ki, Mi, Gi are understood."""
     max_steps: Count | None = None
-    """Optimizer steps after which training ends, if that comes before n_epochs."""
+    """Optimizer steps after which training ends, if that comes first."""
     time_sampler: Literal["antithetic", "uniform", "lognormal", "vp", "ve", "logit_normal"] = "antithetic"
     """How the times of a batch are drawn: antithetic pairs (DDIM), independently, with a normal logarithm of the level
     (EDM), as EDM's baselines vp and ve, or with a normal logit of the rank (flow models)."""
@@ -275,7 +280,9 @@ class Optim(Section):
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """cosine: from lr to 0 over the whole run."""
     warmup_steps: Natural = 0
-    """Steps over which the learning rate rises linearly to lr."""
+    """Steps over which the learning rate rises linearly to lr, from lr / warmup_steps."""
+    warmup_images: Annotated[Natural, InImages] = 0
+    """The same in images, such as 10M, from 0 (EDM)."""
     weight_decay: NonNegative = 0.0
     """L2 penalty (Adam, RMSProp, SGD) or decoupled decay (AdamW)."""
     beta1: Fraction = 0.9
@@ -288,3 +295,12 @@ class Optim(Section):
     """Denominator offset of Adam and RMSProp."""
     grad_clip: Positive | None = None
     """Largest gradient norm; none: no clipping."""
+    replace_non_finite: bool = False
+    """Elements of gradients that are not a number become 0, infinite ones 1e5 with their sign (EDM), instead of the
+    step being skipped; with amp fp16 a step is skipped all the same, and the loss scale lowered."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self):
+        if self.warmup_steps and self.warmup_images:
+            raise ValueError("optim.warmup_steps and optim.warmup_images are both given; give one of them")
+        return self

@@ -12,7 +12,7 @@ come out ascending, as samplers here take them.
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache
-from math import expm1, inf, log1p, pi, sqrt
+from math import expm1, log1p, pi, sqrt
 
 import numpy as np
 import torch
@@ -118,31 +118,25 @@ RANGES = {"edm": (0.002, 80.0), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0),
           "vp": (sqrt(expm1(0.5 * BETA_D * EPSILON_S**2 + BETA_MIN * EPSILON_S)), sqrt(expm1(0.5 * BETA_D + BETA_MIN)))}
 
 
-def sampling_levels(num_steps: int, spacing: str = "edm", *, sigma_min: float | None = None,
-                    sigma_max: float | None = None, rho: float = 7.0, limits: tuple[float, float] = (0.0, inf),
-                    rounded: Callable[[float], float] = float) -> list[float]:
+def spaced_levels(num_steps: int, spacing: str, sigma_min: float, sigma_max: float, *, rho: float = 7.0,
+                  rounded: Callable[[float], float] = float) -> list[float]:
     """The levels of a sampling chain, ascending and distinct; after the lowest comes the image.
 
     Args:
         num_steps: S, at least 1; 1 gives the highest level. The result is shorter where levels coincide, which those
             of iDDPM can.
         spacing: Name in ``LEVELS``.
-        sigma_min, sigma_max: Range; default: ``RANGES``.
         rho: Of ``edm``.
-        limits: What the network knows; a range beyond is cut to it.
         rounded: From a level to one that the network knows.
 
     Raises:
         ValueError: An empty range, or one that the spacing cannot have.
     """
-    low, high = (default if given is None else given
-                 for given, default in zip((sigma_min, sigma_max), RANGES[spacing], strict=True))
-    low, high = max(low, limits[0]), min(high, limits[1])
-    if not 0 < low < high:
-        raise ValueError(f"sigma_min {low:g} and sigma_max {high:g} are no range; the lower must be above 0 and below "
-                         "the higher")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"sigma_min {sigma_min:g} and sigma_max {sigma_max:g} are no range; the lower must be above 0 "
+                         "and below the higher")
     options = {"rho": rho} if spacing == "edm" else {}
-    return sorted({rounded(level) for level in LEVELS[spacing](num_steps, low, high, **options)})
+    return sorted({rounded(level) for level in LEVELS[spacing](num_steps, sigma_min, sigma_max, **options)})
 
 
 # ------------------------------------------------------------------------------------------------------ training times

@@ -31,6 +31,7 @@ class Schedule:
     start: float
     end: float
     skip_type = "uniform"                   # how the steps of a chain are spaced unless somebody says otherwise
+    state_dtype = torch.float32             # of x along a chain
 
     def alpha(self, t, dtype: torch.dtype = torch.float32):
         """Scale of the image: float for a number, (B, 1, 1, 1) of ``dtype`` for a tensor (B,)."""
@@ -199,6 +200,7 @@ class SigmaSchedule(Schedule):
     """
 
     end, skip_type = 0.0, "edm"
+    state_dtype = torch.float64             # EDM's: x is 80 times the image, of which 0.002 matter at the end
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, rungs: int = 1000):
         if not 0 < sigma_min < sigma_max < inf or not rho > 0 or rungs < 2:

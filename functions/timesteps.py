@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functions.levels import LEVELS, lognormal_sigma, sampling_levels, ve_training_sigma, vp_training_sigma
+from functions.levels import LEVELS, RANGES, lognormal_sigma, spaced_levels, ve_training_sigma, vp_training_sigma
 
 # ------------------------------------------------------------------------------------------- of a training batch
 
@@ -131,15 +131,21 @@ def level_times(schedule, num_steps: int, spacing: str = "edm", prediction=None,
         sigma_min, sigma_max: Default: the schedule's range for edm, else the spacing's own.
         rho: Of edm; default: the schedule's, else 7.
     """
-    limits = schedule.level_range
-    if spacing == "edm":
-        sigma_min, sigma_max = (given or own for given, own in zip((sigma_min, sigma_max), limits, strict=True))
+    levels = spaced_levels(num_steps, spacing, *chain_range(schedule, spacing, prediction, sigma_min, sigma_max),
+                           rho=rho or getattr(schedule, "rho", 7.0), rounded=prediction.round if prediction else float)
+    return sorted({schedule.time(level) for level in levels})
+
+
+def chain_range(schedule, spacing: str, prediction=None, sigma_min: float | None = None,
+                sigma_max: float | None = None) -> tuple[float, float]:
+    """Lowest and highest level of a chain with one of EDM's spacings, see ``level_times``."""
+    own = schedule.level_range
+    low, high = own if spacing == "edm" else RANGES[spacing]
+    limits = own
     if hasattr(prediction, "sigma_min") and not hasattr(schedule, "num_timesteps"):
         limits = prediction.sigma_min, prediction.sigma_max
-    levels = sampling_levels(num_steps, spacing, sigma_min=sigma_min, sigma_max=sigma_max,
-                             rho=rho or getattr(schedule, "rho", 7.0), limits=limits,
-                             rounded=prediction.round if prediction else float)
-    return sorted({schedule.time(level) for level in levels})
+    return (max(low if sigma_min is None else sigma_min, limits[0]),
+            min(high if sigma_max is None else sigma_max, limits[1]))
 
 
 def _discrete_times(schedule, spec: str, skip_type: str, **levels) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from configs.sampling import SamplerSettings
 from configs.schema import Config, load_config
 from datasets.packed import open_images
+from functions.augment import Draws, augment
 from functions.denoiser import Denoiser
 from functions.losses import sequence_aware_loss
 from functions.pixels import random_flip
@@ -197,9 +198,9 @@ class Diffusion:
     def loss(self, denoiser: Denoiser, batch: "Draw"):
         """LossTerms of a shard as the configuration weighs them."""
         loss = self.config.loss
-        given = denoiser if batch.labels is None else denoiser.given({"labels": batch.labels})
         terms = sequence_aware_loss(
-            given, batch.x0, batch.t, batch.noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
+            denoiser.given(batch.condition), batch.x0, batch.t, batch.noise,
+            num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
             input_perturbation=loss.input_perturbation, perturbation_noise=batch.xi,
             perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce)
         return terms if batch.importance is None else terms._replace(total=batch.importance * terms.total)
@@ -223,7 +224,10 @@ class Diffusion:
         if labels is not None and config.training.label_dropout:
             hidden = torch.rand(len(x0), generator=generator, device=self.device) < config.training.label_dropout
             labels = torch.where(hidden, -1, labels)
-        return Draw(x0, labels, t, importance, noise, xi)
+        condition = {} if labels is None else {"labels": labels}
+        if config.data.augment:
+            x0, condition["augment"] = augment(x0, config.data.augment, Draws(generator))
+        return Draw(x0, condition, t, importance, noise, xi)
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -265,7 +269,7 @@ class Draw(NamedTuple):
     """A shard and all its randomness."""
 
     x0: Tensor                          # (B, C, H, W)
-    labels: Tensor | None               # long (B,), -1 where hidden
+    condition: dict[str, Tensor]        # of what the network is told: labels long (B,), -1 where hidden; augment (B, 9)
     t: Tensor                           # (B,)
     importance: Tensor | None           # (B,), None: 1
     noise: Tensor                       # (K, B, C, H, W)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from configs.schema import load_config
+from functions.prediction import make_prediction
 from functions.rng import parse_seeds
 from functions.schedule import make_schedule
 from models import make_codec
@@ -82,8 +83,9 @@ class SamplingJob:
     def _check_sampler(self) -> None:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
         args, settings, config = self.args, self.settings, self.config
-        self.times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                    config.model.num_labels, bool(self.guide))
+        schedule = make_schedule(config.diffusion)
+        self.times = check_settings(settings, schedule, make_codec(config), config.model.num_labels, bool(self.guide),
+                                    make_prediction(config.diffusion))
         if args.reconstruct:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
@@ -92,8 +94,12 @@ class SamplingJob:
             raise UserError("--save none with --no-fid and --grid 0 leaves nothing to do")
         self.notes = []
         if str(args.timesteps).isdigit() and len(self.times) != int(args.timesteps):
-            self.notes.append(f"{settings.skip_type} gives {len(self.times)} distinct steps for --timesteps "
-                              f"{args.timesteps}")
+            self.notes.append(f"{settings.skip_type or schedule.skip_type} gives {len(self.times)} distinct steps for "
+                              f"--timesteps {args.timesteps}")
+        start = schedule.level(self.times[-1])
+        if settings.sigma_max and start < 0.99 * settings.sigma_max:
+            self.notes.append(f"the chain starts from level {start:.4g}, not from --sigma_max {settings.sigma_max:g}, "
+                              "which this network does not know")
         recorded = getattr(config.model, "var_type", settings.var_type)
         if settings.sample_type == "ddpm_noisy" and settings.var_type != recorded:
             self.notes.append(f"sampling with --var_type {settings.var_type}; the configuration says {recorded}, which "

@@ -9,30 +9,36 @@ from configs.sampling import SAMPLE_TYPES, SamplerSettings
 from functions.chain import scales_of
 from functions.denoiser import Denoiser
 from functions.denoising import SAMPLERS, network_calls
+from functions.flow_forms import FlowForm
+from functions.levels import LEVELS
 from functions.ode import check_churn
 from functions.rng import SeededNoise, derive_seed, parse_seeds
-from functions.timesteps import sampling_times
+from functions.timesteps import chain_range, sampling_times
 from utils.errors import DivergedError, UserError
 
 LABELS = 1                                                 # stream of an image's own label, beside its noise
 
 
-def check_settings(settings: SamplerSettings, schedule, codec, num_labels: int, has_guide: bool = False) -> list:
+def check_settings(settings: SamplerSettings, schedule, codec, num_labels: int, has_guide: bool = False,
+                   prediction=None) -> list:
     """The times of a chain with these settings, ascending; refuses all that a sampler would refuse on its first step.
 
     Args:
         schedule, codec: Of the network.
         num_labels: Size of its label set.
         has_guide: Whether there is a worse network to guide by.
+        prediction: Of the network, whose range and rounding the noise levels have.
 
     Raises:
         UserError: A setting that is not possible with this network.
     """
     try:
-        times = sampling_times(schedule, settings.timesteps, settings.skip_type)
+        times = sampling_times(schedule, settings.timesteps, settings.skip_type, prediction=prediction,
+                               sigma_min=settings.sigma_min, sigma_max=settings.sigma_max, rho=settings.rho)
         schedule.check_times(times)
         scales_of(settings.eps_scaler, len(times))
         check_churn(settings.churn)
+        form_of(settings, schedule, prediction, times)
     except ValueError as error:
         raise UserError(f"--{error}") from None
     if settings.clip_denoised and not codec.bounded:
@@ -47,6 +53,16 @@ def check_settings(settings: SamplerSettings, schedule, codec, num_labels: int, 
     if has_guide and settings.guidance is None:
         raise UserError("--guide_weights needs --guidance, such as 2")
     return times
+
+
+def form_of(settings: SamplerSettings, schedule, prediction, times: list) -> FlowForm | None:
+    """The form of the flow in which heun and euler make their steps. ValueError: one that the levels cannot have."""
+    spacing = settings.skip_type or schedule.skip_type
+    if spacing in LEVELS:
+        levels = chain_range(schedule, spacing, prediction, settings.sigma_min, settings.sigma_max)
+    else:
+        levels = schedule.level(times[0]), schedule.level(times[-1])
+    return FlowForm.of(settings.ode_time, settings.ode_scale, settings.alpha, levels)
 
 
 def classes_of(text: str | None, num_labels: int) -> list[int] | None:
@@ -88,10 +104,13 @@ class Sampler:
                  guide: Denoiser | None = None, guide_labels: bool = False):
         self.denoiser, self.codec, self.settings, self.device = denoiser, codec, settings, device
         self.num_labels, self.guide, self.guide_labels = num_labels, guide, guide_labels
-        self.times = check_settings(settings, denoiser.schedule, codec, num_labels, guide is not None)
+        schedule, prediction = denoiser.schedule, denoiser.prediction
+        self.times = check_settings(settings, schedule, codec, num_labels, guide is not None, prediction)
         self.classes = classes_of(settings.classes, num_labels)
         self._options = {key: getattr(settings, key) for key in ("eta", "var_type", "churn")
                          if key in SAMPLE_TYPES[settings.sample_type]}
+        if "ode_time" in SAMPLE_TYPES[settings.sample_type]:
+            self._options["form"] = form_of(settings, schedule, prediction, self.times)
 
     @property
     def calls(self) -> int:
@@ -131,6 +150,7 @@ class Sampler:
             start: A time of the list at which the chain is entered, instead of the noisiest.
         """
         times = self.times if start is None else self.times[:self.times.index(start) + 1]
+        x = x.to(self.denoiser.schedule.state_dtype)
         if start is None:
             x = x * self.denoiser.schedule.prior_std(times[-1])
         clip = self.settings.clip and self.codec.bounded
@@ -143,7 +163,7 @@ class Sampler:
             raise DivergedError(f"the chain gave numbers that are not finite for {len(seeds)} image(s), seeds "
                                 f"{', '.join(map(str, seeds[:8]))}{', ...' if len(seeds) > 8 else ''}; are these "
                                 "weights trained, and the sampler's settings meant so?")
-        return self.codec.decode(x)
+        return self.codec.decode(x.float())
 
     def conditioned(self, labels: Tensor | None) -> Denoiser:
         """The denoiser with labels (B,) and guidance as the settings have it."""

@@ -16,6 +16,7 @@ from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
 from datasets.packed import open_images
 from functions.denoising import network_calls
+from functions.prediction import make_prediction
 from functions.schedule import make_schedule
 from models import make_codec
 from models.inception import load_inception
@@ -114,7 +115,7 @@ class StudyJob:
         for cell in self.all_cells:
             settings, config = cell.sampler(), self.configs[cell.doc]
             times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                   config.model.num_labels)
+                                   config.model.num_labels, prediction=make_prediction(config.diffusion))
             guided = settings.guidance not in (None, 1)
             self.calls[cell.key] = network_calls(settings.sample_type, len(times)) * (1 + guided)
         find_dataset(self.any_config, self.datasets)

@@ -11,7 +11,7 @@ from functions.levels import (
     iddpm_chain,
     lognormal_sigma,
     rho_levels,
-    sampling_levels,
+    spaced_levels,
     ve_training_sigma,
     vp_betas,
     vp_sigma,
@@ -21,7 +21,7 @@ from functions.levels import (
 from functions.preconditioning import EDM, IDDPM, VE, VP
 from functions.prediction import PREDICTIONS, make_prediction
 from functions.schedule import DiscreteSchedule, SigmaSchedule, make_schedule
-from functions.timesteps import TimeSampler, sampling_times
+from functions.timesteps import TimeSampler, chain_range, sampling_times
 from tests.edm_cases import cases, one
 
 SCHEDULE = DiscreteSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
@@ -35,8 +35,9 @@ def test_rho_levels_are_published(case):
 
 @pytest.mark.parametrize("case", cases("misc", "sigma_steps_ablation"))
 def test_levels_of_every_spacing_are_published(case):
-    levels = sampling_levels(case["num_steps"], case["discretization"],
-                             limits=(case["net_sigma_min"], case["net_sigma_max"]))
+    network = type("Network", (), {"sigma_min": case["net_sigma_min"], "sigma_max": case["net_sigma_max"],
+                                   "round": staticmethod(float)})
+    levels = sampling_times(SigmaSchedule(), case["num_steps"], case["discretization"], prediction=network)
     np.testing.assert_allclose(levels[::-1], case["sigma"], rtol=1e-11)
 
 
@@ -55,11 +56,11 @@ def test_vp_times_and_levels_are_published():
 
 @pytest.mark.parametrize("spacing", LEVELS)
 def test_lists_ascend_between_their_ends_and_one_step_starts_at_the_highest(spacing):
-    levels = sampling_levels(9, spacing, sigma_min=0.05, sigma_max=50)
+    levels = spaced_levels(9, spacing, 0.05, 50)
     assert levels == sorted(set(levels)) and len(levels) == 9
     assert levels[0] >= 0.05 * (1 - 1e-9) and levels[-1] <= 50 * (1 + 1e-9)
     assert levels[0] == pytest.approx(0.05, rel=0.2) and levels[-1] == pytest.approx(50, rel=0.2)
-    assert sampling_levels(1, spacing, sigma_min=0.05, sigma_max=50) == [pytest.approx(levels[-1])]
+    assert spaced_levels(1, spacing, 0.05, 50) == [pytest.approx(levels[-1])]
 
 
 def test_the_network_limits_and_rounds():
@@ -77,11 +78,10 @@ def test_the_network_limits_and_rounds():
 
 @pytest.mark.parametrize("spacing", LEVELS)
 def test_steps_of_a_discrete_chain_are_those_nearest_to_the_levels(spacing):
-    low, high = SCHEDULE.level_range
-    steps = sampling_times(SCHEDULE, 12, spacing)
+    steps, (low, high) = sampling_times(SCHEDULE, 12, spacing), chain_range(SCHEDULE, spacing)
     assert steps == sorted(set(steps)) and all(isinstance(step, int) for step in steps)
-    levels = sampling_levels(12, spacing, limits=(low, high), **({"sigma_min": low, "sigma_max": high}
-                                                                 if spacing == "edm" else {}))
+    assert SCHEDULE.level_range[0] <= low < high <= SCHEDULE.level_range[1]
+    levels = spaced_levels(12, spacing, low, high)
     assert steps == sorted({SCHEDULE.time(level) for level in levels})
 
 
@@ -111,21 +111,21 @@ def test_range_of_the_sigma_schedule(name, given, expected):
 
 def test_the_vp_range_that_breaks_upstream_is_a_line():
     with pytest.raises(ValueError, match=r"sigma_min 0\.5 is too high for the vp levels up to 80.*below 0\.09"):
-        sampling_levels(8, "vp", sigma_min=0.5, sigma_max=80)
+        spaced_levels(8, "vp", 0.5, 80)
     beta_d, beta_min = vp_betas(0.01, 80)
     assert beta_d > 0
     ends = vp_sigma(torch.tensor([1e-3, 1.0], dtype=torch.float64), beta_d, beta_min)
     assert ends.tolist() == pytest.approx([0.01, 80])
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"sigma_min": 90.0}, "sigma_min 90 and sigma_max 80 are no range"),
-    ({"sigma_min": 0.0}, "sigma_min 0 and sigma_max 80 are no range"),
-    ({"spacing": "iddpm", "sigma_min": 1.0, "sigma_max": 1.0001}, "has no level between them"),
+@pytest.mark.parametrize("spacing, low, high, message", [
+    ("edm", 90.0, 80.0, "sigma_min 90 and sigma_max 80 are no range"),
+    ("ve", 0.0, 80.0, "sigma_min 0 and sigma_max 80 are no range"),
+    ("iddpm", 1.0, 1.0001, "has no level between them"),
 ])
-def test_impossible_lists_are_lines(options, message):
+def test_impossible_lists_are_lines(spacing, low, high, message):
     with pytest.raises(ValueError, match=message):
-        sampling_levels(**{"num_steps": 4} | options)
+        spaced_levels(4, spacing, low, high)
 
 
 @pytest.mark.parametrize("kind, median, least, most", [
