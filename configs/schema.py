@@ -103,7 +103,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: With the file, the dotted key, what was given and what is allowed.
     """
     path = find_config(path)
-    raw = read_config_file(path)
+    raw = with_overrides(read_config_file(path), overrides)
+    return validate(convert_ddim_form(raw, path), str(path))
+
+
+def with_overrides(raw: dict, overrides: Sequence[str]) -> dict:
+    """Nested dictionaries with ``"section.key=value"`` put in; changes and returns ``raw``."""
     for override in overrides:
         key, given, text = override.partition("=")
         section, dot, name = key.partition(".")
@@ -111,7 +116,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
         target = raw.setdefault(section, {})
         target[name] = parse_yaml(text, f"--{key} {text}")
-    return validate(convert_ddim_form(raw, path), str(path))
+    return raw
 
 
 def validate(raw: dict, where: str) -> Config:

@@ -10,10 +10,17 @@ from models.dhariwal import DhariwalUNet
 from models.ema import EMA, decay_of
 from models.song import SongUNet
 from models.unet import UNet
-from models.weights import WeightsInfo, load_profile, load_weights, weights_fingerprint
+from models.weights import (
+    WeightsInfo,
+    about_weights,
+    load_profile,
+    load_weights,
+    stored_settings,
+    weights_fingerprint,
+)
 
-__all__ = ["EMA", "MODELS", "WeightsInfo", "build_model", "decay_of", "load_profile", "load_weights", "make_codec",
-           "weights_fingerprint"]
+__all__ = ["EMA", "MODELS", "WeightsInfo", "about_weights", "build_model", "decay_of", "load_profile", "load_weights",
+           "make_codec", "stored_settings", "weights_fingerprint"]
 
 
 def _unet(config: Config) -> UNet:

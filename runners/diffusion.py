@@ -23,6 +23,7 @@ from models import build_model, load_profile, load_weights, make_codec
 from runners import distributed
 from runners.network import Network, explain_out_of_memory, memory_format
 from runners.sampling.sampler import Sampler
+from runners.sampling.weights import local_weights, stored_config
 from runners.training.checkpoint import RunFolder, prepared
 from runners.training.monitor import log_to_file
 from runners.training.plan import Plan
@@ -92,6 +93,25 @@ class Diffusion:
         diffusion = cls(config or load_config(run.config), device)
         default = diffusion.config.sampling.ckpt_id
         diffusion.load(run.weights(default if ckpt_id is None else ckpt_id, ema), ema)
+        return diffusion
+
+    @classmethod
+    def from_weights(cls, path: str | Path, device=None, overrides: Sequence[str] = ()) -> "Diffusion":
+        """A network whose file brings its own configuration, such as EDM's snapshots.
+
+        Args:
+            path: A file, or a URL.
+            overrides: ``"diffusion.schedule=discrete"``, as for ``load_config``.
+
+        Raises:
+            UserError: It brings none. DataError: A broken file, or a network that cannot be rebuilt here.
+        """
+        path = local_weights(str(path))
+        config = stored_config(path, overrides)
+        if config is None:
+            raise UserError(f"{path} does not say what its network is; use Diffusion(load_config(FILE)).load(PATH)")
+        diffusion = cls(config, device)
+        diffusion.load(path)
         return diffusion
 
     def load(self, path: str | Path, ema: bool = True) -> None:

@@ -8,6 +8,7 @@ dozen names that such a file may ask for stands for.
 
 import io
 import mmap
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from models.formats.common import State
+from models.formats.common import State, StoredWeights
 from utils.errors import DataError
 from utils.files import open_regular
 from utils.pickle_data import Name, Record, plain_dict, plain_set, read_pickle
@@ -60,12 +61,23 @@ class Snapshot:
 
 
 def is_snapshot(path: Path) -> bool:
-    """Whether a file looks like a bare pickle, as EDM writes its snapshots: no other format of weights does."""
+    """Whether a file looks like one of EDM's: a bare pickle, or a torch file that asks for EDM's objects."""
     try:
         with open(path, "rb") as file:
-            return path.suffix == ".pkl" and file.read(1) == b"\x80"
-    except OSError:
+            if path.suffix == ".pkl":
+                return file.read(1) == b"\x80"
+            if not re.fullmatch(r"training-state-\d+\.pt", path.name) or not zipfile.is_zipfile(file):
+                return False
+            with zipfile.ZipFile(file) as archive, archive.open(f"{_folder(archive)}/data.pkl") as pickle:
+                return b"torch_utils.persistence" in pickle.read(4096)
+    except (OSError, KeyError, zipfile.BadZipFile):
         return False
+
+
+def read_edm(path: Path, content: None, ema: bool) -> StoredWeights:
+    """The one set of weights of a file: averages in a snapshot, raw ones in a training state."""
+    snapshot = read_snapshot(path)
+    return StoredWeights(snapshot.state, "ema" if snapshot.optimizer is None else "raw")
 
 
 def read_snapshot(path: str | Path) -> Snapshot:
@@ -97,7 +109,7 @@ def _snapshot(path: Path, file: BinaryIO) -> Snapshot:
 
 def _training_state(path: Path, file: BinaryIO) -> Snapshot:
     with zipfile.ZipFile(file) as archive:
-        folder = archive.namelist()[0].split("/")[0]
+        folder = _folder(archive)
         loaded: dict[str, Tensor] = {}
 
         def outside(identifier):
@@ -110,6 +122,11 @@ def _training_state(path: Path, file: BinaryIO) -> Snapshot:
     if not isinstance(content, dict) or not isinstance(content.get("net"), _Object):
         raise ValueError("it holds no network under 'net'")
     return _record(path, content["net"], optimizer=content.get("optimizer_state"))
+
+
+def _folder(archive: zipfile.ZipFile) -> str:
+    names = archive.namelist()
+    return names[0].split("/")[0] if names else ""
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
