@@ -35,6 +35,7 @@ class Denoiser:
         self.network, self.schedule, self.condition, self.time_factor = network, schedule, condition or {}, time_factor
         self.prediction = PREDICTIONS[prediction] if isinstance(prediction, str) else prediction
         self._guide = None                                                  # (by, scale, interval)
+        self._watch = None
 
     @classmethod
     def of(cls, config, network, schedule=None) -> "Denoiser":
@@ -74,7 +75,10 @@ class Denoiser:
     def __call__(self, x: Tensor, t) -> Estimate:
         """Estimates at x (B, C, H, W) and t, a number for all or (B,); (B, C, H, W) each, in the type of x."""
         own = self.prediction.read(self.schedule, x, t, self.raw(x, t))
-        return own if self._guide is None else self._guided(own, x, t)
+        estimate = own if self._guide is None else self._guided(own, x, t)
+        if self._watch is not None:
+            self._watch(t, estimate)
+        return estimate
 
     def _guided(self, own: Estimate, x: Tensor, t) -> Estimate:
         by, scale, interval = self._guide
@@ -93,6 +97,12 @@ class Denoiser:
         """The same network under (also) this condition."""
         other = copy(self)
         other.condition = {**self.condition, **condition}
+        return other
+
+    def watched(self, callback) -> "Denoiser":
+        """The same denoiser, which shows ``callback(t, estimate)`` every estimate that it gives."""
+        other = copy(self)
+        other._watch = callback
         return other
 
     def guided(self, by: "Denoiser", scale: float, interval: tuple[float, float] | None = None) -> "Denoiser":

@@ -139,7 +139,7 @@ class Sampler:
         return self.run(x, noise, self.labels(seeds), callback)
 
     def run(self, x: Tensor, noise: SeededNoise, labels: Tensor | None = None, callback: Callable | None = None,
-            start=None) -> Tensor:
+            start=None, watch: Callable | None = None) -> Tensor:
         """The chain from ``x``, to images in [0, 1], (B, C, H, W).
 
         Args:
@@ -148,14 +148,17 @@ class Sampler:
             labels: Long (B,), -1 for none.
             callback: See ``functions.chain.Chain``.
             start: A time of the list at which the chain is entered, instead of the noisiest.
+            watch: See ``Denoiser.watched``: sees the further evaluations of a step as well.
         """
         times = self.times if start is None else self.times[:self.times.index(start) + 1]
         x = x.to(self.denoiser.schedule.state_dtype)
         if start is None:
             x = x * self.denoiser.schedule.prior_std(times[-1])
-        clip = self.settings.clip and self.codec.bounded
+        clip, denoiser = self.settings.clip and self.codec.bounded, self.conditioned(labels)
+        if watch is not None:
+            denoiser = denoiser.watched(watch)
         x = SAMPLERS[self.settings.sample_type](
-            self.conditioned(labels), x, times, eps_scaler=self.settings.eps_scaler, clip_denoised=clip,
+            denoiser, x, times, eps_scaler=self.settings.eps_scaler, clip_denoised=clip,
             noise_fn=lambda index: noise.randn(x.shape), callback=callback, **self._options)
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():

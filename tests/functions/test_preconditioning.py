@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from functions.levels import lognormal_sigma, ve_training_sigma, vp_training_sigma
+from functions.denoiser import Denoiser
+from functions.levels import lognormal_sigma, ve_training_sigma, vp_time, vp_training_sigma
+from functions.losses import sequence_aware_loss
 from functions.preconditioning import EDM, IDDPM, PRECONDITIONERS, VE, VP
 from functions.schedule import DiscreteSchedule, SigmaSchedule
 from tests.edm_cases import build, cases, error, one
@@ -148,20 +150,75 @@ def test_loss_in_network_space_is_the_published_one(case):
 
 
 @pytest.mark.parametrize("case", [p for p in cases("loss", "loss") if "grad_norms" in p.values[0]])
-def test_gradients_of_the_loss_are_published(case):
-    model, prediction = build(case["net"]), of(case["net"])
-    y, t = case["y"], case["sigma"].flatten()
-    labels = case["labels"] if case["labels"].shape[1] else None
-    fed, c_noise = prediction.feed(LEVELS, y + case["sigma"] * case["noise"], t)
-    difference = prediction.target(LEVELS, y, case["noise"], t) - model(fed, c_noise, labels, case["augment_labels"])
-    assert error(difference.detach()**2, case["value"]) < 1e-4
-    objective = (difference**2).sum() / len(y)
+def test_gradients_of_our_loss_are_the_published_ones(case):
+    model, labels = build(case["net"]), case["labels"]
+    condition = {"labels": labels} if labels.shape[1] else {}
+    if case["augment_labels"] is not None:
+        condition["augment"] = case["augment_labels"]
+    denoiser = Denoiser(model, LEVELS, of(case["net"]), condition)
+    terms = sequence_aware_loss(denoiser, case["y"], case["sigma"].flatten(), case["noise"][None], lamda=0.0)
+    assert error(terms.total.detach(), case["value"].flatten(1).sum(1)) < 1e-4
+    objective = terms.total.mean()
     assert objective.item() == pytest.approx(case["objective"], rel=1e-4)
     objective.backward()
     largest = max(case["grad_norms"].values())
     for name, norm in case["grad_norms"].items():
         grad = model.get_parameter(name.removeprefix("model.")).grad
         assert grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6 * largest), name
+
+
+def network_of(weights):
+    """Some smooth function of the image and the number that stands for its noise level."""
+    def network(x, t):
+        wave = (t.double() / 50).sin().view(-1, 1, 1, 1)
+        return torch.tanh(torch.einsum("ij,bjhw->bihw", weights, x.double()) + wave).to(x.dtype)
+    return network
+
+
+def test_on_ddpms_steps_a_vp_network_has_sa_dpms_loss():
+    """edm.md, section 10: in units of F nothing is left to weigh. A network that is told the level instead of t."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(6, 3, 4, 4, generator=generator), torch.randn(3, 6, 3, 4, 4, generator=generator)
+    network, t = network_of(torch.randn(3, 3, generator=generator).double()), torch.tensor([0, 1, 2, 200, 600, 999])
+    preconditioned = Denoiser(network, GRID, "vp")
+    plain = Denoiser(lambda x, t: network(x, 999 * vp_time(GRID.level(t).flatten())), GRID)
+    ours, sa_dpm = (sequence_aware_loss(denoiser, x0, t, noise, num_consecutive_steps=3, lamda=0.7)
+                    for denoiser in (preconditioned, plain))
+    torch.testing.assert_close(ours.total, sa_dpm.total, rtol=2e-5, atol=0)
+    assert (ours.sequence > 0).all()
+
+
+def test_sequence_terms_of_edm_are_signed_sums_of_noise_errors():
+    """r_k = sqrt(1 + s_k^2/sigma_data^2) (n_k - e_k) up to one sign, at levels that are neighbours in s^(1/7)."""
+    generator = torch.Generator().manual_seed(1)
+    x0, noise = (torch.randn(*shape, 2, 3, 4, 4, generator=generator, dtype=torch.float64) for shape in ((), (2,)))
+    t = torch.tensor([1.0, 0.002], dtype=torch.float64)
+    denoiser = Denoiser(network_of(torch.randn(3, 3, generator=generator).double()), LEVELS, "edm")
+    terms = sequence_aware_loss(denoiser, x0, t, noise, num_consecutive_steps=2, lamda=1.0)
+    lower, exists = LEVELS.below(t, 1)
+    assert exists.tolist() == [True, False] and (t / lower)[0].item() == pytest.approx(1.0103, abs=2e-4)
+    summed = 0
+    for level, n, there in ((t, noise[0], torch.ones(2)), (lower, noise[1], exists)):
+        s = level.view(-1, 1, 1, 1)
+        e = denoiser(x0 + s * n, level).eps
+        summed = summed + there.view(-1, 1, 1, 1) * (1 + s**2 / 0.25).sqrt() * (n - e)
+    torch.testing.assert_close(terms.sequence, summed.square().flatten(1).sum(1) / 4, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", PRECONDITIONERS)
+def test_input_perturbation_keeps_the_noise_as_target(name):
+    """edm.md, section 10: the loss is that of n - e' with e' = (y' - D)/s, weighted as without perturbation."""
+    generator = torch.Generator().manual_seed(2)
+    x0, n, xi = (torch.randn(4, 3, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    prediction = PRECONDITIONERS[name]()
+    t = torch.tensor([prediction.round(level) for level in (0.05, 0.5, 3.0, 40.0)], dtype=torch.float64)
+    denoiser = Denoiser(network_of(torch.randn(3, 3, generator=generator).double()), LEVELS, prediction)
+    terms = sequence_aware_loss(denoiser, x0, t, n[None], lamda=0.0, input_perturbation=0.15,
+                                perturbation_noise=xi[None])
+    s = t.view(-1, 1, 1, 1)
+    e = denoiser(x0 + s * (n + 0.15 * xi), t).eps
+    weight = 1 + s**2 / 0.25 if name == "edm" else 1.0
+    torch.testing.assert_close(terms.total, (weight * (n - e)**2).flatten(1).sum(1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("sigma, weight", [(0.02, 1.0016), (0.5, 2.0), (1.0, 5.0), (10.0, 401.0), (80.0, 25601.0)])
