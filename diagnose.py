@@ -51,7 +51,6 @@ class Job:
 
     def __init__(self, args):
         from datasets import find_dataset
-        from functions.schedule import make_schedule
         from models import make_codec
         from runners.sampling.flags import sampler_settings
         from runners.sampling.sampler import check_settings
@@ -68,8 +67,7 @@ class Job:
         self.datasets = Path(args.exp) / "datasets"
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
         for config, _ in self.runs.values():
-            self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
-                                        config.model)
+            self.steps = check_settings(self.settings, config, make_codec(config))
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()

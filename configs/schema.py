@@ -17,6 +17,8 @@ from configs.sections import Data, DiffusionSection, Loss, Optim, Sampling, Trai
 from utils.atomic import write_text
 from utils.errors import ConfigError
 
+AUGMENT_DIM = 9                              # numbers that tell of data.augment
+
 
 def _tagged(*members):
     """A union told apart by ``arch``; of one member: that member."""
@@ -75,7 +77,10 @@ class Config(Section):
                              f"diffusion.schedule {diffusion.schedule} has none")
         if self.training.label_dropout and not self.model.num_labels:
             raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels; set "
-                             "model.num_classes")
+                             "model.num_classes, or label_dim of EDM's networks")
+        if self.data.augment and getattr(self.model, "augment_dim", 0) != AUGMENT_DIM:
+            raise ValueError(f"data.augment {self.data.augment} needs a network that is told of it: model.arch "
+                             f"songunet or dhariwal, with model.augment_dim {AUGMENT_DIM}")
         return self
 
     def _bound_has_its_terms(self):
@@ -120,7 +125,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: With the file, the dotted key, what was given and what is allowed.
     """
     path = find_config(path)
-    raw = read_config_file(path)
+    raw = with_overrides(read_config_file(path), overrides)
+    return validate(convert_ddim_form(raw, path), str(path))
+
+
+def with_overrides(raw: dict, overrides: Sequence[str]) -> dict:
+    """Nested dictionaries with ``"section.key=value"`` put in; changes and returns ``raw``."""
     for override in overrides:
         key, given, text = override.partition("=")
         section, dot, name = key.partition(".")
@@ -128,7 +138,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
         raw.setdefault(section, {})[name] = parse_yaml(text, f"--{key} {text}")
         drop_other_form(raw, key)
-    return validate(convert_ddim_form(raw, path), str(path))
+    return raw
 
 
 def validate(raw: dict, where: str) -> Config:
@@ -141,7 +151,7 @@ def validate(raw: dict, where: str) -> Config:
             problem["loc"] = _without_arch(problem["loc"])
             by_key.setdefault(problem["loc"][:2], problem)
         # Unknown keys first: a misspelt one is often why another is missing.
-        known = [*dotted_keys(), *Config.model_fields]
+        known = [*dotted_keys(_arch(raw)), *Config.model_fields]
         problems = [describe(p, known) for p in sorted(by_key.values(), key=lambda p: p["type"] != "extra_forbidden")]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{where}: {problems[0]}{more}") from None
@@ -166,10 +176,17 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
             yield name, field.annotation
 
 
-def dotted_keys() -> dict[str, tuple]:
-    """``{"data.dataset": (annotation, default, help), ...}`` of every key."""
+def dotted_keys(arch: str | None = None) -> dict[str, tuple]:
+    """``{"data.dataset": (annotation, default, help), ...}`` of every key, or of those that go with one arch."""
     return {f"{name}.{key}": (field.annotation, field.get_default(), field.description)
-            for name, section in sections() for key, field in section.model_fields.items()}
+            for name, section in sections() if name != "model" or arch not in NETWORKS or section is NETWORKS[arch]
+            for key, field in section.model_fields.items()}
+
+
+def _arch(raw: dict) -> str | None:
+    model = raw.get("model") if isinstance(raw, dict) else None
+    arch = model.get("arch", "unet") if isinstance(model, dict) else None
+    return arch if isinstance(arch, str) else None
 
 
 def documentation() -> str:

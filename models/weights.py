@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import combination, combine
-from models.formats import FORMATS, SETTINGS, bare_name
+from models.formats import FORMATS, SETTINGS, bare_name, is_snapshot
 from models.formats.common import State
+from models.formats.edm import read_snapshot
+from models.formats.edm_settings import about, settings_of
 from utils.errors import DataError, UserError
 from utils.safe_load import load_torch
 
@@ -53,13 +55,29 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     path = Path(path)
     if not path.exists():
         raise UserError(f"no such weights: {path}")
-    content = None if path.is_dir() else load_torch(path)
+    content = None if path.is_dir() or is_snapshot(path) else load_torch(path)
     for name, (recognises, read) in FORMATS.items():
         if recognises(path, content):
             weights = read(path, content, ema)
             _copy_into(model, weights.state, f"{path} ({name})", SETTINGS.get(name))
             return WeightsInfo(name, weights.kind, weights.step, weights.epoch, weights_fingerprint(weights.state))
     raise DataError(f"{path}: holds no weights in a known form; known: {', '.join(FORMATS)}")
+
+
+def stored_settings(path: str | Path) -> dict[str, dict] | None:
+    """Sections of a configuration that a file of weights brings itself; None where it does not.
+
+    Raises:
+        DataError: A broken file, or a network that cannot be rebuilt here.
+    """
+    path = Path(path)
+    return settings_of(read_snapshot(path)) if is_snapshot(path) else None
+
+
+def about_weights(path: str | Path) -> dict[str, str]:
+    """What a file says of how its weights were made, for people; empty where it says nothing."""
+    path = Path(path)
+    return about(read_snapshot(path)) if is_snapshot(path) else {}
 
 
 def load_profile(model: nn.Module, files: Sequence[Path], length: float) -> WeightsInfo:
@@ -95,7 +113,7 @@ def weights_fingerprint(state: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None) -> None:
+def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None = None) -> None:
     own = {bare_name(name): tensor for name, tensor in model.state_dict().items()}
     problems = {
         "missing": sorted(own.keys() - state.keys()),

@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.sampling import SamplerSettings
 from configs.schema import Config, load_config
 from datasets.packed import open_images
+from functions.augment import Draws, augment
 from functions.denoiser import Denoiser
 from functions.losses import sequence_aware_loss
 from functions.pixels import random_flip
@@ -24,6 +25,7 @@ from models import build_model, load_profile, load_weights, make_codec
 from runners import distributed
 from runners.network import Network, explain_out_of_memory, memory_format
 from runners.sampling.sampler import Sampler
+from runners.sampling.weights import local_weights, stored_config
 from runners.training.checkpoint import RunFolder, prepared
 from runners.training.monitor import log_to_file
 from runners.training.plan import Plan
@@ -95,6 +97,25 @@ class Diffusion:
         diffusion = cls(config or load_config(run.config), device)
         default = diffusion.config.sampling.ckpt_id
         diffusion.load(run.weights(default if ckpt_id is None else ckpt_id, ema), ema)
+        return diffusion
+
+    @classmethod
+    def from_weights(cls, path: str | Path, device=None, overrides: Sequence[str] = ()) -> "Diffusion":
+        """A network whose file brings its own configuration, such as EDM's snapshots.
+
+        Args:
+            path: A file, or a URL.
+            overrides: ``"diffusion.schedule=discrete"``, as for ``load_config``.
+
+        Raises:
+            UserError: It brings none. DataError: A broken file, or a network that cannot be rebuilt here.
+        """
+        path = local_weights(str(path))
+        config = stored_config(path, overrides)
+        if config is None:
+            raise UserError(f"{path} does not say what its network is; use Diffusion(load_config(FILE)).load(PATH)")
+        diffusion = cls(config, device)
+        diffusion.load(path)
         return diffusion
 
     def load(self, path: str | Path, ema: bool = True) -> None:
@@ -208,8 +229,7 @@ class Diffusion:
 
     def loss(self, denoiser: Denoiser, batch: "Draw"):
         """LossTerms of a shard as the configuration weighs them; the importance of its times is not in them."""
-        loss = self.config.loss
-        given = denoiser if batch.labels is None else denoiser.given({"labels": batch.labels})
+        loss, given = self.config.loss, denoiser.given(batch.condition)
         terms = sequence_aware_loss(
             given, batch.x0, batch.t, batch.noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
             input_perturbation=loss.input_perturbation, perturbation_noise=batch.xi,
@@ -242,7 +262,10 @@ class Diffusion:
         if labels is not None and config.training.label_dropout:
             hidden = torch.rand(len(x0), generator=generator, device=self.device) < config.training.label_dropout
             labels = torch.where(hidden, -1, labels)
-        return Draw(x0, labels, t, importance, noise, xi)
+        condition = {} if labels is None else {"labels": labels}
+        if config.data.augment:
+            x0, condition["augment"] = augment(x0, config.data.augment, Draws(generator))
+        return Draw(x0, condition, t, importance, noise, xi)
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -268,7 +291,7 @@ class Diffusion:
     def sampler(self, settings: SamplerSettings) -> Sampler:
         """The network with these settings applied to it. UserError: settings that are not possible."""
         guide = self.guide
-        return Sampler(self.denoiser(), self.codec, settings, self.config.model, self.device,
+        return Sampler(self.denoiser(), self.codec, settings, self.config, self.device,
                        guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels),
                        classifier=self.classifier)
 
@@ -285,7 +308,7 @@ class Draw(NamedTuple):
     """A shard and all its randomness."""
 
     x0: Tensor                          # (B, C, H, W)
-    labels: Tensor | None               # long (B,), -1 where hidden
+    condition: dict[str, Tensor]        # of what the network is told: labels long (B,), -1 where hidden; augment (B, 9)
     t: Tensor                           # (B,)
     importance: Tensor | None           # (B,), None: 1
     noise: Tensor                       # (K, B, C, H, W)

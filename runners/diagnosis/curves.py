@@ -37,10 +37,15 @@ def column(rows: Rows, key: str, **where) -> list:
 def eps_norm_panels(runs: dict[str, Rows]) -> list[Panel]:
     norms, ratios = [], []
     for colour, (name, rows) in enumerate(runs.items()):
-        t = column(rows, "t")
-        norms += [Curve(f"{name}, {kind}", t, column(rows, kind), column(rows, f"{kind}_error"), colour, style)
-                  for style, kind in enumerate(("sampling", "training"))]
-        ratios.append(Curve(name, t, column(rows, "ratio"), column(rows, "ratio_error"), colour))
+        def curve(label, key, style, evaluation="first", rows=rows, colour=colour):
+            found = [row for row in rows if row["evaluation"] == evaluation]
+            return Curve(label, column(found, "t"), column(found, key), column(found, f"{key}_error"), colour, style)
+
+        norms += [curve(f"{name}, sampling", "sampling", 0), curve(f"{name}, training", "training", 1)]
+        ratios.append(curve(name, "ratio", 0))
+        if "corrector" in column(rows, "evaluation"):
+            norms.append(curve(f"{name}, corrector", "sampling", 2, "corrector"))
+            ratios.append(curve(f"{name}, corrector", "ratio", 2, "corrector"))
     return [Panel(r"mean $\|\epsilon_\theta(x_t, t)\|_2$", norms), Panel("sampling / training", ratios, 1.0)]
 
 
