@@ -1,10 +1,12 @@
 # Two commands need nothing but Python 3.10 to 3.13 and make:
-#   make quickstart    train on handwritten digits, generate, compute and log an FID (minutes on two CPU cores)
+#   make quickstart    train on handwritten digits, generate, compute and log an FID (minutes on two CPU cores);
+#                      with CONFIG=digits_cond.yml digits of every class, a row for each
 #   make test          lint and run the test suite
 
 PYTHON ?= python3
 BIN := .venv/bin
 EXP ?= exp
+CONFIG ?= digits.yml
 TRAIN ?=
 IMAGES ?= 500
 BENCH ?=
@@ -20,8 +22,8 @@ install: .venv/installed
 	touch $@
 
 quickstart: install
-	$(BIN)/python train_ddp.py --config digits.yml --exp $(EXP) --resume_training $(TRAIN)
-	$(BIN)/python generate.py --config digits.yml --exp $(EXP) --num_samples $(IMAGES) --timesteps 50 --eta 1 --fid_stats auto
+	$(BIN)/python train_ddp.py --config $(CONFIG) --exp $(EXP) --resume_training $(TRAIN)
+	$(BIN)/python generate.py --config $(CONFIG) --exp $(EXP) --num_samples $(IMAGES) --timesteps 50 --eta 1 --fid_stats auto
 
 lint: install
 	$(BIN)/ruff check .

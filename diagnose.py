@@ -69,7 +69,7 @@ class Job:
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
         for config, _ in self.runs.values():
             self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
-                                        config.model.num_labels)
+                                        config.model)
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()
@@ -120,10 +120,9 @@ class Job:
 
     @property
     def file_label(self) -> str:
-        """The sampler in few words, for file names; runs of one name may be measured at several epochs."""
-        epoch = f"-epoch-{self.args.ckpt_id}" if self.args.ckpt_id is not None else ""
-        raw = "" if self.args.model_ema else "-raw"
-        return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(self.settings)).strip("-") + epoch + raw
+        """The sampler and the weights in few words, for file names: a run may be measured at several epochs."""
+        files = sorted({weights.stem for _, weights in self.runs.values()})
+        return re.sub(r"[^A-Za-z0-9.+_-]+", "-", f"{self.settings} {'+'.join(files)}").strip("-")
 
     def command(self, name: str, scaler: str) -> str:
         """generate.py with the sampler measured here and ``scaler``."""

@@ -21,6 +21,11 @@ class Network(Section):
         raise NotImplementedError
 
     @property
+    def gives_variances(self) -> bool:
+        """Whether the output has 2C channels, the second half of which are variances."""
+        return False
+
+    @property
     def width(self) -> int:
         """Channels at the highest resolution, by which the memory format is chosen."""
         raise NotImplementedError

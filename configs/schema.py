@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from configs.base import Section
 from configs.messages import describe
 from configs.networks import NETWORKS
-from configs.reading import convert_ddim_form, find_config, parse_yaml, read_config_file
+from configs.reading import convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
 from configs.sections import Data, DiffusionSection, Loss, Optim, Sampling, Training
 from utils.atomic import write_text
 from utils.errors import ConfigError
@@ -104,8 +104,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         section, dot, name = key.partition(".")
         if not (section and dot and name and given):
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        target = raw.setdefault(section, {})
-        target[name] = parse_yaml(text, f"--{key} {text}")
+        raw.setdefault(section, {})[name] = parse_yaml(text, f"--{key} {text}")
+        drop_other_form(raw, key)
     return validate(convert_ddim_form(raw, path), str(path))
 
 

@@ -34,6 +34,11 @@ class Data(Section):
     """Part of a data set without an official split that is held out as split "test"."""
     cache: Literal["auto", "device", "ram", "mmap", "off"] = "auto"
     """Where decoded images lie while training: device memory, RAM, memory-mapped file, or nowhere."""
+    labels: Literal["auto", "folders", "filenames", "none"] = "auto"
+    """Where the classes of a folder or zip come from: dataset.json if there is one (auto), its top-level folders, or
+    the text before the first "_" of a file name, alphabetically (guided-diffusion)."""
+    max_size: Count | None = None
+    """Use so many of the images, chosen by EDM's shuffle with seed 0; none: all."""
     skip_bad: Natural = 0
     """Number of unreadable images that are tolerated (and listed) before loading fails."""
 
@@ -106,6 +111,9 @@ class DiffusionSection(Section):
             cause = "schedule flow" if self.schedule == "flow" else "zero_terminal_snr"
             raise ValueError(f"diffusion.prediction epsilon gives no image from pure noise, where a chain of "
                              f"diffusion.{cause} starts; use v_prediction, sample or flow")
+        if self.prediction == "epsilon" and self.betas and self.betas[-1] == 1:
+            raise ValueError("diffusion.betas end in 1, pure noise, from which diffusion.prediction epsilon gives no "
+                             "image; use v_prediction or sample")
         return self
 
 

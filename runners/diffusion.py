@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +96,8 @@ class Diffusion:
     def load(self, path: str | Path, ema: bool = True) -> None:
         """Load weights in any format that ``models.load_weights`` knows."""
         self.weights = load_weights(self.model, path, ema=ema)
+        if self.config.training.snapshot_unit == "steps" and self.weights.step is None:
+            self.weights = replace(self.weights, step=self.weights.epoch, epoch=None)      # the number in a file's name
         self.averages = []
 
     def load_average(self, run: RunFolder, ckpt_id: int | None, length: float) -> None:
@@ -246,7 +249,7 @@ class Diffusion:
     def sampler(self, settings: SamplerSettings) -> Sampler:
         """The network with these settings applied to it. UserError: settings that are not possible."""
         guide = self.guide
-        return Sampler(self.denoiser(), self.codec, settings, self.config.model.num_labels, self.device,
+        return Sampler(self.denoiser(), self.codec, settings, self.config.model, self.device,
                        guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels))
 
     def denoiser(self, schedule=None) -> Denoiser:

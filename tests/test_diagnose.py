@@ -56,7 +56,7 @@ def test_eps_norms_of_two_runs_on_one_figure(exp, capsys):
     assert [r["sampling"] for r in rows[:4]] == [r["sampling"] for r in rows[4:]]          # the same weights
     for row in rows:
         assert float(row["ratio"]) == pytest.approx(float(row["sampling"]) / float(row["training"]))
-    assert note["runs"]["digits"]["fingerprint"] and "eps-norm-DDIM-4-steps.png" in capsys.readouterr().out
+    assert note["runs"]["digits"]["fingerprint"] and "eps-norm-DDIM-4-steps-ckpt.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sampler", [("generalized", "--eta", "0.5"), ("ddpm_noisy",), ("heun",)])

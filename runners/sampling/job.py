@@ -83,7 +83,7 @@ class SamplingJob:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
         args, settings, config = self.args, self.settings, self.config
         self.times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                    config.model.num_labels, bool(self.guide))
+                                    config.model, bool(self.guide))
         if args.reconstruct:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:

@@ -58,7 +58,7 @@ def open_originals(path: str, config) -> ImageDataset:
     return ImageDataset("reconstruct", reader, "resize-center-crop", config.data.shape)
 
 
-def reconstruct(sampler: Sampler, path: str, originals: Images, indices: list[int], batch_size: int,
+def reconstruct(sampler: Sampler, path: str, originals, indices: list[int], batch_size: int,
                 target: Path) -> None:
     """Encode images by the reversed chain and decode them (DDIM, section 5.4).
 

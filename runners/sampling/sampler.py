@@ -17,12 +17,12 @@ from utils.errors import DivergedError, UserError
 LABELS = 1                                                 # stream of an image's own label, beside its noise
 
 
-def check_settings(settings: SamplerSettings, schedule, codec, num_labels: int, has_guide: bool = False) -> list:
+def check_settings(settings: SamplerSettings, schedule, codec, model, has_guide: bool = False) -> list:
     """The times of a chain with these settings, ascending; refuses all that a sampler would refuse on its first step.
 
     Args:
         schedule, codec: Of the network.
-        num_labels: Size of its label set.
+        model: Its section of the configuration.
         has_guide: Whether there is a worse network to guide by.
 
     Raises:
@@ -38,6 +38,9 @@ def check_settings(settings: SamplerSettings, schedule, codec, num_labels: int, 
     if settings.clip_denoised and not codec.bounded:
         raise UserError("--clip_denoised: what is diffused here does not lie in [-1, 1] (logits or latents), so that "
                         "there is nothing to clip to; leave it out")
+    if settings.var_type == "learned" and not model.gives_variances:
+        raise UserError("--var_type learned: this network gives no variances; use fixedlarge or fixedsmall")
+    num_labels = model.num_labels
     if settings.classes and not num_labels:
         raise UserError(f"--classes {settings.classes}: this network takes no labels")
     classes_of(settings.classes, num_labels)
@@ -75,7 +78,7 @@ class Sampler:
         denoiser: Of the network.
         codec: Between pixels and what is diffused.
         settings: SamplerSettings.
-        num_labels: Size of the network's label set; 0: none.
+        model: The network's section of the configuration.
         device: Where it computes.
         guide: Denoiser of a worse network, for autoguidance; None: guidance is classifier-free.
         guide_labels: Whether the guide takes labels.
@@ -84,12 +87,12 @@ class Sampler:
         UserError: Settings that are not possible with this network.
     """
 
-    def __init__(self, denoiser: Denoiser, codec, settings: SamplerSettings, num_labels: int, device,
+    def __init__(self, denoiser: Denoiser, codec, settings: SamplerSettings, model, device,
                  guide: Denoiser | None = None, guide_labels: bool = False):
         self.denoiser, self.codec, self.settings, self.device = denoiser, codec, settings, device
-        self.num_labels, self.guide, self.guide_labels = num_labels, guide, guide_labels
-        self.times = check_settings(settings, denoiser.schedule, codec, num_labels, guide is not None)
-        self.classes = classes_of(settings.classes, num_labels)
+        self.num_labels, self.guide, self.guide_labels = model.num_labels, guide, guide_labels
+        self.times = check_settings(settings, denoiser.schedule, codec, model, guide is not None)
+        self.classes = classes_of(settings.classes, self.num_labels)
         self._options = {key: getattr(settings, key) for key in ("eta", "var_type", "churn")
                          if key in SAMPLE_TYPES[settings.sample_type]}
 

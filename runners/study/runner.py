@@ -114,7 +114,7 @@ class StudyJob:
         for cell in self.all_cells:
             settings, config = cell.sampler(), self.configs[cell.doc]
             times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                   config.model.num_labels)
+                                   config.model)
             guided = settings.guidance not in (None, 1)
             self.calls[cell.key] = network_calls(settings.sample_type, len(times)) * (1 + guided)
         find_dataset(self.any_config, self.datasets)
