@@ -41,6 +41,8 @@ def _add_run(parser) -> None:
     parser.add_argument("--config", metavar="NAME.yml", help="default: the run's own; any key of it can be overridden: "
                                                              "--data.root DIR")
     parser.add_argument("--doc", nargs="+", help="runs, exp/logs/DOC, on one figure (default: the config's name)")
+    parser.add_argument("--weights", metavar="FILE", help="load this file instead of a run's checkpoint; EDM's "
+                                                          "snapshots need no --config, but images: --data.root")
     parser.add_argument("--ckpt_id", type=int, help="epoch (default: sampling.ckpt_id, else the newest)")
     parser.add_argument("--model_ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
     parser.add_argument("--num_images", type=positive, default=256, metavar="N", help="real images and chains")
@@ -59,13 +61,17 @@ class Job:
         from models import make_codec
         from runners.sampling.flags import sampler_settings
         from runners.sampling.sampler import check_settings
+        from runners.sampling.weights import local_weights
 
         self.args = args
         if args.seed < 0:
             raise UserError(f"--seed {args.seed} must be at least 0")
-        if not (args.doc or args.config):
+        if not (args.doc or args.config or args.weights):
             raise UserError("--doc is required: the names of runs under exp/logs/")
-        names = args.doc or [Path(args.config).stem]
+        self.file = local_weights(args.weights) if args.weights else None
+        names = args.doc or [Path(args.config or self.file).stem]
+        if self.file and len(names) > 1:
+            raise UserError(f"--weights {args.weights} is one network, --doc names {len(names)} runs")
         if len(set(names)) < len(names):
             raise UserError("--doc names a run twice")
         self.datasets = Path(args.exp) / "datasets"
@@ -84,15 +90,15 @@ class Job:
 
     def _open(self, name: str):
         """The run's own configuration wins over --config, which must not contradict it."""
-        from configs.schema import load_config
-        from runners.training.checkpoint import RunFolder, refuse_differences
+        from runners.sampling.weights import configuration_of
+        from runners.training.checkpoint import RunFolder
 
         run = RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
-        if not (self.args.config or run.config.exists()):
-            raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
-        config = load_config(self.args.config or run.config, self.args.overrides)
-        if run.config.exists():
-            refuse_differences(load_config(run.config), config, run.config)
+        config = configuration_of(run, self.args.config, self.args.overrides, self.file)
+        if self.file:
+            if not self.file.exists():
+                raise UserError(f"--weights {self.file}: no such file")
+            return config, self.file
         ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
         return config, run.weights(ckpt_id, self.args.model_ema)
 
@@ -149,7 +155,8 @@ class Job:
     def command(self, name: str, scaler: str) -> str:
         """generate.py with the sampler measured here and ``scaler``."""
         args = self.args
-        flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config, "--doc": name,
+        flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config,
+                 "--doc": name if args.doc or not self.file else None, "--weights": args.weights,
                  "--ckpt_id": args.ckpt_id, "--timesteps": args.timesteps, "--eps_scaler": scaler}
         kept = self.settings.model_dump(exclude_defaults=True, exclude={"timesteps", "eps_scaler", "clip_denoised"})
         flags |= {f"--{key}": ",".join(map(str, value)) if isinstance(value, tuple) else value

@@ -1,10 +1,14 @@
 """EDM networks through the scripts: trained with every remedy, resumed, sampled; published files without a config."""
 
+import io
 import json
 import urllib.error
+import zipfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import diagnose
 import generate
@@ -109,6 +113,28 @@ def test_norms_of_the_predicted_noise_by_level(trained):
     assert len([row for row in rows if row[evaluation] == "corrector"]) == 4            # the last step has none
 
 
+@pytest.fixture
+def archive(tmp_path):
+    """Six labelled images of 16 x 16 pixels, as EDM's tool packs them."""
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for i in range(6):
+            picture = io.BytesIO()
+            Image.fromarray(np.random.RandomState(i).randint(0, 256, (16, 16, 3), np.uint8)).save(picture, "png")
+            file.writestr(f"{i}.png", picture.getvalue())
+        file.writestr("dataset.json", json.dumps({"labels": [[f"{i}.png", i % 5] for i in range(6)]}))
+    return path
+
+
+def test_the_norms_of_a_published_network_need_no_run(tmp_path, archive, capsys):
+    flags = ["--exp", str(tmp_path), "--weights", str(SNAPSHOT), "--device", "cpu", "--verbose", "critical",
+             "--data.root", str(archive), "--num_images", "6", "--sample_type", "euler", "--timesteps", "4"]
+    assert diagnose.main(["fit-eps-scaler", *flags, "--model", "constant"]) == 0
+    assert f"python generate.py --exp {tmp_path} --weights {SNAPSHOT} --timesteps 4" in capsys.readouterr().out
+    assert diagnose.main(["eps-norm", *flags, "--doc", "a", "b"]) == 2
+    assert "is one network, --doc names 2 runs" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------- published files
 
 
@@ -155,17 +181,37 @@ def test_a_configuration_that_contradicts_the_file_is_refused(tmp_path, capsys):
     assert "diffusion.prediction is 'edm' there, 'vp' here" in capsys.readouterr().err
 
 
-def test_training_can_start_from_a_snapshot(tmp_path):
-    config = tmp_path / "c.yml"
+def test_training_can_start_from_a_snapshot(tmp_path, archive):
     sections = Diffusion.from_weights(SNAPSHOT, "cpu").config.model_dump(mode="json")
-    sections["data"].update(dataset="DIGITS", image_size=16)
-    config.write_text(json.dumps(sections))
-    diffusion = Diffusion.from_weights(SNAPSHOT, "cpu")
-    diffusion.load(SNAPSHOT)
+    sections["data"].update(root=str(archive), augment=0.12)
+    (tmp_path / "c.yml").write_text(json.dumps(sections))
+    assert train_ddp.main(["--config", str(tmp_path / "c.yml"), "--exp", str(tmp_path), "--init_from", str(SNAPSHOT),
+                           "--device", "cpu", "--verbose", "critical", "--training.batch_size", "4", "--max_steps", "1",
+                           "--training.sample_num", "0", "--optim.lr", "1e-6"]) == 0
+    trained = torch.load(tmp_path / "logs" / "c" / "ckpt.pth", weights_only=True)["model"]
+    for name, tensor in read_snapshot(SNAPSHOT).state.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-6)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
     with pytest.raises(DataError, match="of another shape"):
         Diffusion.from_weights(SNAPSHOT, "cpu", ["model.model_channels=64"])
+    other = tmp_path / "weights.pth"
+    torch.save({"a": torch.ones(1)}, other)
     with pytest.raises(UserError, match="does not say what its network is"):
-        Diffusion.from_weights(config, "cpu")
+        Diffusion.from_weights(other, "cpu")
+
+
+def test_levels_that_the_network_does_not_know_are_said(tmp_path, capsys):
+    assert sample(tmp_path, "--timesteps", "2", "--diffusion.sigma_max", "50", "--sigma_max", "100") == 0
+    assert "the chain starts from level 50, not from --sigma_max 100" in capsys.readouterr().out
+    for flags, message in ((["--skip_type", "uniform", "--sigma_max", "3"], "sigma_max is for --skip_type edm and"),
+                           (["--skip_type", "vp", "--sigma_min", "0.5"], "is too high for the vp levels"),
+                           (["--alpha", "0.5"], "alpha is for heun, not for generalized"),
+                           (["--sample_type", "heun", "--alpha", "2"], "--alpha 2.0: input should be less than"),
+                           (["--sample_type", "heun", "--ode_time", "cos"], "--ode_time 'cos': input should be")):
+        assert sample(tmp_path, "-i", "none", *flags) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_file_by_url_without_a_network_is_a_line(tmp_path, monkeypatch, capsys):

@@ -15,8 +15,8 @@ from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
 from runners.sampling.pictures import open_originals
 from runners.sampling.sampler import check_settings
-from runners.sampling.weights import DECIDE_A_NETWORK, local_weights, stored_config
-from runners.training.checkpoint import RunFolder, refuse_differences
+from runners.sampling.weights import configuration_of, local_weights, stored_config
+from runners.training.checkpoint import RunFolder
 from utils.errors import UserError
 
 
@@ -43,17 +43,10 @@ class SamplingJob:
         """The run's own configuration wins over --config, which must not contradict it."""
         args = self.args
         file = local_weights(args.weights) if args.weights else None
-        stored = stored_config(file, args.overrides) if file else None
-        run = Path(args.exp) / "logs" / file.stem if stored and not (args.doc or args.config) else run_folder(args)
-        self.run = RunFolder(run, Path(args.exp) / "datasets")
-        if not (args.config or self.run.config.exists() or stored):
-            raise UserError(f"no configuration: {self.run.config} does not exist, and --config is not given")
-        given = args.config or (self.run.config if self.run.config.exists() else None)
-        config = load_config(given, args.overrides) if given else stored
-        if stored and given:
-            refuse_differences(stored, config, file, DECIDE_A_NETWORK)
-        if self.run.config.exists() and not args.weights:
-            refuse_differences(load_config(self.run.config), config, self.run.config)
+        alone = file and not (args.doc or args.config)
+        self.run = RunFolder(Path(args.exp) / "logs" / file.stem if alone else run_folder(args),
+                             Path(args.exp) / "datasets")
+        config = configuration_of(self.run, args.config, args.overrides, file)
         try:
             ckpt_id = config.sampling.ckpt_id if args.ckpt_id is None else args.ckpt_id
             weights = file or self.run.weights(ckpt_id, args.model_ema)

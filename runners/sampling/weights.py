@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import Config, validate, with_overrides
+from configs.schema import Config, load_config, validate, with_overrides
 from models import stored_settings
+from runners.training.checkpoint import RunFolder, refuse_differences
 from utils.atomic import atomic_write
 from utils.errors import UserError
 
@@ -48,3 +49,26 @@ def stored_config(path: Path, overrides: Sequence[str] = ()) -> Config | None:
         return None
     settings["data"] = {"dataset": "ZIP", "random_flip": False, **settings["data"]}
     return validate(with_overrides(settings, overrides), str(path))
+
+
+def configuration_of(run: RunFolder, config: str | None, overrides: Sequence[str], file: Path | None) -> Config:
+    """The configuration of a request: --config, else the run's own, else what the file of weights brings.
+
+    Args:
+        run: Its own configuration must not be contradicted, unless other weights are named.
+        config: A file or name.
+        file: Weights that were named, or None.
+
+    Raises:
+        UserError: There is none, or two that contradict each other.
+    """
+    stored = stored_config(file, overrides) if file else None
+    given = config or (run.config if run.config.exists() else None)
+    if not (given or stored):
+        raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
+    chosen = load_config(given, overrides) if given else stored
+    if stored and given:
+        refuse_differences(stored, chosen, file, DECIDE_A_NETWORK)
+    if run.config.exists() and not file:
+        refuse_differences(load_config(run.config), chosen, run.config)
+    return chosen
