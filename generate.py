@@ -1,12 +1,15 @@
 """Generate images from seeds, compute their FID and log it, on any number of processes."""
 
 import argparse
+import logging
 import sys
 import time
 from contextlib import ExitStack
 
 from runners.cli import Parser, add_common, natural, positive, run_script
 from runners.sampling.flags import add_sampler_flags
+
+log = logging.getLogger(__name__)
 
 
 def parse(argv):
@@ -78,8 +81,9 @@ def check(args):
 
 
 def work(args, device):
+    from runners.compilation import resolve_sampling_compile
     from runners.distributed import on_rank_zero, world_size
-    from runners.network import explain_out_of_memory, fill_device, resolve_compile
+    from runners.network import explain_out_of_memory, fill_device
     from runners.sampling.dry_run import dry_run_sampling
     from runners.sampling.job import SamplingJob
     from utils.locks import lock_folder
@@ -95,8 +99,9 @@ def work(args, device):
     if job.batch_size == "auto":                                              # the same on all ranks
         network, share = diffusion.network(), -(-len(job.seeds) // world_size())
         job.batch_size = on_rank_zero(lambda: fill_device(network, diffusion.codec.shape, share))
-    batches = len(job.seeds) // (job.batch_size * world_size())
-    diffusion.compiled = resolve_compile(args.compile, device, sampler.calls * batches)
+    share = -(-len(job.seeds) // world_size())
+    diffusion.compiled = on_rank_zero(lambda: resolve_sampling_compile(args.compile, diffusion, sampler, share,
+                                                                       job.batch_size))
     sampler = diffusion.sampler(job.settings)
     with ExitStack() as held:
         if args.save != "none" or job.pictures:
@@ -111,13 +116,17 @@ def open_networks(job, device):
     """The network with its weights, and the one that guides it where one is named."""
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
-    from runners.network import resolve_amp
+    from runners.network import explain_amp, resolve_amp
     from runners.sampling.classifier import Classifier
+
+    amp = on_rank_zero(lambda: resolve_amp(job.args.amp, device))             # CPUs may differ
+    if job.args.amp == "auto":
+        log.info("amp %s", explain_amp(job.args.amp, device))
 
     def opened(config, load):
         diffusion = Diffusion(config, device)
         load(diffusion)
-        diffusion.amp = resolve_amp(job.args.amp, device)
+        diffusion.amp = amp
         return diffusion
 
     weights = on_rank_zero(lambda: job.weights)                               # "newest" may change between ranks

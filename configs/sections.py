@@ -277,7 +277,8 @@ class Training(Section):
     seed: Natural = 1024
     """Seed of weights, data order and noise."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Autocast of the network; auto: on CUDA bf16 where the GPU has it, else fp16; on CPU off."""
+    """Autocast of the network; auto: on CUDA bf16 where the GPU has it, else fp16; on a CPU bf16 where it has
+    avx512_bf16 or amx_bf16, else off. A resumed run keeps what it began with."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same gradients."""
     compile: Literal["auto", "on", "off"] = "auto"

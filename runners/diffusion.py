@@ -301,7 +301,7 @@ class Diffusion:
 
     def network(self) -> Network:
         model = (self.averages[0].module if self.averages else self.model).eval()
-        return Network(model, self.device, self.amp, compiled=self.compiled)
+        return Network(model, self.device, self.amp, compiled=self.compiled, frozen=True)
 
 
 class Draw(NamedTuple):

@@ -14,7 +14,7 @@ from functions.losses import sequence_aware_loss
 from functions.pixels import to_uint8
 from functions.timesteps import TimeSampler
 from runners import distributed
-from runners.network import Network, resolve_amp, resolve_compile
+from runners.network import AMP, Network, amp_name, explain_amp, resolve_amp, resolve_compile
 from runners.training.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
 from runners.training.monitor import Monitor
 from runners.training.periodic_fid import PeriodicFid
@@ -74,13 +74,14 @@ class Session:
 
     def _prepare(self) -> tuple[Network, TrainingState]:
         diffusion, training, plan = self.diffusion, self.training, self.plan
-        amp = resolve_amp(training.amp, diffusion.device)
+        amp = distributed.on_rank_zero(lambda: resolve_amp(training.amp, diffusion.device))    # CPUs may differ
         state = TrainingState(diffusion.model, diffusion.config, plan.total_steps, plan.global_batch,
                               loss_scaling=amp is torch.float16)
         compiled = resolve_compile(training.compile, diffusion.device, plan.last_step)
         log.info("%d images, %d steps in an epoch, %d in this run; batch %d = %d processes x %d calls x %d images; "
                  "%s, amp %s, compile %s", plan.num_images, plan.steps_per_epoch, plan.last_step, plan.global_batch,
-                 plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device, amp or "off",
+                 plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device,
+                 explain_amp(training.amp, diffusion.device),
                  "on" if compiled else "off")
         return Network(diffusion.model, diffusion.device, amp, compiled=compiled, ddp=plan.world_size > 1,
                        accumulate=plan.accumulate), state
@@ -98,9 +99,24 @@ class Session:
         if found is None:
             return {}
         stored, path = found
+        self._keep_precision(stored)
         self.state.load_state_dict(stored)
         log.info("resumed from %s: step %d, epoch %d", path, stored["step"], stored["epoch"])
         return stored
+
+    def _keep_precision(self, stored: dict) -> None:
+        """``amp: auto`` goes on with what the run began with, also where this device would have chosen otherwise."""
+        device, network = self.diffusion.device, self.network
+        began = stored.get("amp", "off" if device.type == "cpu" else None)    # an older file's auto
+        if self.training.amp != "auto" or began in (None, amp_name(network.amp)):
+            return
+        if began == "fp16" and device.type == "cpu":
+            log.warning("amp auto: the run began with fp16, which a CPU has not; it goes on with %s",
+                        amp_name(network.amp))
+            return
+        log.info("amp auto: %s, with which the run began", began)
+        network.amp = AMP[began]
+        self.state.scale_loss(began == "fp16")
 
     def _open_held_out(self):
         """ImageStore of the held-out images on rank 0, or None."""
@@ -188,6 +204,7 @@ class Session:
         """
         full = {"format_version": FORMAT_VERSION, "config": self.diffusion.config.model_dump(mode="json"),
                 "step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "best_fid": self.best,
+                "amp": amp_name(self.network.amp),
                 "metric_sums": self.monitor.state(), "data_fingerprint": self.images.fingerprint,
                 **self.state.state_dict()}
         refuse_non_finite(full)
