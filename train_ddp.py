@@ -18,6 +18,8 @@ def parse(argv):
     parser.add_argument("--resume_training", action="store_true",
                         help="continue from the newest checkpoint; in an empty run folder start fresh")
     parser.add_argument("--overwrite", action="store_true", help="move an existing run folder aside and start anew")
+    parser.add_argument("--force", action="store_true", help="with --resume_training: go on although the images are "
+                                                             "others than those of the checkpoint")
     parser.add_argument("--init_from", metavar="FILE", help="start from these weights, in any format generate.py reads")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], help="precision (default: training.amp)")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="torch.compile (default: training.compile)")
@@ -88,8 +90,9 @@ def work(args, device):
     if args.init_from:
         diffusion.load(args.init_from)
     diffusion.open_training_images(run)                # bad data are refused before the run folder is touched
-    with prepared(run, config, **mode(args)):
-        result = diffusion.train(run, resume=mode(args)["resume"], max_steps=args.max_steps)
+    resume = mode(args)["resume"]
+    with prepared(run, config, **mode(args), judge=diffusion.judge(run, args.force) if resume else None):
+        result = diffusion.train(run, resume=resume, force=args.force, max_steps=args.max_steps)
     on_rank_zero(lambda: print(f"step {result.step}, epoch {result.epoch}: {result.checkpoint}"))
 
 

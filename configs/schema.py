@@ -23,6 +23,7 @@ def _tagged(*members):
     return members[0] if len(members) == 1 else Annotated[Union[members], Field(discriminator="arch")]  # noqa: UP007
 
 
+OLD_AVERAGE_KEYS = ("ema", "ema_rate", "ema_warmup")           # of ``model``, as DDIM's files have them
 AnyNetwork = _tagged(*NETWORKS.values())
 
 
@@ -48,7 +49,7 @@ class Config(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
             return raw
         model = {"arch": "unet", **raw["model"]}
-        old = {key: model.pop(key) for key in ("ema", "ema_rate", "ema_warmup") if key in model}
+        old = {key: model.pop(key) for key in OLD_AVERAGE_KEYS if key in model}
         training = raw.get("training", {})
         if old and isinstance(training, dict):
             if "ema" in training:
@@ -106,6 +107,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
         target = raw.setdefault(section, {})
         target[name] = parse_yaml(text, f"--{key} {text}")
+        if key == "training.ema":                                   # wins over the older keys of the file, too
+            for old in OLD_AVERAGE_KEYS:
+                raw.get("model", {}).pop(old, None)
     return validate(convert_ddim_form(raw, path), str(path))
 
 

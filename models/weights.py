@@ -5,6 +5,7 @@ DDIM's names, without the ``module.`` and ``_orig_mod.`` that wrappers put in fr
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from models.ema import combination, combine
 from models.formats import FORMATS, bare_name
-from models.formats.common import State
+from models.formats.common import State, is_state
 from utils.errors import DataError, UserError
 from utils.safe_load import load_torch
 
@@ -54,6 +55,7 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     if not path.exists():
         raise UserError(f"no such weights: {path}")
     content = None if path.is_dir() else load_torch(path)
+    _check_digest(content, path)
     for name, (recognises, read) in FORMATS.items():
         if recognises(path, content):
             weights = read(path, content, ema)
@@ -93,6 +95,27 @@ def weights_fingerprint(state: State) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def with_digest(state: State, digest: str) -> State:
+    """The same weights as a state dict whose metadata, where modules keep their versions, hold a digest of them."""
+    marked = OrderedDict(state)
+    marked._metadata = OrderedDict({"": {"version": 1, "digest": digest}})
+    return marked
+
+
+def _check_digest(content, path: Path) -> None:
+    """Compare weights with the digest in their metadata or, of a full state, under "digests"; most files have none."""
+    metadata = getattr(content, "_metadata", None)
+    root = metadata.get("") if isinstance(metadata, dict) else None
+    digests = {None: root.get("digest")} if isinstance(root, dict) else {}
+    if isinstance(content, dict) and isinstance(content.get("digests"), dict):
+        digests |= {key: content["digests"].get(key) for key in ("model", "ema")}
+    for key, digest in digests.items():
+        weights = content if key is None else content.get(key)
+        if digest is not None and (not is_state(weights) or digest != weights_fingerprint(weights)):
+            raise DataError(f"{path}: its weights have another digest than it says: the file was changed or damaged; "
+                            "copy it again")
 
 
 def _copy_into(model: nn.Module, state: State, where: str) -> None:

@@ -16,6 +16,15 @@ OPTIMIZERS = {
     "SGD": lambda params, o: optim.SGD(params, o.lr, o.beta1, weight_decay=o.weight_decay),
 }
 
+# What each keeps for a weight; of the same shape, but for the number of its steps.
+MOMENTS = {
+    "Adam": lambda o: ("step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if o.amsgrad else [])),
+    "AdamW": lambda o: ("step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if o.amsgrad else [])),
+    "RMSProp": lambda o: ("step", "square_avg"),
+    "SGD": lambda o: (),
+}
+OPTIONAL_MOMENTS = {"SGD": ("momentum_buffer",)}             # None without momentum
+
 # Factor of the learning rate, for the part p in [0, 1] of the steps after warm-up.
 LR_SCHEDULES = {
     "constant": lambda p: 1.0,

@@ -31,8 +31,8 @@ def pixels(folder) -> np.ndarray:
 
 def test_it_gives_the_same_images(old_run, tmp_path):
     flags = [word for key in ("timesteps", "eta") for word in (f"--{key}", str(SETTINGS[key]))]
-    assert generate.main(["--exp", str(tmp_path), "--doc", "old", "--seeds", "0,5", *flags, "--clip_denoised", "--no-fid",
-                          "-i", str(tmp_path / "new"), "--device", "cpu", "--verbose", "critical"]) == 0
+    assert generate.main(["--exp", str(tmp_path), "--doc", "old", "--seeds", "0,5", *flags, "--clip_denoised",
+                          "--no-fid", "-i", str(tmp_path / "new"), "--device", "cpu", "--verbose", "critical"]) == 0
     stored = pixels(old_run / "images")
     assert len(np.unique(stored)) > 50, "not only black and white"
     assert abs(pixels(tmp_path / "new") - stored).max() <= 1
