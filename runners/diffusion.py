@@ -25,7 +25,7 @@ from runners.sampling.sampler import Sampler
 from runners.training.checkpoint import RunFolder, prepared
 from runners.training.monitor import log_to_file
 from runners.training.plan import Plan
-from runners.training.resuming import Judge
+from runners.training.resuming import Judge, inherit
 from runners.training.session import Session
 from utils.errors import Interrupted, UserError
 
@@ -69,7 +69,7 @@ class Diffusion:
         self.model.checkpointing = config.training.activation_checkpointing
         self.model.to(self.device, memory_format=memory_format(self.device, config.model.width))
         self.averages, self.weights, self.amp, self.guide, self.compiled = [], None, None, None, False
-        self._images = None
+        self._images = self.inherited = None
 
     @classmethod
     def from_run(cls, folder, ckpt_id: int | None = None, ema: bool = True, device=None,
@@ -100,6 +100,17 @@ class Diffusion:
         if self.config.training.snapshot_unit == "steps" and self.weights.step is None:
             self.weights = replace(self.weights, step=self.weights.epoch, epoch=None)      # the number in a file's name
         self.averages = []
+
+    def inherit(self, path: str | Path) -> None:
+        """Begin the next ``train`` with weights, average and moments of another run, under this configuration.
+
+        Args:
+            path: A full state of this program, SA-DPM or DDIM.
+
+        Raises:
+            UserError: It keeps no moments. DataError: A broken file, or one of another network or optimizer.
+        """
+        self.inherited = inherit(Path(path), self.model, self.config)
 
     def load_average(self, run: RunFolder, ckpt_id: int | None, length: float) -> None:
         """Make up the average of relative width ``length`` from the power-function averages that a run has kept.

@@ -11,13 +11,13 @@ from pathlib import Path
 from configs.networks import Network
 from configs.schema import Config, load_config, save_config
 from runners import distributed
+from runners.training.adopting import is_ours, take_over
 from utils.atomic import remove_leftovers
 from utils.errors import DataError, UserError
 from utils.locks import lock_folder
 from utils.safe_load import load_torch
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 1
 
 
 class RunFolder:
@@ -103,6 +103,8 @@ class RunFolder:
             log.info("%s holds no checkpoint yet: starting fresh", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
+        if found and "adopted" in found[0]:
+            take_over(self.path, found[0])
         save_config(config, self.config)
 
     def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -117,15 +119,19 @@ class RunFolder:
                             f"--init_from {self.averages()[0]}")
         if resume and self.full_states() and self.config.exists():
             stored = load_config(self.config)
-            refuse_differences(stored, config, self.config, DECIDE_A_RUN)
+            refuse_differences(stored, config, self.config, DECIDE_A_RUN if self._is_ours() else DECIDE_ADOPTION)
             for line in differences(stored, config, MAY_CHANGE):
                 log.warning("resuming with another setting: %s", line)
+
+    def _is_ours(self) -> bool:
+        """Whether this program wrote the folder's configuration: the others keep the loss on their command line."""
+        return any(line.startswith("loss:") for line in self.config.read_text(errors="replace").splitlines())
 
     def load_newest(self, judge: Callable | None = None) -> tuple[dict, Path] | None:
         """The newest full state that is whole; broken ones are named in a warning and passed over.
 
         Args:
-            judge: ``judge(state, path)`` raises DataError for a state that cannot be gone on from.
+            judge: ``judge(content, path)`` gives the state to go on from, DataError where that is not possible.
 
         Raises:
             DataError: There are checkpoints, and none can be used; gives the reason for the newest.
@@ -137,11 +143,10 @@ class RunFolder:
         for path in states:
             try:
                 state = load_torch(path)
-                if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION or "step" not in state:
-                    raise UserError(f"{path} is not a full state of this program; start another --doc with "
-                                    f"--init_from {path}")
                 if judge:
-                    judge(state, path)
+                    state = judge(state, path)
+                elif not is_ours(state):
+                    raise DataError(f"{path} is not a full state of this program")
                 return state, path
             except DataError as error:
                 reasons.append(str(error))
@@ -179,6 +184,8 @@ DECIDE_IMAGES = {
 DECIDE_A_RUN = {**DECIDE_IMAGES, "loss": None, "optim": ("optimizer", "amsgrad")}
 
 
+# What a run of another program keeps when it becomes one of this program.
+DECIDE_ADOPTION = {**DECIDE_IMAGES, "optim": ("optimizer", "amsgrad")}
 # What may change when a run is resumed, but changes what it computes: a warning names it.
 MAY_CHANGE = {"data": ("random_flip", "validation_fraction", "labels", "max_size"), "model": ("dropout",),
               "training": None, "optim": None}

@@ -16,12 +16,12 @@ OPTIMIZERS = {
     "SGD": lambda params, o: optim.SGD(params, o.lr, o.beta1, weight_decay=o.weight_decay),
 }
 
-# What each keeps for a weight; of the same shape, but for the number of its steps.
+# What each keeps for a weight of this shape, by name; the shape of a full state's tensors is compared with it.
 MOMENTS = {
-    "Adam": lambda o: ("step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if o.amsgrad else [])),
-    "AdamW": lambda o: ("step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if o.amsgrad else [])),
-    "RMSProp": lambda o: ("step", "square_avg"),
-    "SGD": lambda o: (),
+    "Adam": lambda o, shape: _adam_moments(o, shape),
+    "AdamW": lambda o, shape: _adam_moments(o, shape),
+    "RMSProp": lambda o, shape: {"step": (), "square_avg": shape},
+    "SGD": lambda o, shape: {"momentum_buffer": shape},
 }
 OPTIONAL_MOMENTS = {"SGD": ("momentum_buffer",)}             # None without momentum
 
@@ -35,6 +35,10 @@ LR_SCHEDULES = {
 def _adam(o: Optim) -> dict:
     return {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay,
             "amsgrad": o.amsgrad, "fused": True}
+
+
+def _adam_moments(o: Optim, shape) -> dict:
+    return {"step": (), "exp_avg": shape, "exp_avg_sq": shape, **({"max_exp_avg_sq": shape} if o.amsgrad else {})}
 
 
 def make_optimizer(params: Iterable[torch.nn.Parameter], config: Optim) -> optim.Optimizer:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from configs.schema import Config
 from models.weights import weights_fingerprint
+from runners.training.adopting import adopt, is_ours
 from runners.training.optimizer import MOMENTS, OPTIONAL_MOMENTS
 from utils.errors import DataError, UserError
+from utils.safe_load import load_torch
 
 log = logging.getLogger(__name__)
 SHOWN = 3                                            # problems that a message names
@@ -83,15 +85,18 @@ class Judge:
         self.model, self.config, self.force = model, config, force
         self.data = data_identity(images) if images is not None else {}
 
-    def __call__(self, state: dict, path: Path) -> None:
-        """
+    def __call__(self, content, path: Path) -> dict:
+        """The full state in a file's content, in this program's form whatever program wrote it.
+
         Raises:
             DataError: One line that names what is missing, too much, of another shape or type, or not finite.
             UserError: It was trained on other images.
         """
+        state = content if is_ours(content) else adopt(content, path, self.model, self.config)
         refuse(path, list(problems(state, self.model, self.config)))
         refuse(path, list(_other_digests(state)))
         self._check_data(state, path)
+        return state
 
     def _check_data(self, state: dict, path: Path) -> None:
         """Files that were only copied or touched have another fingerprint and the same content."""
@@ -110,6 +115,23 @@ class Judge:
         else:
             raise UserError(f"{path} was trained on other images (content {stored['data_content']}, here "
                             f"{mine['data_content']}); give the same data set, or --force to go on with these")
+
+
+def inherit(path: Path, model: nn.Module, config: Config) -> dict:
+    """The full state with which a new run begins at step 0: weights, average and moments of another run.
+
+    Args:
+        path: A full state of this program, SA-DPM or DDIM, or the folder of a run.
+
+    Raises:
+        UserError: No full state there. DataError: A broken one, or one of another network or optimizer.
+    """
+    state = adopt(load_torch(path), path, model, config)
+    log.info("starting from %s", state["adopted"])
+    if not state["optimizer"]["state"]:
+        raise UserError(f"--keep_optimizer: {path} holds no moments; leave the flag out")
+    refuse(path, list(problems(state, model, config)))
+    return state | {"step": 0, "epoch": 0, "lr_schedule": {"last_epoch": 0}}
 
 
 def data_identity(images) -> dict[str, str]:
@@ -150,7 +172,8 @@ def problems(state: dict, model: nn.Module, config: Config) -> Iterator[str]:
             yield from _tensors(f"weight of the average {name!r},", average, own)
     if not isinstance(state.get("times", {}), dict):
         yield f"times is {_short(state['times'])}"
-    yield from _optimizer(state.get("optimizer"), dict(model.named_parameters()), config)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield from _optimizer(state.get("optimizer"), trained, config)
 
 
 def _tensors(kind: str, stored, own: dict[str, Tensor]) -> Iterator[str]:
@@ -172,23 +195,25 @@ def _optimizer(stored, parameters: dict[str, nn.Parameter], config: Config) -> I
     slots, name = stored["state"], config.optim.optimizer
     if not slots:                                    # no step has been taken, or the optimizer keeps nothing
         return
-    needed, optional = MOMENTS[name](config.optim), OPTIONAL_MOMENTS.get(name, ())
     yield from (f"optimizer state {_short(index)} belongs to no weight" for index in slots
                 if type(index) is not int or not 0 <= index < len(parameters))
     for index, (parameter_name, parameter) in enumerate(parameters.items()):
-        own = slots.get(index)
-        if not isinstance(own, dict):
+        shapes = MOMENTS[name](config.optim, parameter.shape)
+        if not isinstance(slots.get(index), dict):
             yield f"optimizer state of {parameter_name} is missing"
-            continue
-        yield from (f"{key} of {parameter_name} is missing" for key in needed if key not in own)
-        for key, value in own.items():
-            if key not in (*needed, *optional):
-                yield f"{_short(key)} of {parameter_name} is no moment of {name}"
-            elif not (value is None and key in optional):
-                shape = () if key == "step" else parameter.shape
-                flaw = _flaw(value, shape, torch.float32 if key == "step" else parameter.dtype)
-                if flaw or (key == "step" and value < 0):
-                    yield f"{key} of {parameter_name} {flaw or 'is negative'}"
+        else:
+            yield from _moments(slots[index], shapes, OPTIONAL_MOMENTS.get(name, ()), parameter_name, parameter.dtype)
+
+
+def _moments(stored: dict, shapes: dict, optional, name: str, dtype: torch.dtype) -> Iterator[str]:
+    yield from (f"{key} of {name} is missing" for key in shapes if key not in stored and key not in optional)
+    for key, value in stored.items():
+        if key not in shapes:
+            yield f"{_short(key)} of {name} is no moment of this optimizer"
+        elif not (value is None and key in optional):
+            flaw = _flaw(value, shapes[key], torch.float32 if key == "step" else dtype)
+            if flaw or (key == "step" and value < 0):
+                yield f"{key} of {name} {flaw or 'is negative'}"
 
 
 def _other_digests(state: dict) -> Iterator[str]:

@@ -14,7 +14,8 @@ from functions.losses import sequence_aware_loss
 from functions.pixels import to_uint8
 from runners import distributed
 from runners.network import Network, resolve_amp, resolve_compile
-from runners.training.checkpoint import FORMAT_VERSION, RunFolder
+from runners.training.adopting import FORMAT_VERSION
+from runners.training.checkpoint import RunFolder
 from runners.training.monitor import Monitor
 from runners.training.periodic_fid import PeriodicFid
 from runners.training.plan import Plan
@@ -52,6 +53,9 @@ class Session:
         diffusion.averages = self.state.averages
         self.data = data_identity(images)
         stored = self._restore(judge) if judge else {}
+        if diffusion.inherited and not stored:
+            self.state.load_state_dict(diffusion.inherited)
+        diffusion.inherited = None                   # it is as large as the state itself
         self.step, self.best = stored.get("step", 0), stored.get("best_fid")
         self.writer = self.held.enter_context(
             CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", [])))

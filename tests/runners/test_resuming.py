@@ -77,7 +77,7 @@ BROKEN = [                                                     # key, what it be
     ("optimizer/state/3/exp_avg", ..., "exp_avg of"),
     ("optimizer/state/3", ..., "is missing"),
     ("optimizer/state/999", {}, "belongs to no weight"),
-    ("optimizer/state/3/exp_more", lambda: 0, "is no moment of Adam"),
+    ("optimizer/state/3/exp_more", lambda: 0, "is no moment of this"),
     ("optimizer/state/3/step", 7, "step of"),
     ("optimizer/state/3/step", lambda t: t.long(), "torch.int64 instead of torch.float32"),
     ("optimizer/state/3/step", lambda t: t - 9, "is negative"),
@@ -128,7 +128,8 @@ def test_only_the_position_in_the_schedule_is_read(broken):
 
 
 @pytest.mark.parametrize(("optimizer", "extra"), [
-    ("Adam", []), ("AdamW", ["--optim.amsgrad", "true"]), ("RMSProp", []), ("SGD", []), ("SGD", ["--optim.beta1", "0"])])
+    ("Adam", []), ("AdamW", ["--optim.amsgrad", "true"]), ("RMSProp", []), ("SGD", []),
+    ("SGD", ["--optim.beta1", "0"])])
 def test_every_optimizer_is_resumed(tmp_path, optimizer, extra):
     flags = ["--optim.optimizer", optimizer, *extra, "--optim.lr", "1e-6"]
     assert train(tmp_path, *flags, "--max_steps", "1") == 0
