@@ -33,7 +33,8 @@ def adopt(content, path: Path, model: nn.Module, config: Config) -> dict:
     places = {name: index for index, (name, _) in enumerate(model.named_parameters())}
     return {
         "format_version": FORMAT_VERSION, "config": config.model_dump(mode="json"),
-        "adopted": what_was_taken(full, path), "step": full.step, "epoch": full.epoch or 0, "best_fid": None, "metric_sums": None, "snapshots": [],
+        "adopted": what_was_taken(full, path), "step": full.step, "epoch": full.epoch or 0,
+        "best_fid": None, "metric_sums": None, "snapshots": [],
         "model": _as_float(full.weights), "ema": full.averages and _as_float(full.averages),
         "ema_updates": full.step, "more_averages": {}, "times": {}, "lr_schedule": {"last_epoch": full.step},
         "optimizer": {"state": {places.get(name, name): kept for name, kept in full.moments.items()},

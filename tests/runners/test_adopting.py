@@ -1,4 +1,4 @@
-"""Full states of DDIM and SA-DPM, written as these programs do, are gone on from; --init_from, with and without moments.
+"""Full states of DDIM and SA-DPM, written as these programs do, are gone on from; --init_from with and without moments.
 
 They are made of a state of this program, so that going on from either must give the same weights bit for bit.
 """
@@ -109,8 +109,8 @@ def test_a_run_of_another_program_goes_on_as_one_of_ours(foreign, ours, tmp_path
 
 
 def test_its_own_configuration_suffices(foreign):
-    assert train_ddp.main(["--exp", str(foreign), "--doc", "digits", "--resume_training", "--max_steps", "3", "--device",
-                           "cpu", "--training.sample_num", "0", "--verbose", "critical"]) == 0
+    assert train_ddp.main(["--exp", str(foreign), "--doc", "digits", "--resume_training", "--max_steps", "3",
+                           "--device", "cpu", "--training.sample_num", "0", "--verbose", "critical"]) == 0
     assert state(foreign)["step"] == 3
 
 
@@ -134,7 +134,7 @@ def test_broken_states_of_others_are_one_line(ours, tmp_path, capsys, change):
     torch.save(change(as_ddim(state(ours))), folder / "ckpt.pth")
     assert train(tmp_path, "--resume_training") == 3
     error = capsys.readouterr().err
-    assert "ckpt.pth" in error and error.count("\n") == 1 and "--init_from " not in error.replace("with --init_from,", "")
+    assert "ckpt.pth" in error and error.count("\n") == 1
 
 
 # -------------------------------------------------------------------------------------------------------- --init_from
