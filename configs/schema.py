@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from configs.base import Section
 from configs.messages import describe
 from configs.networks import NETWORKS
-from configs.reading import convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
+from configs.reading import OLD_AVERAGE, convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
 from configs.sections import Data, DiffusionSection, Loss, Optim, Sampling, Training
 from utils.atomic import write_text
 from utils.errors import ConfigError
@@ -50,7 +50,7 @@ class Config(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
             return raw
         model = {"arch": "unet", **raw["model"]}
-        old = {key: model.pop(key) for key in ("ema", "ema_rate", "ema_warmup") if key in model}
+        old = {key: model.pop(key) for key in OLD_AVERAGE if key in model}
         training = raw.get("training", {})
         if old and isinstance(training, dict):
             if "ema" in training:

@@ -5,6 +5,7 @@ DDIM's names, without the ``module.`` and ``_orig_mod.`` that wrappers put in fr
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from models.ema import combination, combine
 from models.formats import FORMATS, SETTINGS, bare_name, is_snapshot
-from models.formats.common import State
+from models.formats.common import State, is_state
 from models.formats.edm import read_snapshot
 from models.formats.edm_settings import about, settings_of
 from utils.errors import DataError, UserError
@@ -56,6 +57,7 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     if not path.exists():
         raise UserError(f"no such weights: {path}")
     content = None if path.is_dir() or is_snapshot(path) else load_torch(path)
+    _check_digest(content, path)
     for name, (recognises, read) in FORMATS.items():
         if recognises(path, content):
             weights = read(path, content, ema)
@@ -111,6 +113,27 @@ def weights_fingerprint(state: State) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def with_digest(state: State, digest: str) -> State:
+    """The same weights as a state dict whose metadata, where modules keep their versions, hold a digest of them."""
+    marked = OrderedDict(state)
+    marked._metadata = OrderedDict({"": {"version": 1, "digest": digest}})
+    return marked
+
+
+def _check_digest(content, path: Path) -> None:
+    """Compare weights with the digest in their metadata or, of a full state, under "digests"; most files have none."""
+    metadata = getattr(content, "_metadata", None)
+    root = metadata.get("") if isinstance(metadata, dict) else None
+    digests = {None: root.get("digest")} if isinstance(root, dict) else {}
+    if isinstance(content, dict) and isinstance(content.get("digests"), dict):
+        digests |= {key: content["digests"].get(key) for key in ("model", "ema")}
+    for key, digest in digests.items():
+        weights = content if key is None else content.get(key)
+        if digest is not None and (not is_state(weights) or digest != weights_fingerprint(weights)):
+            raise DataError(f"{path}: its weights have another digest than it says: the file was changed or damaged; "
+                            "copy it again")
 
 
 def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None = None) -> None:

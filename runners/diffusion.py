@@ -29,6 +29,7 @@ from runners.sampling.weights import local_weights, stored_config
 from runners.training.checkpoint import RunFolder, prepared
 from runners.training.monitor import log_to_file
 from runners.training.plan import Plan
+from runners.training.resuming import Judge, inherit
 from runners.training.session import Session
 from utils.errors import Interrupted, UserError
 
@@ -74,7 +75,7 @@ class Diffusion:
         self.model.to(self.device, memory_format=memory_format(self.device, config.model.width))
         self.averages, self.weights, self.amp, self.compiled = [], None, None, False
         self.guide = self.classifier = None
-        self._images = None
+        self._images = self.inherited = None
 
     @classmethod
     def from_run(cls, folder, ckpt_id: int | None = None, ema: bool = True, device=None,
@@ -125,6 +126,17 @@ class Diffusion:
             self.weights = replace(self.weights, step=self.weights.epoch, epoch=None)      # the number in a file's name
         self.averages = []
 
+    def inherit(self, path: str | Path) -> None:
+        """Begin the next ``train`` with weights, average and moments of another run, under this configuration.
+
+        Args:
+            path: A full state of this program, SA-DPM or DDIM.
+
+        Raises:
+            UserError: It keeps no moments. DataError: A broken file, or one of another network or optimizer.
+        """
+        self.inherited = inherit(Path(path), self.model, self.config)
+
     def load_average(self, run: RunFolder, ckpt_id: int | None, length: float) -> None:
         """Make up the average of relative width ``length`` from the power-function averages that a run has kept.
 
@@ -141,7 +153,8 @@ class Diffusion:
     # ------------------------------------------------------------------------------------------------------- training
 
     def train(self, run: RunFolder | str | Path, *, resume: bool = False, overwrite: bool = False,
-              max_steps: int | None = None, signals: distributed.Signals | None = None) -> TrainResult:
+              force: bool = False, max_steps: int | None = None,
+              signals: distributed.Signals | None = None) -> TrainResult:
         """Train to the end of the configured run, or to ``max_steps`` if that comes first.
 
         Args:
@@ -149,6 +162,7 @@ class Diffusion:
                 protected as by train_ddp.py; or a RunFolder that the caller has prepared.
             resume: Continue from the newest checkpoint, if there is one.
             overwrite: Move a folder that holds checkpoints aside and start anew.
+            force: Resume although the images are others.
             max_steps: Optimizer steps, counted from the start of the run.
             signals: Those the caller listens to already; default: SIGINT, SIGTERM and SIGUSR1.
 
@@ -160,13 +174,15 @@ class Diffusion:
         if not isinstance(run, RunFolder):
             run = RunFolder(run)
             self.open_training_images(run)                     # bad data are refused before the folder is touched
-            with prepared(run, self.config, resume=resume, overwrite=overwrite):
-                return self.train(run, resume=resume, max_steps=max_steps, signals=signals)
+            judge = self.judge(run, force) if resume else None
+            with prepared(run, self.config, resume=resume, overwrite=overwrite, judge=judge):
+                return self.train(run, resume=resume, force=force, max_steps=max_steps, signals=signals)
         images = self.open_training_images(run)
+        judge = self.judge(run, force) if resume else None
         plan = Plan.make(self.config.training, images.num_images, distributed.world_size(), distributed.rank(),
                          max_steps)
         with (log_to_file(run), nullcontext(signals) if signals else distributed.Signals().listening() as signals,
-              explain_out_of_memory(), Session(self, run, plan, images, signals, resume) as session):
+              explain_out_of_memory(), Session(self, run, plan, images, signals, judge) as session):
             while session.goes_on:
                 self.train_step(session)
                 session.report()
@@ -188,6 +204,10 @@ class Diffusion:
             self.labels_of(images)
             self._images = images
         return self._images
+
+    def judge(self, run: RunFolder, force: bool = False) -> Judge:
+        """What a full state must be for this network to go on from it with the images of ``run``."""
+        return Judge(self.model, self.config, self.open_training_images(run), force)
 
     def labels_of(self, images) -> Tensor | None:
         """Labels of an ImageStore on the device, long (N,); None where the network takes none.

@@ -16,6 +16,15 @@ OPTIMIZERS = {
     "SGD": lambda params, o: optim.SGD(params, o.lr, o.beta1, weight_decay=o.weight_decay),
 }
 
+# What each keeps for a weight of this shape, by name; the shape of a full state's tensors is compared with it.
+MOMENTS = {
+    "Adam": lambda o, shape: _adam_moments(o, shape),
+    "AdamW": lambda o, shape: _adam_moments(o, shape),
+    "RMSProp": lambda o, shape: {"step": (), "square_avg": shape},
+    "SGD": lambda o, shape: {"momentum_buffer": shape},
+}
+OPTIONAL_MOMENTS = {"SGD": ("momentum_buffer",)}             # None without momentum
+
 # Factor of the learning rate, for the part p in [0, 1] of the steps after warm-up.
 LR_SCHEDULES = {
     "constant": lambda p: 1.0,
@@ -27,6 +36,10 @@ LR_SCHEDULES = {
 def _adam(o: Optim) -> dict:
     return {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay,
             "amsgrad": o.amsgrad, "fused": True}
+
+
+def _adam_moments(o: Optim, shape) -> dict:
+    return {"step": (), "exp_avg": shape, "exp_avg_sq": shape, **({"max_exp_avg_sq": shape} if o.amsgrad else {})}
 
 
 def make_optimizer(params: Iterable[torch.nn.Parameter], config: Optim) -> optim.Optimizer:

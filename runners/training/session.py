@@ -15,11 +15,14 @@ from functions.pixels import to_uint8
 from functions.timesteps import TimeSampler
 from runners import distributed
 from runners.network import AMP, Network, amp_name, explain_amp, resolve_amp, resolve_compile
-from runners.training.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
+from runners.training.adopting import FORMAT_VERSION
+from runners.training.checkpoint import RunFolder
 from runners.training.monitor import Monitor
 from runners.training.periodic_fid import PeriodicFid
 from runners.training.plan import Plan
+from runners.training.resuming import Judge, data_identity
 from runners.training.state import TrainingState
+from runners.training.writer import CheckpointWriter, refuse_non_finite
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ class Session:
         plan: Batches, shards and steps.
         images: ImageStore of the training images.
         signals: Whose vote saves and stops.
-        resume: Continue from the newest checkpoint, if there is one.
+        judge: Continue from the newest checkpoint, if there is one that passes it; None: start anew.
 
     Attributes:
         network: What a training step differentiates.
@@ -43,13 +46,17 @@ class Session:
         event: Outcome of the last vote: 0, Signals.SAVE, or the signal that ends the run.
     """
 
-    def __init__(self, diffusion, run: RunFolder, plan: Plan, images, signals, resume: bool):
+    def __init__(self, diffusion, run: RunFolder, plan: Plan, images, signals, judge: Judge | None):
         training = diffusion.config.training
         self.diffusion, self.run, self.plan, self.images, self.signals = diffusion, run, plan, images, signals
         self.training, self.held = training, ExitStack()
         self.network, self.state = self._prepare()
         diffusion.averages = self.state.averages
-        stored = self._restore() if resume else {}
+        self.data = data_identity(images)
+        stored = self._restore(judge) if judge else {}
+        if diffusion.inherited and not stored:
+            self.state.load_state_dict(diffusion.inherited)
+        diffusion.inherited = None                   # it is as large as the state itself
         self.step, self.best = stored.get("step", 0), stored.get("best_fid")
         self.writer = self.held.enter_context(
             CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", [])))
@@ -86,13 +93,13 @@ class Session:
         return Network(diffusion.model, diffusion.device, amp, compiled=compiled, ddp=plan.world_size > 1,
                        accumulate=plan.accumulate), state
 
-    def _restore(self) -> dict:
+    def _restore(self, judge: Judge) -> dict:
         """Continue from the newest full state that is whole; an empty dictionary where there is none.
 
         Raises:
             UserError: The ranks do not see the same run folder.
         """
-        found = self.run.load_newest()
+        found = self.run.load_newest(judge)
         if len(set(distributed.gather_objects(found and found[0]["step"]))) > 1:
             raise UserError(f"the ranks find different checkpoints in {self.run.path}; it must lie on a shared file "
                             "system")
@@ -204,8 +211,7 @@ class Session:
         """
         full = {"format_version": FORMAT_VERSION, "config": self.diffusion.config.model_dump(mode="json"),
                 "step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "best_fid": self.best,
-                "amp": amp_name(self.network.amp),
-                "metric_sums": self.monitor.state(), "data_fingerprint": self.images.fingerprint,
+                "amp": amp_name(self.network.amp), "metric_sums": self.monitor.state(), **self.data,
                 **self.state.state_dict()}
         refuse_non_finite(full)
         return full

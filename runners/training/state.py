@@ -126,22 +126,29 @@ class TrainingState:
                     moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from ``state_dict()``; learning rate and other settings of the optimizer are those of this run."""
+        """Continue from ``state_dict()``; learning rate and other settings of the optimizer are those of this run.
+
+        What comes from a file has passed ``runners.training.resuming.Judge``.
+        """
         self.model.load_state_dict(state["model"])
         kept = state.get("more_averages", {})
         for kind, average in zip(self.kinds, self.averages, strict=True):
-            stored = state["ema"] if average is self.averages[0] else kept.get(str(kind))
+            stored = state.get("ema") if average is self.averages[0] else kept.get(str(kind))
             average.load_state_dict(stored or state["model"], state["ema_updates"])     # one that is new starts here
         self.times.load_state_dict(state.get("times", {}))
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
         self._lay_out_moments()
-        schedule, stored = self.lr_schedule, state["lr_schedule"]
-        rates = [base * factor(stored["last_epoch"])
-                 for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        schedule.load_state_dict(stored | {"base_lrs": schedule.base_lrs, "_last_lr": rates})
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        self.resume_schedule(state["lr_schedule"]["last_epoch"])
         if state["grad_scaler"]:                            # empty where the loss was not scaled
             self.scaler.load_state_dict(state["grad_scaler"])
         self.bad_run.fill_(state["bad_run"])
+
+    def resume_schedule(self, steps: int) -> None:
+        """Set the learning rate to what this run's schedule has after ``steps`` steps."""
+        schedule = self.lr_schedule
+        rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": steps, "_step_count": steps + 1,
+                                                          "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
