@@ -16,7 +16,6 @@ from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
 from datasets.packed import open_images
 from functions.denoising import network_calls
-from functions.schedule import make_schedule
 from models import make_codec
 from models.inception import load_inception
 from runners import distributed
@@ -39,7 +38,7 @@ log = logging.getLogger(__name__)
 OWN_KEYS = {"training.snapshot_unit": "steps", "training.snapshot_freq": 10**9, "training.sample_num": 0,
             "training.fid_freq": 0, "training.keep_last": None}
 # Cells with different values of these do not belong into one table.
-KEPT = ("num_images", "metrics", "bootstrap", "fid_stats", "reference_images", "fit_images", "grid")
+KEPT = ("num_images", "metrics", "interval", "fid_stats", "reference_images", "fit_images", "grid")
 DECIDE_A_RUN = {**dict.fromkeys(("model", "diffusion", "loss", "optim")),
                 "training": tuple(set(Training.model_fields) - {"log_freq", "checkpoint_minutes", "compile",
                                                                 "activation_checkpointing"}),
@@ -113,8 +112,7 @@ class StudyJob:
         self.calls = {}                                              # network calls for each image, by Cell.key
         for cell in self.all_cells:
             settings, config = cell.sampler(), self.configs[cell.doc]
-            times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                   config.model.num_labels)
+            times = check_settings(settings, config, make_codec(config))
             guided = settings.guidance not in (None, 1)
             self.calls[cell.key] = network_calls(settings.sample_type, len(times)) * (1 + guided)
         find_dataset(self.any_config, self.datasets)
@@ -252,7 +250,7 @@ class StudyRunner:
         if distributed.on_rank_zero(lambda: job.reference() is None):
             log.info("making %s", job.folder / "reference.npz")
             make_reference(job.any_config, self.net, job.folder / "reference.npz", root=job.datasets,
-                           num=study.reference_images, keep_features=True)
+                           num=study.reference_images, keep_features=True, spatial="sfid" in study.metrics)
         self.reference = job.reference()
         Evaluation(self.reference, self.net, study.metrics)        # refuses what does not fit
 
@@ -273,7 +271,7 @@ class StudyRunner:
         """Sample, compare with the reference, append the line of ``cell``; returns its numbers."""
         study, started = self.job.study, time.perf_counter()
         sampler, fit = self._resolve(cell, diffusion)
-        evaluation = Evaluation(self.reference, self.net, study.metrics, bootstrap=study.bootstrap)
+        evaluation = Evaluation(self.reference, self.net, study.metrics, interval=study.interval)
         seeds, batch_size = range(study.num_images), diffusion.config.sampling.batch_size
         made = generate_and_measure(sampler, seeds, batch_size, evaluation=evaluation, keep=study.grid,
                                     between=self._stop_if_told)

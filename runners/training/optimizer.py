@@ -29,6 +29,7 @@ OPTIONAL_MOMENTS = {"SGD": ("momentum_buffer",)}             # None without mome
 LR_SCHEDULES = {
     "constant": lambda p: 1.0,
     "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    "linear": lambda p: 1 - p,
 }
 
 
@@ -45,13 +46,19 @@ def make_optimizer(params: Iterable[torch.nn.Parameter], config: Optim) -> optim
     return OPTIMIZERS[config.optimizer](list(params), config)
 
 
-def make_lr_schedule(optimizer: optim.Optimizer, config: Optim, total_steps: int) -> LambdaLR:
-    """Linear warm-up from lr / warmup_steps to lr, then ``lr_schedule`` over the rest; step it after every step."""
+def make_lr_schedule(optimizer: optim.Optimizer, config: Optim, total_steps: int, global_batch: int = 1) -> LambdaLR:
+    """Linear warm-up to lr, then ``lr_schedule`` over the rest; step it after every step.
+
+    By steps it begins at lr / warmup_steps; by images, as EDM has it, with lr n / warmup_images for the n images seen
+    before, so that the first step only fills the moments.
+    """
     decay, warmup = LR_SCHEDULES[config.lr_schedule], config.warmup_steps
+    if config.warmup_images:
+        warmup = -(-config.warmup_images // global_batch)
 
     def factor(step: int) -> float:
         if step < warmup:
-            return (step + 1) / warmup
+            return step * global_batch / config.warmup_images if config.warmup_images else (step + 1) / warmup
         return decay(min(1.0, (step - warmup) / max(1, total_steps - warmup)))
 
     return LambdaLR(optimizer, factor)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from datasets.packed import open_images
 from functions.losses import sequence_aware_loss
+from functions.timesteps import TimeSampler
 from runners import distributed
-from runners.network import Network, resolve_amp, resolve_compile
+from runners.network import AMP, Network, amp_name, explain_amp, resolve_amp, resolve_compile
 from runners.training.adopting import FORMAT_VERSION
 from runners.training.checkpoint import RunFolder
 from runners.training.grids import training_sheet
@@ -66,7 +67,8 @@ class Session:
         training, diffusion = self.training, self.diffusion
         self.writer = self.held.enter_context(
             CheckpointWriter(self.run, training.keep_last, training.keep_every, self._snapshots))
-        self.monitor = Monitor(self.run, self.plan, diffusion.device, self.step, self._sums, training.loggers,
+        self.monitor = Monitor(self.run, self.plan, diffusion.device, self.step, self._sums,
+                               diffusion.config.loss.variational != "none", training.loggers,
                                diffusion.config.model_dump(mode="json"))
         self.held_out = self._open_held_out()
         self.fid = PeriodicFid(diffusion.config, diffusion.device) if training.fid_freq else None
@@ -91,13 +93,14 @@ class Session:
 
     def _prepare(self) -> tuple[Network, TrainingState]:
         diffusion, training, plan = self.diffusion, self.training, self.plan
-        amp = resolve_amp(training.amp, diffusion.device)
+        amp = distributed.on_rank_zero(lambda: resolve_amp(training.amp, diffusion.device))    # CPUs may differ
         state = TrainingState(diffusion.model, diffusion.config, plan.total_steps, plan.global_batch,
                               loss_scaling=amp is torch.float16)
         compiled = resolve_compile(training.compile, diffusion.device, plan.last_step)
         log.info("%d images, %d steps in an epoch, %d in this run; batch %d = %d processes x %d calls x %d images; "
                  "%s, amp %s, compile %s", plan.num_images, plan.steps_per_epoch, plan.last_step, plan.global_batch,
-                 plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device, amp or "off",
+                 plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device,
+                 explain_amp(training.amp, diffusion.device),
                  "on" if compiled else "off")
         return Network(diffusion.model, diffusion.device, amp, compiled=compiled, ddp=plan.world_size > 1,
                        accumulate=plan.accumulate), state
@@ -115,9 +118,24 @@ class Session:
         if found is None:
             return {}
         stored, path = found
+        self._keep_precision(stored)
         self.state.load_state_dict(stored)
         log.info("resumed from %s: step %d, epoch %d", path, stored["step"], stored["epoch"])
         return stored
+
+    def _keep_precision(self, stored: dict) -> None:
+        """``amp: auto`` goes on with what the run began with, also where this device would have chosen otherwise."""
+        device, network = self.diffusion.device, self.network
+        began = stored.get("amp", "off" if device.type == "cpu" else None)    # an older file's auto
+        if self.training.amp != "auto" or began in (None, amp_name(network.amp)):
+            return
+        if began == "fp16" and device.type == "cpu":
+            log.warning("amp auto: the run began with fp16, which a CPU has not; it goes on with %s",
+                        amp_name(network.amp))
+            return
+        log.info("amp auto: %s, with which the run began", began)
+        network.amp = AMP[began]
+        self.state.scale_loss(began == "fp16")
 
     def _open_held_out(self):
         """ImageStore of the held-out images on rank 0, or None."""
@@ -157,11 +175,12 @@ class Session:
         diffusion, config = self.diffusion, self.diffusion.config
         denoiser, generator = diffusion.denoiser(), torch.Generator(diffusion.device).manual_seed(0)
         images, labels = self.held_out, diffusion.labels_of(self.held_out)
+        times = TimeSampler(self.diffusion.schedule) if self.state.times.learns else self.state.times
         num, total = min(self.training.validation_num, images.num_images), 0.0
         chunks = torch.arange(num).split(config.sampling.batch_size)
         for batch, chosen in zip(images.batches(chunks), chunks, strict=True):
             x0 = diffusion.codec.encode(batch, generator)
-            t, _ = self.state.times.draw(len(x0), generator)
+            t, _ = times.draw(len(x0), generator)
             noise = torch.randn((1, *x0.shape), generator=generator, device=x0.device)
             given = denoiser if labels is None else denoiser.given({"labels": labels[chosen.to(labels.device)]})
             total += float(sequence_aware_loss(given, x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())
@@ -212,7 +231,7 @@ class Session:
         """
         full = {"format_version": FORMAT_VERSION, "config": self.diffusion.config.model_dump(mode="json"),
                 "step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "best_fid": self.best,
-                "metric_sums": self.monitor.state(), **self.data,
+                "amp": amp_name(self.network.amp), "metric_sums": self.monitor.state(), **self.data,
                 **self.state.state_dict()}
         refuse_non_finite(full)
         return full

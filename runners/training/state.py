@@ -15,6 +15,7 @@ from runners.training.optimizer import make_lr_schedule, make_optimizer
 from utils.errors import DivergedError
 
 log = logging.getLogger(__name__)
+REPLACED = 1e5                       # size of an infinite gradient under optim.replace_non_finite, as EDM has it
 
 
 class TrainingState:
@@ -38,14 +39,17 @@ class TrainingState:
         self.parameters = list(model.parameters())
         device = self.parameters[0].device
         self.averages = [EMA(model, decay_of(average, global_batch)) for average in config.training.ema]
-        self.times = TimeSampler.of(config, make_schedule(config.diffusion))
+        self.times = TimeSampler.of(config, make_schedule(config.diffusion), device)
         self.optimizer = make_optimizer(self.parameters, config.optim)
-        self.lr_schedule = make_lr_schedule(self.optimizer, config.optim, total_steps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
+        self.lr_schedule = make_lr_schedule(self.optimizer, config.optim, total_steps, global_batch)
+        self.scale_loss(loss_scaling)
         self.last_lr = self.lr_schedule.get_last_lr()[0]                        # of the latest step
         self.bad_run = torch.zeros((), dtype=torch.long, device=device)         # skipped steps in a row, up to now
         self.longest_bad_run = self.bad_run.clone()                            # and the most since the last check
 
+    def scale_loss(self, on: bool) -> None:
+        """Begin to scale the loss anew, or do not scale it."""
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=on)
 
     @property
     def kinds(self):
@@ -59,6 +63,10 @@ class TrainingState:
             Its norm before clipping, and whether the step was skipped: () float and () bool, on the device.
         """
         self.scaler.unscale_(self.optimizer)
+        if self.config.optim.replace_non_finite:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    torch.nan_to_num_(parameter.grad, 0.0, REPLACED, -REPLACED)
         grad_norm = clip_grad_norm_(self.parameters, self.config.optim.grad_clip or math.inf)
         bad = ~torch.isfinite(grad_norm)
         self._step_unless(bad)
