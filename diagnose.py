@@ -1,4 +1,5 @@
-"""Measure exposure bias: eps-norms, variance error and estimation gap along the chain, and a fitted epsilon scaling."""
+"""Measure exposure bias (eps-norms, variance error, estimation gap along the chain), fit an epsilon scaling, and
+measure likelihoods."""
 
 import argparse
 import re
@@ -28,6 +29,10 @@ def parse(argv):
                                                                      "1, 1.5 and 2 times the fitted scaling")
     fit.add_argument("--fid_stats", metavar="FILE", help="reference statistics (default: sampling.fid_stats)")
     fit.add_argument("--inception_weights", metavar="FILE", help="weights of the feature network")
+    nll = made["nll"]
+    nll.set_defaults(timesteps=None, sample_type="ddpm_noisy", var_type=None)
+    nll.add_argument("--npz", action="store_true", help="also write guided-diffusion's vb_terms.npz, mse_terms.npz and "
+                                                        "xstart_mse_terms.npz")
     return parser.parse(argv)
 
 
@@ -36,6 +41,8 @@ def _add_run(parser) -> None:
     parser.add_argument("--config", metavar="NAME.yml", help="default: the run's own; any key of it can be overridden: "
                                                              "--data.root DIR")
     parser.add_argument("--doc", nargs="+", help="runs, exp/logs/DOC, on one figure (default: the config's name)")
+    parser.add_argument("--weights", metavar="FILE", help="load this file instead of a run's checkpoint; EDM's "
+                                                          "snapshots need no --config, but images: --data.root")
     parser.add_argument("--ckpt_id", type=int, help="epoch (default: sampling.ckpt_id, else the newest)")
     parser.add_argument("--model_ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
     parser.add_argument("--num_images", type=positive, default=256, metavar="N", help="real images and chains")
@@ -51,25 +58,29 @@ class Job:
 
     def __init__(self, args):
         from datasets import find_dataset
-        from functions.schedule import make_schedule
         from models import make_codec
         from runners.sampling.flags import sampler_settings
         from runners.sampling.sampler import check_settings
+        from runners.sampling.weights import local_weights
 
         self.args = args
         if args.seed < 0:
             raise UserError(f"--seed {args.seed} must be at least 0")
-        if not (args.doc or args.config):
+        if not (args.doc or args.config or args.weights):
             raise UserError("--doc is required: the names of runs under exp/logs/")
-        names = args.doc or [Path(args.config).stem]
+        self.file = local_weights(args.weights) if args.weights else None
+        names = args.doc or [Path(args.config or self.file).stem]
+        if self.file and len(names) > 1:
+            raise UserError(f"--weights {args.weights} is one network, --doc names {len(names)} runs")
         if len(set(names)) < len(names):
             raise UserError("--doc names a run twice")
-        self.settings = sampler_settings(args)
         self.datasets = Path(args.exp) / "datasets"
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
+        if args.command == "nll":
+            self._prepare_likelihood()
+        self.settings = sampler_settings(args)
         for config, _ in self.runs.values():
-            self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
-                                        config.model)
+            self.steps = check_settings(self.settings, config, make_codec(config))
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()
@@ -79,15 +90,15 @@ class Job:
 
     def _open(self, name: str):
         """The run's own configuration wins over --config, which must not contradict it."""
-        from configs.schema import load_config
-        from runners.training.checkpoint import RunFolder, refuse_differences
+        from runners.sampling.weights import configuration_of
+        from runners.training.checkpoint import RunFolder
 
         run = RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
-        if not (self.args.config or run.config.exists()):
-            raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
-        config = load_config(self.args.config or run.config, self.args.overrides)
-        if run.config.exists():
-            refuse_differences(load_config(run.config), config, run.config)
+        config = configuration_of(run, self.args.config, self.args.overrides, self.file)
+        if self.file:
+            if not self.file.exists():
+                raise UserError(f"--weights {self.file}: no such file")
+            return config, self.file
         ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
         return config, run.weights(ckpt_id, self.args.model_ema)
 
@@ -105,6 +116,23 @@ class Job:
             print(f"--start_t {self.args.start_t}: the nearest times of the chain are taken, "
                   f"{', '.join(map(str, taken))}")
         return list(dict.fromkeys([None, *taken]))
+
+    def _prepare_likelihood(self) -> None:
+        """All steps and learned variances, unless somebody says otherwise; what would not be read is refused."""
+        from runners.diagnosis.likelihood import check_likelihood
+
+        args, configs = self.args, [config for config, _ in self.runs.values()]
+        for config in configs:
+            check_likelihood(config)
+        lengths = sorted({config.diffusion.chain_length for config in configs})
+        if args.timesteps is None and len(lengths) > 1:
+            raise UserError(f"these runs have chains of {' and '.join(map(str, lengths))} steps; give --timesteps")
+        if args.sample_type != "ddpm_noisy" or args.eps_scaler or args.classes or args.guidance is not None:
+            raise UserError("nll is of the ancestral chain and the images' own labels: no other --sample_type, no "
+                            "--eps_scaler, no --classes, no --guidance")
+        args.timesteps = args.timesteps or str(lengths[0])
+        learned = all(config.model.gives_variances for config in configs)
+        args.var_type = args.var_type or ("learned" if learned else "fixedlarge")
 
     def _check_fit(self) -> None:
         if self.args.eps_scaler is not None:
@@ -127,7 +155,8 @@ class Job:
     def command(self, name: str, scaler: str) -> str:
         """generate.py with the sampler measured here and ``scaler``."""
         args = self.args
-        flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config, "--doc": name,
+        flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config,
+                 "--doc": name if args.doc or not self.file else None, "--weights": args.weights,
                  "--ckpt_id": args.ckpt_id, "--timesteps": args.timesteps, "--eps_scaler": scaler}
         kept = self.settings.model_dump(exclude_defaults=True, exclude={"timesteps", "eps_scaler", "clip_denoised"})
         flags |= {f"--{key}": ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -179,7 +208,25 @@ def fit_eps_scaler(job, name, diagnosis):
     return rows, details
 
 
-COMMANDS = {"eps-norm": eps_norm, "exposure": exposure, "gap": gap, "fit-eps-scaler": fit_eps_scaler}
+def nll(job, name, diagnosis):
+    """Negative log likelihood of real images in bits per dimension, with its terms at each step.
+
+    By default over all steps, with learned variances where the network has them, and clipped estimates. What is
+    finished of a long measurement is kept: the same command goes on.
+    """
+    from runners.diagnosis.likelihood import likelihood, write_published
+    from runners.distributed import on_rank_zero
+
+    rows, summary = likelihood(diagnosis, job.target.with_name(f"{job.target.name}-{Path(name).name}"))
+    on_rank_zero(lambda: print(f"{name}  {summary['bits_per_dim']:.4f} bits/dim  (standard error "
+                               f"{summary['standard_error']:.2g}, {summary['num_images']} images, {len(rows)} steps; "
+                               f"of these {summary['prior_bits']:.2g} in the prior)"))
+    if job.args.npz:
+        on_rank_zero(lambda: write_published(rows, job.target.with_name(f"{job.target.name}-{Path(name).name}")))
+    return rows, summary
+
+
+COMMANDS = {"eps-norm": eps_norm, "exposure": exposure, "gap": gap, "fit-eps-scaler": fit_eps_scaler, "nll": nll}
 
 
 def check(args):

@@ -1,13 +1,14 @@
 """How images are sampled: one checked, hashable, printable object for scripts, Python, studies, manifests and logs."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from configs.base import AsTuple, Count, Positive, Section
 
 # What each sampler reads beside what all read.
-SAMPLE_TYPES = {"generalized": {"eta"}, "ddpm_noisy": {"var_type"}, "heun": {"churn"}, "euler": {"churn"},
+SAMPLE_TYPES = {"generalized": {"eta", "classifier_scale"}, "ddpm_noisy": {"var_type", "classifier_scale"},
+                "heun": {"churn", "ode_time", "ode_scale", "alpha"}, "euler": {"churn", "ode_time", "ode_scale"},
                 "dpmpp_2m": set()}
 VAR_TYPES = ("fixedlarge", "fixedsmall", "learned")
 SHORT = {"generalized": "DDIM", "ddpm_noisy": "ancestral", "heun": "Heun", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
@@ -28,6 +29,13 @@ class SamplerSettings(Section):
     """Number of steps; or of a discrete chain a respacing, ddimN or 10,15,20."""
     skip_type: str | None = None
     """How the steps are spaced; none: uniform on discrete and flow schedules, edm on sigma schedules."""
+    sigma_min: Positive | None = None
+    """Lowest noise level of the spacings edm, vp, ve and iddpm; none: for edm the schedule's, else the spacing's
+    own."""
+    sigma_max: Positive | None = None
+    """Highest noise level of these, where the chain starts; likewise."""
+    rho: Positive | None = None
+    """Of the spacing edm: even steps in sigma^(1/rho); none: the schedule's, else 7."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """0 (deterministic) to 1, for generalized."""
     var_type: Annotated[str, _one_of(VAR_TYPES, "var_type")] = "fixedlarge"
@@ -37,6 +45,12 @@ class SamplerSettings(Section):
     churn: Annotated[tuple[Annotated[float, Field(ge=0, allow_inf_nan=True)], ...], AsTuple,
                      Field(min_length=1, max_length=4)] | None = None
     """EDM's S_churn, S_min, S_max, S_noise, or the leading ones of them, for heun and euler."""
+    ode_time: Literal["linear", "ve", "vp"] = "linear"
+    """Time in which heun and euler make their steps (EDM's --schedule)."""
+    ode_scale: Literal["none", "vp"] = "none"
+    """Scale in which they make them (EDM's --scaling)."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of a step at which heun evaluates again: 1 is Heun's method, 0.5 the midpoint's."""
     clip_denoised: bool | None = None
     """Clamp estimates of the image to [-1, 1]; none: only for ddpm_noisy."""
     classes: str | None = None
@@ -46,11 +60,14 @@ class SamplerSettings(Section):
     """Classifier-free guidance scale w: unconditional + w (conditional - unconditional); or autoguidance."""
     guidance_interval: Annotated[tuple[Annotated[float, Field(ge=0)], Positive], AsTuple] | None = None
     """Noise levels (low, high] inside which guidance acts."""
+    classifier_scale: Positive | None = None
+    """Scale of a noisy classifier's gradient, for generalized and ddpm_noisy (guided-diffusion)."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
-        defaults = {"eta": 0.0, "var_type": "fixedlarge", "churn": None}
-        for key in defaults.keys() - SAMPLE_TYPES[self.sample_type]:
+        defaults = {"eta": 0.0, "var_type": "fixedlarge", "churn": None, "ode_time": "linear", "ode_scale": "none",
+                    "alpha": 1.0, "classifier_scale": None}
+        for key in sorted(defaults.keys() - SAMPLE_TYPES[self.sample_type]):
             if getattr(self, key) != defaults[key]:
                 readers = " and ".join(name for name, keys in SAMPLE_TYPES.items() if key in keys)
                 raise ValueError(f"{key} is for {readers}, not for {self.sample_type}")
@@ -73,11 +90,16 @@ class SamplerSettings(Section):
         """The sampler in few words, without its number of steps."""
         parts = [SHORT[self.sample_type], f"eta {self.eta:g}" if self.eta else "",
                  self.var_type if self.sample_type == "ddpm_noisy" else "", self.skip_type or "",
+                 *(f"{key} {getattr(self, key):g}" for key in ("sigma_min", "sigma_max", "rho") if getattr(self, key)),
+                 f"in {self.ode_time} time" if self.ode_time != "linear" else "",
+                 f"{self.ode_scale} scale" if self.ode_scale != "none" else "",
+                 f"alpha {self.alpha:g}" if self.alpha != 1 else "",
                  f"churn {' '.join(f'{number:g}' for number in self.churn)}" if self.churn else "",
                  _scaling(self.eps_scaler), {None: "", True: "clipped", False: "not clipped"}[self.clip_denoised],
                  f"class {self.classes}" if self.classes else "",
                  f"guidance {self.guidance:g}" if self.guidance is not None else "",
-                 "in ({:g}, {:g}]".format(*self.guidance_interval) if self.guidance_interval else ""]
+                 "in ({:g}, {:g}]".format(*self.guidance_interval) if self.guidance_interval else "",
+                 f"classifier {self.classifier_scale:g}" if self.classifier_scale else ""]
         return ", ".join(part for part in parts if part)
 
     def __str__(self) -> str:

@@ -62,7 +62,7 @@ def read_features(path: Path, dim: int, count: int | None) -> np.ndarray | None:
         raise DataError(f"{path}: features {features.dtype} {features.shape}, float (N, {dim}) expected")
     if count is not None and len(features) != count:
         raise DataError(f"{path}: {len(features)} features, but statistics of {count} images")
-    features = np.asarray(features, np.float32)
+    features = np.array(features, np.float32)                       # a copy: the file may be replaced meanwhile
     if not np.isfinite(features).all():
         raise DataError(f"{path}: features hold values that are not finite")
     return features

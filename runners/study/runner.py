@@ -16,7 +16,6 @@ from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
 from datasets.packed import open_images
 from functions.denoising import network_calls
-from functions.schedule import make_schedule
 from models import make_codec
 from models.inception import load_inception
 from runners import distributed
@@ -113,8 +112,7 @@ class StudyJob:
         self.calls = {}                                              # network calls for each image, by Cell.key
         for cell in self.all_cells:
             settings, config = cell.sampler(), self.configs[cell.doc]
-            times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                   config.model)
+            times = check_settings(settings, config, make_codec(config))
             guided = settings.guidance not in (None, 1)
             self.calls[cell.key] = network_calls(settings.sample_type, len(times)) * (1 + guided)
         find_dataset(self.any_config, self.datasets)

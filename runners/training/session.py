@@ -12,13 +12,17 @@ from torch import Tensor
 from datasets.packed import open_images
 from functions.losses import sequence_aware_loss
 from functions.pixels import to_uint8
+from functions.timesteps import TimeSampler
 from runners import distributed
 from runners.network import AMP, Network, amp_name, explain_amp, resolve_amp, resolve_compile
-from runners.training.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
+from runners.training.adopting import FORMAT_VERSION
+from runners.training.checkpoint import RunFolder
 from runners.training.monitor import Monitor
 from runners.training.periodic_fid import PeriodicFid
 from runners.training.plan import Plan
+from runners.training.resuming import Judge, data_identity
 from runners.training.state import TrainingState
+from runners.training.writer import CheckpointWriter, refuse_non_finite
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,7 +37,7 @@ class Session:
         plan: Batches, shards and steps.
         images: ImageStore of the training images.
         signals: Whose vote saves and stops.
-        resume: Continue from the newest checkpoint, if there is one.
+        judge: Continue from the newest checkpoint, if there is one that passes it; None: start anew.
 
     Attributes:
         network: What a training step differentiates.
@@ -42,17 +46,22 @@ class Session:
         event: Outcome of the last vote: 0, Signals.SAVE, or the signal that ends the run.
     """
 
-    def __init__(self, diffusion, run: RunFolder, plan: Plan, images, signals, resume: bool):
+    def __init__(self, diffusion, run: RunFolder, plan: Plan, images, signals, judge: Judge | None):
         training = diffusion.config.training
         self.diffusion, self.run, self.plan, self.images, self.signals = diffusion, run, plan, images, signals
         self.training, self.held = training, ExitStack()
         self.network, self.state = self._prepare()
         diffusion.averages = self.state.averages
-        stored = self._restore() if resume else {}
+        self.data = data_identity(images)
+        stored = self._restore(judge) if judge else {}
+        if diffusion.inherited and not stored:
+            self.state.load_state_dict(diffusion.inherited)
+        diffusion.inherited = None                   # it is as large as the state itself
         self.step, self.best = stored.get("step", 0), stored.get("best_fid")
         self.writer = self.held.enter_context(
             CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", [])))
-        self.monitor = Monitor(run, plan, diffusion.device, self.step, stored.get("metric_sums"))
+        self.monitor = Monitor(run, plan, diffusion.device, self.step, stored.get("metric_sums"),
+                               diffusion.config.loss.variational != "none")
         self.held_out = self._open_held_out()
         self.fid = PeriodicFid(diffusion.config, diffusion.device) if training.fid_freq else None
         self.batches = self._batches()
@@ -84,13 +93,13 @@ class Session:
         return Network(diffusion.model, diffusion.device, amp, compiled=compiled, ddp=plan.world_size > 1,
                        accumulate=plan.accumulate), state
 
-    def _restore(self) -> dict:
+    def _restore(self, judge: Judge) -> dict:
         """Continue from the newest full state that is whole; an empty dictionary where there is none.
 
         Raises:
             UserError: The ranks do not see the same run folder.
         """
-        found = self.run.load_newest()
+        found = self.run.load_newest(judge)
         if len(set(distributed.gather_objects(found and found[0]["step"]))) > 1:
             raise UserError(f"the ranks find different checkpoints in {self.run.path}; it must lie on a shared file "
                             "system")
@@ -151,11 +160,12 @@ class Session:
         diffusion, config = self.diffusion, self.diffusion.config
         denoiser, generator = diffusion.denoiser(), torch.Generator(diffusion.device).manual_seed(0)
         images, labels = self.held_out, diffusion.labels_of(self.held_out)
+        times = TimeSampler(self.diffusion.schedule) if self.state.times.learns else self.state.times
         num, total = min(self.training.validation_num, images.num_images), 0.0
         chunks = torch.arange(num).split(config.sampling.batch_size)
         for batch, chosen in zip(images.batches(chunks), chunks, strict=True):
             x0 = diffusion.codec.encode(batch, generator)
-            t, _ = self.state.times.draw(len(x0), generator)
+            t, _ = times.draw(len(x0), generator)
             noise = torch.randn((1, *x0.shape), generator=generator, device=x0.device)
             given = denoiser if labels is None else denoiser.given({"labels": labels[chosen.to(labels.device)]})
             total += float(sequence_aware_loss(given, x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())
@@ -201,8 +211,7 @@ class Session:
         """
         full = {"format_version": FORMAT_VERSION, "config": self.diffusion.config.model_dump(mode="json"),
                 "step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "best_fid": self.best,
-                "amp": amp_name(self.network.amp),
-                "metric_sums": self.monitor.state(), "data_fingerprint": self.images.fingerprint,
+                "amp": amp_name(self.network.amp), "metric_sums": self.monitor.state(), **self.data,
                 **self.state.state_dict()}
         refuse_non_finite(full)
         return full

@@ -544,13 +544,14 @@ def test_a_reference_never_replaces_a_file_of_someone_else(wide, net, tmp_path):
         make_reference(source, net, wide / "folder.npz", overwrite=True)
 
 
-def test_an_npz_beside_an_absent_npy_is_read(wide, net, tmp_path):
+def test_an_npz_beside_an_absent_npy_is_read(wide, tmp_path, monkeypatch):
     """It used to be overwritten by ``--fid_stats auto``."""
     mean, cov = statistics()
-    np.savez(tmp_path / "mine.npz", mu=mean, sigma=cov)
-    config = Config.model_validate({**config_of().model_dump(mode="json"),
-                                    "sampling": {"fid_stats": str(tmp_path / "mine.npy")}})
-    assert find_reference(config).path == tmp_path / "mine.npz"
+    (tmp_path / "stats").mkdir()
+    np.savez(tmp_path / "stats" / "mine.npz", mu=mean, sigma=cov)
+    monkeypatch.chdir(tmp_path)
+    config = Config.model_validate({**config_of().model_dump(mode="json"), "sampling": {"fid_stats": "stats/mine.npy"}})
+    assert find_reference(config).path == Path("stats/mine.npz")
 
 
 # ---- the log
