@@ -109,9 +109,9 @@ def test_figures(report: Path, about: dict) -> list[dict]:
         tags = {child.tag for child in case}
         kind = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
         kinds[kind].append(f"{case.get('classname', '').split('.')[-1]}: {case.get('name')}")
-    return [{"part": "tests", "what": f"tests {kind}", "value": len(names), "unit": "", "reference": None, "ratio": None,
-             "target": 0 if kind == "failed" else None, "at_most": True, "met": not names if kind == "failed" else None,
-             "names": names, **about} for kind, names in kinds.items()]
+    common = {"part": "tests", "unit": "", "reference": None, "ratio": None, "at_most": True, **about}
+    return [{"what": f"tests {kind}", "value": len(names), "target": 0 if kind == "failed" else None,
+             "met": not names if kind == "failed" else None, "names": names, **common} for kind, names in kinds.items()]
 
 
 def run_part(name: str, args, scratch: Path, left: float) -> Outcome:
