@@ -68,6 +68,7 @@ PLAIN: dict[str, tuple[Callable, bool]] = {
     "lr_schedule": (_schedule, False), "grad_scaler": (_scaler, False), "best_fid": (_best, True),
     "metric_sums": (_sums, True), "snapshots": (_counts, True), "config": (_sections, True),
     "data_fingerprint": (_text, True), "data_content": (_text, True), "digests": (lambda v: isinstance(v, dict), True),
+    "amp": (_text, True),
 }
 
 
