@@ -72,6 +72,10 @@ class Schedule:
         """The k-th training time below t, and whether there is one, each (B,); k = 0 gives t itself, always."""
         raise NotImplementedError
 
+    def above(self, t: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k-th training time above t, and whether there is one, each (B,)."""
+        raise NotImplementedError
+
     def respaced(self, times: Sequence[int]) -> "Schedule":
         """The shorter chain that consists of these times."""
         raise ValueError(f"{type(self).__name__} has no steps to leave out; respacing is for discrete schedules")
@@ -170,6 +174,9 @@ class DiscreteSchedule(Schedule):
     def below(self, t, k):
         return (t - k).clamp(min=0), t >= k
 
+    def above(self, t, k):
+        return (t + k).clamp(max=self.start), t + k <= self.start
+
     def respaced(self, times):
         """Index k stands for ``times[k]``: betas 1 - abar_k/abar_{k-1}, and the network is told ``times[k]``."""
         self.check_times(times)
@@ -234,6 +241,10 @@ class SigmaSchedule(Schedule):
         rung = t.double() ** (1 / self.rho) - k * (self.high - self.low) / (self.rungs - 1)
         return (rung.clamp(min=self.low) ** self.rho).to(t.dtype), rung >= self.low
 
+    def above(self, t, k):
+        rung = t.double() ** (1 / self.rho) + k * (self.high - self.low) / (self.rungs - 1)
+        return (rung.clamp(max=self.high) ** self.rho).to(t.dtype), rung <= self.high
+
 
 class FlowSchedule(Schedule):
     """Rectified flow (2209.03003, 2210.02747): alpha = 1 - t, sigma = t for t in (0, 1].
@@ -279,6 +290,10 @@ class FlowSchedule(Schedule):
             return t, torch.ones_like(t, dtype=torch.bool)
         lower = t - k / self.rungs
         return lower.clamp(min=1 / self.rungs), lower >= 1 / self.rungs
+
+    def above(self, t, k):
+        higher = t + k / self.rungs
+        return higher.clamp(max=1.0), higher <= 1
 
     def check_times(self, times):
         super().check_times(times)
