@@ -42,9 +42,15 @@ def logit_normal_times(schedule, batch_size: int, generator=None, mean: float = 
     return schedule.at(torch.sigmoid(mean + std * _normal(batch_size, generator).double()))
 
 
+def beta_times(schedule, batch_size: int, generator=None) -> Tensor:
+    """1 - rank ~ Beta(2, 1): more draws near the image (MixFlow, 2512.19311)."""
+    return schedule.at(1 - _unit(batch_size, generator).sqrt())
+
+
 # (schedule, batch size, generator) -> times (B,) on the generator's device; the last two also take mean and std.
 TIME_SAMPLERS: dict[str, Callable] = {"antithetic": antithetic_times, "uniform": uniform_times,
-                                      "lognormal": lognormal_times, "logit_normal": logit_normal_times}
+                                      "lognormal": lognormal_times, "logit_normal": logit_normal_times,
+                                      "beta": beta_times}
 
 class TimeSampler:
     """Draws the times of a training batch. Samplers that learn from the losses share this interface.

@@ -18,6 +18,7 @@ from functions.losses import sequence_aware_loss
 from functions.pixels import random_flip
 from functions.rng import seeded, shard_generator
 from functions.schedule import make_schedule
+from functions.training_remedies import Rollout, ramp_up, scheduled_noise, slowed_times
 from models import build_model, load_profile, load_weights, make_codec
 from runners import distributed
 from runners.network import Network, explain_out_of_memory, memory_format
@@ -186,7 +187,8 @@ class Diffusion:
             self.model.train()
         for shard in plan.shards():
             batch = self.draw(*next(session.batches), state.times,
-                              shard_generator(plan.seed, session.step, shard, self.device))
+                              shard_generator(plan.seed, session.step, shard, self.device),
+                              session.step / plan.total_steps)
             with network.gradient_sync(now=shard == plan.shards()[-1]):
                 terms = self.loss(denoiser, batch)
                 state.scaler.scale(terms.total.mean() / plan.accumulate).backward()
@@ -196,21 +198,30 @@ class Diffusion:
 
     def loss(self, denoiser: Denoiser, batch: "Draw"):
         """LossTerms of a shard as the configuration weighs them."""
-        loss = self.config.loss
+        loss, noise, shown = self.config.loss, batch.noise, None
         given = denoiser if batch.labels is None else denoiser.given({"labels": batch.labels})
+        if batch.rollout is not None:
+            alone = given.calling(given.network.alone()) if isinstance(given.network, Network) else given
+            noise = scheduled_noise(alone, batch.x0, batch.t, noise, batch.rollout, loss.scheduled_sampling.min_level)
+        if batch.slow is not None:
+            def shown(times):
+                u = batch.slow.repeat(len(times) // len(batch.slow))
+                return slowed_times(self.schedule, times, u, loss.slow_flow)
         terms = sequence_aware_loss(
-            given, batch.x0, batch.t, batch.noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
+            given, batch.x0, batch.t, noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
             input_perturbation=loss.input_perturbation, perturbation_noise=batch.xi,
-            perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce)
+            perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce, shown=shown)
         return terms if batch.importance is None else terms._replace(total=batch.importance * terms.total)
 
-    def draw(self, images: Tensor, labels: Tensor | None, times, generator: torch.Generator) -> "Draw":
+    def draw(self, images: Tensor, labels: Tensor | None, times, generator: torch.Generator,
+             progress: float = 1.0) -> "Draw":
         """All randomness of a shard but dropout; what is optional comes last, so that without it nothing changes.
 
         Args:
             images: uint8 (B, C, H, W).
             labels: Long (B,), or None.
             times: What draws the times of a batch: ``draw(size, generator) -> (t, importance)``.
+            progress: Share of the run that is done, in [0, 1].
         """
         config, loss = self.config, self.config.loss
         if config.data.random_flip:
@@ -223,7 +234,24 @@ class Diffusion:
         if labels is not None and config.training.label_dropout:
             hidden = torch.rand(len(x0), generator=generator, device=self.device) < config.training.label_dropout
             labels = torch.where(hidden, -1, labels)
-        return Draw(x0, labels, t, importance, noise, xi)
+        return Draw(x0, labels, t, importance, noise, *self._draw_remedies(noise, xi, generator, progress))
+
+    def _draw_remedies(self, noise: Tensor, xi: Tensor | None, generator, progress: float) -> tuple:
+        """(xi, rollout, slow) of a ``Draw``."""
+        loss, rollout, slow = self.config.loss, None, None
+
+        def uniform():
+            return torch.rand(noise.shape[1], generator=generator, device=self.device)         # (B,)
+
+        if loss.input_perturbation_probability < 1:
+            xi = xi * (uniform() < loss.input_perturbation_probability).view(-1, 1, 1, 1)
+        if scheduled := loss.scheduled_sampling:
+            chosen = uniform() < ramp_up(scheduled.probability, scheduled.ramp, progress)
+            shape = (scheduled.steps, *noise.shape)
+            rollout = Rollout(chosen, torch.randn(shape, generator=generator, device=self.device))
+        if loss.slow_flow:
+            slow = uniform().double()
+        return xi, rollout, slow
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -270,3 +298,5 @@ class Draw(NamedTuple):
     importance: Tensor | None           # (B,), None: 1
     noise: Tensor                       # (K, B, C, H, W)
     xi: Tensor | None                   # of that shape
+    rollout: Rollout | None = None      # of scheduled sampling
+    slow: Tensor | None = None          # float64 (B,) in [0, 1)

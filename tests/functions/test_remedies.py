@@ -34,7 +34,7 @@ def inputs_of(sampler, denoiser, x, times, **options):
     return seen
 
 
-# ------------------------------------------------------------------------------------------------ one knob, three hands
+# ---------------------------------------------------------------------------------------------- one knob, three hands
 
 
 def gain(schedule, scaler, i, j):
@@ -79,7 +79,7 @@ def test_dcw_in_pixels_on_sigma_is_epsilon_scaling_through_the_gain():
     assert (corrected - plain).abs().max() > 1e-2 * plain.abs().max()
 
 
-# ------------------------------------------------------------------------------------------------------------------ DCW
+# ---------------------------------------------------------------------------------------------------------------- DCW
 
 
 def haar(x):
@@ -121,7 +121,7 @@ def test_dcw_takes_the_estimate_of_the_last_call():
     torch.testing.assert_close(moved, plain + 0.1 * (plain - denoiser(ahead, 1.0).x0), rtol=1e-12, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------ time shift
+# --------------------------------------------------------------------------------------------------------- time shift
 
 
 @pytest.mark.parametrize("v0", [0.0, 0.25])
@@ -175,12 +175,7 @@ def test_times_of_each_image_are_its_own_in_every_sampler(name):
             torch.testing.assert_close(together[n:n + 1], alone, rtol=1e-12, atol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------------------- restart
-
-
-def flow(v, i, j, schedule):
-    """Factor of the exact flow from time i to j."""
-    return sqrt(variance(j, v, schedule) / variance(i, v, schedule))
+# ------------------------------------------------------------------------------------------------------------ restart
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, SIGMA])
@@ -196,9 +191,12 @@ def test_restart_contracts_a_planted_error_by_the_predicted_factor(schedule):
     off = ready.after(chain, ONE + error, link) - ready.after(chain, ONE, link)
     factor = sqrt((v + schedule.level(low) ** 2) / (v + schedule.level(high) ** 2))
     torch.testing.assert_close(off, error * factor**2, rtol=2e-3, atol=0)
+    level, spread = schedule.level(low), sqrt(schedule.level(high) ** 2 - schedule.level(low) ** 2)
+    once = factor * (1 / schedule.alpha(low) + 0.7 * spread)
+    twice = schedule.alpha(low) * factor * (once + 0.7 * spread)
+    torch.testing.assert_close(ready.after(chain, ONE, link), twice * ONE, rtol=2e-3, atol=0)
     # and images of the right variance keep it: their fresh noise makes up for what the flow contracts
-    kept = factor**2 * (v + schedule.level(low) ** 2 + schedule.level(high) ** 2 - schedule.level(low) ** 2)
-    assert kept == pytest.approx(v + schedule.level(low) ** 2)
+    assert factor**2 * (v + level**2 + spread**2) == pytest.approx(v + level**2)
 
 
 def test_restart_acts_at_the_nearest_level_and_draws_once_for_each_repeat():
@@ -220,7 +218,7 @@ def test_restart_acts_at_the_nearest_level_and_draws_once_for_each_repeat():
     assert all(isinstance(t, int) for t in levels) and levels[0] == sampling_times(SCHEDULE, 50)[48 - index]
 
 
-# ----------------------------------------------------------------------------------------------------- analytic variance
+# -------------------------------------------------------------------------------------------------- analytic variance
 
 
 def exact_gamma(v, times, schedule, pixels=None):
@@ -273,7 +271,7 @@ def test_noise_before_the_last_step_is_bounded_and_gamma_is_interpolated():
         gamma.check([0, 500])
 
 
-# ------------------------------------------------------------------------------------------------------- nothing is free
+# --------------------------------------------------------------------------------------------------- none of a remedy
 
 
 NOTHING = {"dcw": [DCW(0.0, 0.0), DCW(0.0, pixel=True)], "time_shift": [TimeShift(0, 0), TimeShift(80, 1000)],
