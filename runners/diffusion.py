@@ -22,6 +22,7 @@ from functions.training_remedies import Rollout, ramp_up, scheduled_noise, slowe
 from models import build_model, load_profile, load_weights, make_codec
 from runners import distributed
 from runners.network import Network, explain_out_of_memory, memory_format
+from runners.sampling.gamma import read_gamma
 from runners.sampling.sampler import Sampler
 from runners.training.checkpoint import RunFolder, prepared
 from runners.training.monitor import log_to_file
@@ -276,9 +277,12 @@ class Diffusion:
 
     def sampler(self, settings: SamplerSettings) -> Sampler:
         """The network with these settings applied to it. UserError: settings that are not possible."""
-        guide = self.guide
+        guide, gamma = self.guide, settings.gamma and read_gamma(settings.gamma)
+        if gamma and self.weights and gamma.weights != self.weights.fingerprint:
+            raise UserError(f"--gamma {settings.gamma} was measured on other weights ({gamma.weights}, these are "
+                            f"{self.weights.fingerprint}); run diagnose.py gamma with these")
         return Sampler(self.denoiser(), self.codec, settings, self.config.model.num_labels, self.device,
-                       guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels))
+                       guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels), gamma)
 
     def denoiser(self, schedule=None) -> Denoiser:
         """The network as sampling calls it, on its own schedule or on that of the network which it guides."""

@@ -11,8 +11,9 @@ from runners.cli import run_folder, safe_name
 from runners.evaluation.references import MissingReference, find_reference
 from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
+from runners.sampling.gamma import read_gamma
 from runners.sampling.pictures import open_originals
-from runners.sampling.sampler import check_settings
+from runners.sampling.sampler import check_gamma, check_settings
 from runners.training.checkpoint import RunFolder, refuse_differences
 from utils.errors import UserError
 
@@ -84,6 +85,8 @@ class SamplingJob:
         args, settings, config = self.args, self.settings, self.config
         self.times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
                                     config.model.num_labels, bool(self.guide))
+        if settings.gamma:
+            check_gamma(read_gamma(settings.gamma), self.times)
         if args.reconstruct:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
@@ -101,8 +104,10 @@ class SamplingJob:
 
     def _check_reconstruction(self) -> None:
         args = self.args
-        if self.settings.sample_type == "ddpm_noisy" or self.settings.eta or self.settings.churn:
-            raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, not ddpm_noisy")
+        settings = self.settings
+        if settings.sample_type == "ddpm_noisy" or settings.eta or settings.churn or settings.restart or settings.gamma:
+            raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, --restart or "
+                            "analytic variance, not ddpm_noisy")
         found = len(open_originals(args.reconstruct, self.config))
         if max(self.seeds) >= found:
             raise UserError(f"--reconstruct {args.reconstruct} has {found} images; lower --num_samples")

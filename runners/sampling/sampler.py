@@ -5,16 +5,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from configs.sampling import SAMPLE_TYPES, SamplerSettings
+from configs.sampling import SamplerSettings
 from functions.chain import scales_of
 from functions.denoiser import Denoiser
 from functions.denoising import SAMPLERS, network_calls
 from functions.ode import check_churn
+from functions.remedies import REMEDIES, Remedy
 from functions.rng import SeededNoise, derive_seed, parse_seeds
 from functions.timesteps import sampling_times
+from runners.sampling.gamma import GammaFile
 from utils.errors import DivergedError, UserError
 
 LABELS = 1                                                 # stream of an image's own label, beside its noise
+OPTIONS = {"generalized": ["eta"], "ddpm_noisy": ["var_type"], "heun": ["churn"], "euler": ["churn"], "dpmpp_2m": []}
 
 
 def check_settings(settings: SamplerSettings, schedule, codec, num_labels: int, has_guide: bool = False) -> list:
@@ -33,11 +36,16 @@ def check_settings(settings: SamplerSettings, schedule, codec, num_labels: int, 
         schedule.check_times(times)
         scales_of(settings.eps_scaler, len(times))
         check_churn(settings.churn)
+        for remedy in remedies_of(settings):
+            remedy.on(schedule, times)
     except ValueError as error:
         raise UserError(f"--{error}") from None
     if settings.clip_denoised and not codec.bounded:
         raise UserError("--clip_denoised: what is diffused here does not lie in [-1, 1] (logits or latents), so that "
                         "there is nothing to clip to; leave it out")
+    if settings.dcw and settings.dcw[1] != "pixel" and any(side % 2 for side in codec.shape[1:]):
+        raise UserError(f"--dcw: a Haar transform halves the sides of {codec.shape[1]} x {codec.shape[2]}, which are "
+                        "not even; use LOW,pixel")
     if settings.classes and not num_labels:
         raise UserError(f"--classes {settings.classes}: this network takes no labels")
     classes_of(settings.classes, num_labels)
@@ -47,6 +55,23 @@ def check_settings(settings: SamplerSettings, schedule, codec, num_labels: int, 
     if has_guide and settings.guidance is None:
         raise UserError("--guide_weights needs --guidance, such as 2")
     return times
+
+
+def remedies_of(settings: SamplerSettings) -> list[Remedy]:
+    """What the chain is corrected by, in the order in which it acts."""
+    makers = {
+        "dcw": lambda low, high: REMEDIES["dcw"](low, pixel=True) if high == "pixel" else REMEDIES["dcw"](low, high),
+        "time_shift": REMEDIES["time_shift"],
+        "restart": lambda *intervals: REMEDIES["restart"](intervals, corrector=settings.sample_type == "heun"),
+    }
+    return [makers[name](*getattr(settings, name)) for name in REMEDIES if getattr(settings, name)]
+
+
+def calls_of(settings: SamplerSettings, schedule, times: list, rounded=float) -> int:
+    """Network calls for each image."""
+    extra = sum(remedy.on(schedule, times, rounded).calls for remedy in remedies_of(settings))
+    guided = settings.guidance not in (None, 1)
+    return (network_calls(settings.sample_type, len(times)) + extra) * (1 + guided)
 
 
 def classes_of(text: str | None, num_labels: int) -> list[int] | None:
@@ -68,6 +93,15 @@ def classes_of(text: str | None, num_labels: int) -> list[int] | None:
     return classes
 
 
+def check_gamma(file: GammaFile, times: list):
+    """Its Gamma. UserError: it was not measured at these times."""
+    try:
+        file.gamma.check(times)
+    except ValueError as error:
+        raise UserError(f"--gamma: {error}") from None
+    return file.gamma
+
+
 class Sampler:
     """A network with settings applied to it.
 
@@ -79,25 +113,27 @@ class Sampler:
         device: Where it computes.
         guide: Denoiser of a worse network, for autoguidance; None: guidance is classifier-free.
         guide_labels: Whether the guide takes labels.
+        gamma: GammaFile of ``settings.gamma``.
 
     Raises:
         UserError: Settings that are not possible with this network.
     """
 
     def __init__(self, denoiser: Denoiser, codec, settings: SamplerSettings, num_labels: int, device,
-                 guide: Denoiser | None = None, guide_labels: bool = False):
+                 guide: Denoiser | None = None, guide_labels: bool = False, gamma: GammaFile | None = None):
         self.denoiser, self.codec, self.settings, self.device = denoiser, codec, settings, device
         self.num_labels, self.guide, self.guide_labels = num_labels, guide, guide_labels
         self.times = check_settings(settings, denoiser.schedule, codec, num_labels, guide is not None)
         self.classes = classes_of(settings.classes, num_labels)
-        self._options = {key: getattr(settings, key) for key in ("eta", "var_type", "churn")
-                         if key in SAMPLE_TYPES[settings.sample_type]}
+        self.remedies = remedies_of(settings)
+        self._options = {key: getattr(settings, key) for key in OPTIONS[settings.sample_type]}
+        if gamma:
+            self._options["gamma"] = check_gamma(gamma, self.times)
 
     @property
     def calls(self) -> int:
         """Network calls for each image."""
-        guided = self.settings.guidance not in (None, 1)
-        return network_calls(self.settings.sample_type, len(self.times)) * (1 + guided)
+        return calls_of(self.settings, self.denoiser.schedule, self.times, self.denoiser.prediction.round)
 
     def labels(self, seeds: Sequence[int]) -> Tensor | None:
         """The label of each image, which its seed decides, long (B,); None for networks without labels."""
@@ -136,7 +172,8 @@ class Sampler:
         clip = self.settings.clip and self.codec.bounded
         x = SAMPLERS[self.settings.sample_type](
             self.conditioned(labels), x, times, eps_scaler=self.settings.eps_scaler, clip_denoised=clip,
-            noise_fn=lambda index: noise.randn(x.shape), callback=callback, **self._options)
+            noise_fn=lambda index: noise.randn(x.shape), callback=callback, remedies=self.remedies,
+            **self._options)
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():
             seeds = [seed for seed, is_bad in zip(noise.seeds, bad.tolist(), strict=True) if is_bad]

@@ -68,7 +68,8 @@ def test_a_logging_interval_survives_a_resume(tmp_path):
 @pytest.mark.parametrize("remedies", [[], REMEDIES], ids=["plain", "remedies"])
 def test_the_number_of_processes_changes_nothing_when_the_shards_are_the_same(tmp_path, remedies):
     """One process with two network calls a step, and two processes with one call: same noise, same dropout."""
-    flags = [*HARD, *remedies, "--training.global_batch_size", "8", "--training.micro_batch_size", "4", "--data.cache", "ram"]
+    flags = [*HARD, *remedies, "--training.global_batch_size", "8", "--training.micro_batch_size", "4", "--data.cache",
+             "ram"]
     assert train(tmp_path / "one", *flags) == 0
     assert train(tmp_path / "two", *flags, "--num_process_per_node", "2") == 0
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
