@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_gamma_is_what_eps_norms_are_made_of_and_generate_takes_its_file(exp, ca
     assert [row["t"] for row in rows] == ["0", "250", "500", "750"]
     out = capsys.readouterr().out
     command = next(line for line in out.splitlines() if "generate.py" in line).partition("python ")[2]
-    file = json.loads(open(note["runs"]["digits"]["gamma"]).read())
+    file = json.loads(Path(note["runs"]["digits"]["gamma"]).read_text())
     assert file["gamma"] == [float(row["training"]) for row in rows] and file["pixels"] == 2
     assert file["weights"] == note["runs"]["digits"]["fingerprint"] and file["num_images"] == 12
     words = shlex.split(command)[1:]
