@@ -1,4 +1,5 @@
-"""Measure exposure bias along the chain in seven ways, fit an epsilon scaling, measure Gamma for analytic variances."""
+"""Measure exposure bias along the chain in seven ways, fit an epsilon scaling, measure Gamma for analytic variances and
+likelihoods."""
 
 import argparse
 import re
@@ -21,7 +22,9 @@ HELP = {
     "energy": "energy of the estimated images, forward and along the chain, against the data's",
     "fit-eps-scaler": "find the epsilon scaling K,B that gives the chain the eps-norms of training; it holds for the "
                       "number of steps it was made with",
-    "all": "every measure but the fit, on one page, with a verdict in words",
+    "nll": "negative log likelihood of real images in bits per dimension, with its terms at each step; by default over "
+           "all steps, with learned variances where there are some, and clipped estimates; a stopped one goes on",
+    "all": "every measure of the chain's drift on one page, with a verdict in words",
 }
 
 
@@ -42,6 +45,10 @@ def parse(argv):
                                                                      "1, 1.5 and 2 times the fitted scaling")
     fit.add_argument("--fid_stats", metavar="FILE", help="reference statistics (default: sampling.fid_stats)")
     fit.add_argument("--inception_weights", metavar="FILE", help="weights of the feature network")
+    nll = made["nll"]
+    nll.set_defaults(timesteps=None, sample_type="ddpm_noisy", var_type=None)
+    nll.add_argument("--npz", action="store_true", help="also write guided-diffusion's vb_terms.npz, mse_terms.npz and "
+                                                        "xstart_mse_terms.npz")
     return parser.parse(argv)
 
 
@@ -50,6 +57,8 @@ def _add_run(parser) -> None:
     parser.add_argument("--config", metavar="NAME.yml", help="default: the run's own; any key of it can be overridden: "
                                                              "--data.root DIR")
     parser.add_argument("--doc", nargs="+", help="runs, exp/logs/DOC, on one figure (default: the config's name)")
+    parser.add_argument("--weights", metavar="FILE", help="load this file instead of a run's checkpoint; EDM's "
+                                                          "snapshots need no --config, but images: --data.root")
     parser.add_argument("--ckpt_id", type=int, help="epoch (default: sampling.ckpt_id, else the newest)")
     parser.add_argument("--model_ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
     parser.add_argument("--num_images", type=positive, default=256, metavar="N", help="real images and chains")
@@ -65,46 +74,50 @@ class Job:
 
     def __init__(self, args):
         from datasets import find_dataset
-        from functions.schedule import make_schedule
         from models import make_codec
         from runners.sampling.flags import sampler_settings
         from runners.sampling.sampler import check_settings
+        from runners.sampling.weights import local_weights
 
         self.args = args
         if args.seed < 0:
             raise UserError(f"--seed {args.seed} must be at least 0")
-        if not (args.doc or args.config):
+        if not (args.doc or args.config or args.weights):
             raise UserError("--doc is required: the names of runs under exp/logs/")
-        names = args.doc or [Path(args.config).stem]
+        self.file = local_weights(args.weights) if args.weights else None
+        names = args.doc or [Path(args.config or self.file).stem]
+        if self.file and len(names) > 1:
+            raise UserError(f"--weights {args.weights} is one network, --doc names {len(names)} runs")
         if len(set(names)) < len(names):
             raise UserError("--doc names a run twice")
-        self.settings = sampler_settings(args)
         self.datasets = Path(args.exp) / "datasets"
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
+        if args.command == "nll":
+            self._prepare_likelihood()
+        self.settings = sampler_settings(args)
         for config, _ in self.runs.values():
-            self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
-                                        config.model.num_labels)
+            self.steps = check_settings(self.settings, config, make_codec(config))
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()
         self.starts = self._starts() if args.command in ("exposure", "all") else []
         self.folder = Path(args.exp) / "diagnose" / "+".join(name.replace("/", "-") for name in names)
 
-    def file(self, measure: str, ending: str) -> Path:
+    def result(self, measure: str, ending: str) -> Path:
         """Of a measure's results."""
         return self.folder / f"{measure}-{self.file_label}.{ending}"
 
     def _open(self, name: str):
         """The run's own configuration wins over --config, which must not contradict it."""
-        from configs.schema import load_config
-        from runners.training.checkpoint import RunFolder, refuse_differences
+        from runners.sampling.weights import configuration_of
+        from runners.training.checkpoint import RunFolder
 
         run = RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
-        if not (self.args.config or run.config.exists()):
-            raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
-        config = load_config(self.args.config or run.config, self.args.overrides)
-        if run.config.exists():
-            refuse_differences(load_config(run.config), config, run.config)
+        config = configuration_of(run, self.args.config, self.args.overrides, self.file)
+        if self.file:
+            if not self.file.exists():
+                raise UserError(f"--weights {self.file}: no such file")
+            return config, self.file
         ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
         return config, run.weights(ckpt_id, self.args.model_ema)
 
@@ -122,6 +135,23 @@ class Job:
             print(f"--start_t {self.args.start_t}: the nearest times of the chain are taken, "
                   f"{', '.join(map(str, taken))}")
         return list(dict.fromkeys([None, *taken]))
+
+    def _prepare_likelihood(self) -> None:
+        """All steps and learned variances, unless somebody says otherwise; what would not be read is refused."""
+        from runners.diagnosis.likelihood import check_likelihood
+
+        args, configs = self.args, [config for config, _ in self.runs.values()]
+        for config in configs:
+            check_likelihood(config)
+        lengths = sorted({config.diffusion.chain_length for config in configs})
+        if args.timesteps is None and len(lengths) > 1:
+            raise UserError(f"these runs have chains of {' and '.join(map(str, lengths))} steps; give --timesteps")
+        if args.sample_type != "ddpm_noisy" or args.eps_scaler or args.classes or args.guidance is not None:
+            raise UserError("nll is of the ancestral chain and the images' own labels: no other --sample_type, no "
+                            "--eps_scaler, no --classes, no --guidance")
+        args.timesteps = args.timesteps or str(lengths[0])
+        learned = all(config.model.gives_variances for config in configs)
+        args.var_type = args.var_type or ("learned" if learned else "fixedlarge")
 
     def _check_fit(self) -> None:
         if self.args.eps_scaler is not None:
@@ -151,7 +181,8 @@ class Job:
         from runners.sampling.flags import flag_text
 
         args = self.args
-        flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config, "--doc": name,
+        flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config,
+                 "--doc": name if args.doc or not self.file else None, "--weights": args.weights,
                  "--ckpt_id": args.ckpt_id, "--timesteps": args.timesteps}
         kept = self.settings.model_dump(exclude_defaults=True, exclude={"timesteps", "clip_denoised"}) | changes
         flags |= {f"--{key}": flag_text(value) for key, value in kept.items()}
@@ -201,18 +232,18 @@ def write(job, found, verdicts):
     args, title = job.args, f"{job.settings}; {job.args.num_images} images"
     job.folder.mkdir(parents=True, exist_ok=True)
     for command, (rows, details) in found.items():
-        write_table(rows, job.file(command, "csv"))
-        write_figure(title, PANELS[command](rows), job.file(command, "png"), job.log_time)
-        write_json(job.file(command, "json"), {
+        write_table(rows, job.result(command, "csv"))
+        write_figure(title, PANELS[command](rows), job.result(command, "png"), job.log_time)
+        write_json(job.result(command, "json"), {
             "measure": command, "sampler": job.settings.model_dump(mode="json"), "num_images": args.num_images,
             "seed": args.seed, "starts": job.starts if command == "exposure" else [], "runs": details})
-        print(f"{job.file(command, 'csv')}\n{job.file(command, 'png')}")
+        print(f"{job.result(command, 'csv')}\n{job.result(command, 'png')}")
     if verdicts:
-        write_page(job.file("all", "html"), title, {command: rows for command, (rows, _) in found.items()}, verdicts,
+        write_page(job.result("all", "html"), title, {command: rows for command, (rows, _) in found.items()}, verdicts,
                    job.log_time)
         for name, sentences in verdicts.items():
             print(f"\n{name}", *sentences, sep="\n")
-        print(f"\n{job.file('all', 'html')}")
+        print(f"\n{job.result('all', 'html')}")
 
 
 def main(argv=None) -> int:

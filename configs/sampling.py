@@ -7,8 +7,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from configs.base import AsTuple, Count, NonNegative, Positive, Section
 
 # What each sampler reads beside what all read.
-SAMPLE_TYPES = {"generalized": {"eta", "var_type", "restart"}, "ddpm_noisy": {"var_type"},
-                "heun": {"churn", "restart"}, "euler": {"churn", "restart"}, "dpmpp_2m": set()}
+SAMPLE_TYPES = {"generalized": {"eta", "var_type", "restart", "classifier_scale"},
+                "ddpm_noisy": {"var_type", "classifier_scale"},
+                "heun": {"churn", "restart", "ode_time", "ode_scale", "alpha"},
+                "euler": {"churn", "restart", "ode_time", "ode_scale"}, "dpmpp_2m": set()}
 VAR_TYPES = ("fixedlarge", "fixedsmall", "learned", "analytic")
 SHORT = {"generalized": "DDIM", "ddpm_noisy": "ancestral", "heun": "Heun", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
 
@@ -76,6 +78,13 @@ class SamplerSettings(Section):
     """Number of steps; or of a discrete chain a respacing, ddimN or 10,15,20."""
     skip_type: str | None = None
     """How the steps are spaced; none: uniform on discrete and flow schedules, edm on sigma schedules."""
+    sigma_min: Positive | None = None
+    """Lowest noise level of the spacings edm, vp, ve and iddpm; none: for edm the schedule's, else the spacing's
+    own."""
+    sigma_max: Positive | None = None
+    """Highest noise level of these, where the chain starts; likewise."""
+    rho: Positive | None = None
+    """Of the spacing edm: even steps in sigma^(1/rho); none: the schedule's, else 7."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """0 (deterministic) to 1, for generalized."""
     var_type: Annotated[str, _one_of(VAR_TYPES, "var_type")] = "fixedlarge"
@@ -95,6 +104,12 @@ class SamplerSettings(Section):
     restart: Restart = None
     """Restart intervals N, K, MIN, MAX and S_noise (1): when the chain has reached level MIN, K times add noise up to
     MAX and return in N - 1 steps; for generalized, heun and euler."""
+    ode_time: Literal["linear", "ve", "vp"] = "linear"
+    """Time in which heun and euler make their steps (EDM's --schedule)."""
+    ode_scale: Literal["none", "vp"] = "none"
+    """Scale in which they make them (EDM's --scaling)."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of a step at which heun evaluates again: 1 is Heun's method, 0.5 the midpoint's."""
     clip_denoised: bool | None = None
     """Clamp estimates of the image to [-1, 1]; none: only for ddpm_noisy."""
     classes: str | None = None
@@ -104,10 +119,13 @@ class SamplerSettings(Section):
     """Classifier-free guidance scale w: unconditional + w (conditional - unconditional); or autoguidance."""
     guidance_interval: Annotated[tuple[Annotated[float, Field(ge=0)], Positive], AsTuple] | None = None
     """Noise levels (low, high] inside which guidance acts."""
+    classifier_scale: Positive | None = None
+    """Scale of a noisy classifier's gradient, for generalized and ddpm_noisy (guided-diffusion)."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
-        defaults = {"eta": 0.0, "var_type": "fixedlarge", "churn": None, "restart": None}
+        defaults = {"eta": 0.0, "var_type": "fixedlarge", "churn": None, "ode_time": "linear", "ode_scale": "none",
+                    "alpha": 1.0, "classifier_scale": None, "restart": None}
         for key in sorted(defaults.keys() - SAMPLE_TYPES[self.sample_type]):
             if getattr(self, key) != defaults[key]:
                 readers = " and ".join(name for name, keys in SAMPLE_TYPES.items() if key in keys)
@@ -121,6 +139,9 @@ class SamplerSettings(Section):
             raise ValueError("var_type analytic is made of the unguided network's noise; leave out guidance")
         if self.time_shift and self.churn:
             raise ValueError("time_shift and churn both move the time of a step; use one of them")
+        if self.time_shift and (self.ode_time, self.ode_scale, self.alpha) != ("linear", "none", 1.0):
+            raise ValueError("time_shift gives each image a time of its own; ode_time, ode_scale and alpha have one "
+                             "for all; use one of them")
         if self.guidance_interval and self.guidance is None:
             raise ValueError("guidance_interval needs guidance")
         if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
@@ -140,6 +161,10 @@ class SamplerSettings(Section):
         """The sampler in few words, without its number of steps."""
         parts = [SHORT[self.sample_type], f"eta {self.eta:g}" if self.eta else "",
                  self.var_type if self.sample_type == "ddpm_noisy" or self.gamma else "", self.skip_type or "",
+                 *(f"{key} {getattr(self, key):g}" for key in ("sigma_min", "sigma_max", "rho") if getattr(self, key)),
+                 f"in {self.ode_time} time" if self.ode_time != "linear" else "",
+                 f"{self.ode_scale} scale" if self.ode_scale != "none" else "",
+                 f"alpha {self.alpha:g}" if self.alpha != 1 else "",
                  f"churn {_words(self.churn)}" if self.churn else "",
                  f"DCW {_words(self.dcw)}" if self.dcw else "",
                  f"time shift {_words(self.time_shift)}" if self.time_shift else "",
@@ -147,7 +172,8 @@ class SamplerSettings(Section):
                  _scaling(self.eps_scaler), {None: "", True: "clipped", False: "not clipped"}[self.clip_denoised],
                  f"class {self.classes}" if self.classes else "",
                  f"guidance {self.guidance:g}" if self.guidance is not None else "",
-                 "in ({:g}, {:g}]".format(*self.guidance_interval) if self.guidance_interval else ""]
+                 "in ({:g}, {:g}]".format(*self.guidance_interval) if self.guidance_interval else "",
+                 f"classifier {self.classifier_scale:g}" if self.classifier_scale else ""]
         return ", ".join(part for part in parts if part)
 
     def __str__(self) -> str:

@@ -24,6 +24,7 @@ def _usable_as_folder(name: str) -> str:
 
 RunName = Annotated[str, AfterValidator(_usable_as_folder)]
 Overrides = dict[str, Any]
+MetricName = Literal["fid", "sfid", "kid", "is", "is_blocks", "pr", "digits_fd", "digits_unsure"]
 
 
 class Sampler(SamplerSettings):
@@ -61,10 +62,10 @@ class Study(Section):
     """What to measure, the most telling first."""
     num_images: Annotated[int, Field(ge=10)] = 500
     """Generated images in each cell, of the seeds 0, 1, ...: the number in FID-500."""
-    metrics: Annotated[tuple[Literal["fid", "kid", "is", "pr"], ...], AsTuple] = ("fid", "pr")
+    metrics: Annotated[tuple[MetricName, ...], AsTuple] = ("fid", "pr")
     """Of one feature pass; fid is always among them."""
-    bootstrap: Natural = 100
-    """Resamples of the 95% interval of FID; 0: none."""
+    interval: bool = True
+    """Give every FID a 95% interval, for so many images of the same weights."""
     fid_stats: str | None = None
     """Reference statistics with features (fid.py ref --cache_features); none: made when missing."""
     reference_images: Annotated[int, Field(ge=10)] | None = None

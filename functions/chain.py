@@ -10,6 +10,7 @@ A remedy (``functions.remedies``) may change the times of a step before it is ta
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from math import inf
 from typing import NamedTuple
 
@@ -116,6 +117,15 @@ class Chain:
         eps = estimate.eps - sigma * self.gradient(x, t)
         self.x0 = (x - sigma * eps) / alpha
         return Estimate(self.x0, eps, estimate.variance)
+
+    @contextmanager
+    def unwatched(self):
+        """A block whose network calls are not those of a step (see ``Denoiser.watched``)."""
+        watched, self.denoiser = self.denoiser, self.denoiser.watched(None)
+        try:
+            yield
+        finally:
+            self.denoiser = watched
 
     def scale_near(self, t: float) -> float:
         """lambda of the time of the list whose level is nearest to that of t."""

@@ -86,7 +86,7 @@ def add_churn(chain: Chain, x: Tensor, link, churn: Churn) -> tuple[Tensor, floa
 
 
 def heun_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_scaler=None, clip_denoised: bool = False,
-               noise_fn=None, callback=None, gradient=None, remedies=(), corrector: bool = True) -> Tensor:
+               noise_fn=None, callback=None, gradient=None, remedies=(), form=None, corrector: bool = True) -> Tensor:
     """EDM's second-order sampler (2206.00364, algorithms 1 and 2); 2S - 1 network calls for S steps.
 
     An Euler step is taken, the tangent at its end evaluated, and the step repeated along the mean of both. The last
@@ -98,6 +98,7 @@ def heun_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_s
         eps_scaler: As elsewhere; every evaluation is divided by the lambda of its noise level, the corrector included.
         noise_fn: Called once for each step that churn raises.
         callback: Called once for each step, with its first evaluation.
+        form: ``functions.flow_forms.FlowForm``, another form of the flow; None: EDM's, level and y as they are.
         corrector: False leaves out the second evaluation, which is Euler's method.
 
     The other arguments, the result and the errors are those of ``functions.denoising.generalized_steps``.
@@ -109,22 +110,42 @@ def heun_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_s
     def step(x, link):
         x, t = add_churn(chain, x, link, churn)
         x0, e, _ = chain.guide(chain.look(x, link, t), x, t)
+        noise_alone = not isinstance(t, Tensor) and schedule.alpha(t) == 0
+        two = corrector and not link.last and not noise_alone
+        if form is not None and not noise_alone:
+            return follow(chain, form, x, e, t, link, two)
         ahead = euler(schedule, x0, e, link.j)
-        if not corrector or link.last or not isinstance(t, Tensor) and schedule.alpha(t) == 0:
+        if not two:
             return ahead
         return second_order(chain, x, e, ahead, t, link.j, link.below)
 
     return chain.run(x, step)
 
 
+def follow(chain: Chain, form, x: Tensor, e: Tensor, t, link, two: bool) -> Tensor:
+    """A step from time t in another form of the flow; ``two``: with a second evaluation."""
+    schedule, lower = chain.schedule, chain.schedule.level(link.j)
+
+    def second(y, level, part):
+        time = link.j if level == lower else schedule.time(level)
+        x = schedule.alpha(time) * y
+        scale = link.scale + part * (link.below - link.scale)
+        return chain.guide(chain.estimate(x, time, scale), x, time).eps
+
+    y = form.step(x / schedule.alpha(t), e, schedule.level(t), lower, second if two else None)
+    return schedule.alpha(link.j) * y
+
+
 def euler_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_scaler=None,
-                clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None, remedies=()) -> Tensor:
+                clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None, remedies=(),
+                form=None) -> Tensor:
     """EDM's sampler without the corrector; without churn it is DDIM with eta = 0.
 
     Arguments, result and errors are those of ``heun_steps``.
     """
     return heun_steps(denoiser, x, times, churn=churn, eps_scaler=eps_scaler, clip_denoised=clip_denoised,
-                      noise_fn=noise_fn, callback=callback, gradient=gradient, remedies=remedies, corrector=False)
+                      noise_fn=noise_fn, callback=callback, gradient=gradient, remedies=remedies, form=form,
+                      corrector=False)
 
 
 def dpmpp_2m_steps(denoiser, x: Tensor, times: Sequence[float], *, eps_scaler=None, clip_denoised: bool = False,

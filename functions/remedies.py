@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+from functions.levels import rho_levels
 from functions.ode import euler, second_order
-from functions.timesteps import rho_levels
 
 
 class Remedy:
@@ -165,7 +165,8 @@ class Restart(Remedy):
     def after(self, chain, x, link):
         for index, times, repeats, s_noise in self.planned:
             for _ in range(repeats if index == link.index else 0):
-                x = self.once(chain, x, link, times, s_noise)
+                with chain.unwatched():
+                    x = self.once(chain, x, link, times, s_noise)
         return x
 
     def once(self, chain, x, link, times, s_noise):

@@ -40,7 +40,7 @@ def scheduled_noise(denoiser, x0: Tensor, t: Tensor, noise: Tensor, rollout: Rol
     times = torch.cat([schedule.below(t, k)[0] for k in range(K)])                     # (K*B,)
     clean = x0.repeat(K, 1, 1, 1)                                                      # (K*B, C, H, W)
     draws = [*rollout.noise.flatten(1, 2), noise.flatten(0, 1)]                        # m + 1 of (K*B, C, H, W)
-    path = [*(schedule.above(times, s)[0] for s in range(m, 0, -1)), times]            # m + 1 of (K*B,)
+    path = [*(schedule.above(times, s) for s in range(m, 0, -1)), times]            # m + 1 of (K*B,)
     x = schedule.add_noise(clean, draws[0], path[0])
     for i, j, z in zip(path, path[1:], draws[1:], strict=False):
         stepped = schedule.add_noise(denoiser(x, i).x0, z, j)

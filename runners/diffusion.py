@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +14,24 @@ from torch import Tensor
 from configs.sampling import SamplerSettings
 from configs.schema import Config, load_config
 from datasets.packed import open_images
+from functions.augment import Draws, augment
 from functions.denoiser import Denoiser
 from functions.losses import sequence_aware_loss
 from functions.pixels import random_flip
 from functions.rng import seeded, shard_generator
 from functions.schedule import make_schedule
 from functions.training_remedies import Rollout, ramp_up, scheduled_noise, slowed_times
+from functions.variational import Transitions, with_bound
 from models import build_model, load_profile, load_weights, make_codec
 from runners import distributed
 from runners.network import Network, explain_out_of_memory, memory_format
 from runners.sampling.gamma import read_gamma
 from runners.sampling.sampler import Sampler
+from runners.sampling.weights import local_weights, stored_config
 from runners.training.checkpoint import RunFolder, prepared
 from runners.training.monitor import log_to_file
 from runners.training.plan import Plan
+from runners.training.resuming import Judge, inherit
 from runners.training.session import Session
 from utils.errors import Interrupted, UserError
 
@@ -59,6 +64,7 @@ class Diffusion:
         compiled: Whether sampling compiles the network.
         weights: WeightsInfo of the loaded file, or None.
         guide: Another Diffusion with worse weights, for autoguidance, or None.
+        classifier: ``runners.sampling.classifier.Classifier`` to guide by, or None.
     """
 
     def __init__(self, config: Config, device=None):
@@ -69,8 +75,9 @@ class Diffusion:
             self.model = build_model(config)
         self.model.checkpointing = config.training.activation_checkpointing
         self.model.to(self.device, memory_format=memory_format(self.device, config.model.width))
-        self.averages, self.weights, self.amp, self.guide, self.compiled = [], None, None, None, False
-        self._images = None
+        self.averages, self.weights, self.amp, self.compiled = [], None, None, False
+        self.guide = self.classifier = None
+        self._images = self.inherited = None
 
     @classmethod
     def from_run(cls, folder, ckpt_id: int | None = None, ema: bool = True, device=None,
@@ -95,12 +102,42 @@ class Diffusion:
         diffusion.load(run.weights(default if ckpt_id is None else ckpt_id, ema), ema)
         return diffusion
 
+    @classmethod
+    def from_weights(cls, path: str | Path, device=None, overrides: Sequence[str] = ()) -> "Diffusion":
+        """A network whose file brings its own configuration, such as EDM's snapshots.
+
+        Args:
+            path: A file, or a URL.
+            overrides: ``"diffusion.schedule=discrete"``, as for ``load_config``.
+
+        Raises:
+            UserError: It brings none. DataError: A broken file, or a network that cannot be rebuilt here.
+        """
+        path = local_weights(str(path))
+        config = stored_config(path, overrides)
+        if config is None:
+            raise UserError(f"{path} does not say what its network is; use Diffusion(load_config(FILE)).load(PATH)")
+        diffusion = cls(config, device)
+        diffusion.load(path)
+        return diffusion
+
     def load(self, path: str | Path, ema: bool = True) -> None:
         """Load weights in any format that ``models.load_weights`` knows."""
         self.weights = load_weights(self.model, path, ema=ema)
         if self.config.training.snapshot_unit == "steps" and self.weights.step is None:
             self.weights = replace(self.weights, step=self.weights.epoch, epoch=None)      # the number in a file's name
         self.averages = []
+
+    def inherit(self, path: str | Path) -> None:
+        """Begin the next ``train`` with weights, average and moments of another run, under this configuration.
+
+        Args:
+            path: A full state of this program, SA-DPM or DDIM.
+
+        Raises:
+            UserError: It keeps no moments. DataError: A broken file, or one of another network or optimizer.
+        """
+        self.inherited = inherit(Path(path), self.model, self.config)
 
     def load_average(self, run: RunFolder, ckpt_id: int | None, length: float) -> None:
         """Make up the average of relative width ``length`` from the power-function averages that a run has kept.
@@ -118,7 +155,8 @@ class Diffusion:
     # ------------------------------------------------------------------------------------------------------- training
 
     def train(self, run: RunFolder | str | Path, *, resume: bool = False, overwrite: bool = False,
-              max_steps: int | None = None, signals: distributed.Signals | None = None) -> TrainResult:
+              force: bool = False, max_steps: int | None = None,
+              signals: distributed.Signals | None = None) -> TrainResult:
         """Train to the end of the configured run, or to ``max_steps`` if that comes first.
 
         Args:
@@ -126,6 +164,7 @@ class Diffusion:
                 protected as by train_ddp.py; or a RunFolder that the caller has prepared.
             resume: Continue from the newest checkpoint, if there is one.
             overwrite: Move a folder that holds checkpoints aside and start anew.
+            force: Resume although the images are others.
             max_steps: Optimizer steps, counted from the start of the run.
             signals: Those the caller listens to already; default: SIGINT, SIGTERM and SIGUSR1.
 
@@ -137,13 +176,15 @@ class Diffusion:
         if not isinstance(run, RunFolder):
             run = RunFolder(run)
             self.open_training_images(run)                     # bad data are refused before the folder is touched
-            with prepared(run, self.config, resume=resume, overwrite=overwrite):
-                return self.train(run, resume=resume, max_steps=max_steps, signals=signals)
+            judge = self.judge(run, force) if resume else None
+            with prepared(run, self.config, resume=resume, overwrite=overwrite, judge=judge):
+                return self.train(run, resume=resume, force=force, max_steps=max_steps, signals=signals)
         images = self.open_training_images(run)
+        judge = self.judge(run, force) if resume else None
         plan = Plan.make(self.config.training, images.num_images, distributed.world_size(), distributed.rank(),
                          max_steps)
         with (log_to_file(run), nullcontext(signals) if signals else distributed.Signals().listening() as signals,
-              explain_out_of_memory(), Session(self, run, plan, images, signals, resume) as session):
+              explain_out_of_memory(), Session(self, run, plan, images, signals, judge) as session):
             while session.goes_on:
                 self.train_step(session)
                 session.report()
@@ -166,6 +207,10 @@ class Diffusion:
             self._images = images
         return self._images
 
+    def judge(self, run: RunFolder, force: bool = False) -> Judge:
+        """What a full state must be for this network to go on from it with the images of ``run``."""
+        return Judge(self.model, self.config, self.open_training_images(run), force)
+
     def labels_of(self, images) -> Tensor | None:
         """Labels of an ImageStore on the device, long (N,); None where the network takes none.
 
@@ -186,21 +231,28 @@ class Diffusion:
         denoiser = Denoiser.of(self.config, network, self.schedule)
         if not self.model.training:                  # pictures and validation in between leave it in eval mode
             self.model.train()
+        seen = []                                    # (t, loss) of every image, for samplers of times that learn
         for shard in plan.shards():
             batch = self.draw(*next(session.batches), state.times,
                               shard_generator(plan.seed, session.step, shard, self.device),
                               session.step / plan.total_steps)
             with network.gradient_sync(now=shard == plan.shards()[-1]):
                 terms = self.loss(denoiser, batch)
+                if state.times.learns:
+                    seen.append(torch.stack([batch.t.double(), terms.total.detach().double()], 1))     # (b, 2)
+                if batch.importance is not None:
+                    terms = terms._replace(total=batch.importance * terms.total)
                 state.scaler.scale(terms.total.mean() / plan.accumulate).backward()
             session.monitor.add(terms, self.schedule.rank(batch.t))
+        if seen:                                     # after the step's last draw, from all shards in their order
+            t, losses = distributed.gather_rows(torch.cat(seen)).unbind(1)                             # (B,) each
+            state.times.update(t.long(), losses)
         session.monitor.step_done(*state.update())
         session.step += 1
 
     def loss(self, denoiser: Denoiser, batch: "Draw"):
-        """LossTerms of a shard as the configuration weighs them."""
-        loss, noise, shown = self.config.loss, batch.noise, None
-        given = denoiser if batch.labels is None else denoiser.given({"labels": batch.labels})
+        """LossTerms of a shard as the configuration weighs them; the importance of its times is not in them."""
+        loss, given, noise, shown = self.config.loss, denoiser.given(batch.condition), batch.noise, None
         if batch.rollout is not None:
             alone = given.calling(given.network.alone()) if isinstance(given.network, Network) else given
             noise = scheduled_noise(alone, batch.x0, batch.t, noise, batch.rollout, loss.scheduled_sampling.min_level)
@@ -212,7 +264,14 @@ class Diffusion:
             given, batch.x0, batch.t, noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
             input_perturbation=loss.input_perturbation, perturbation_noise=batch.xi,
             perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce, shown=shown)
-        return terms if batch.importance is None else terms._replace(total=batch.importance * terms.total)
+        if loss.variational == "none":
+            return terms
+        return with_bound(terms, loss.variational, given, self.transitions, batch.x0, batch.t)
+
+    @cached_property
+    def transitions(self) -> Transitions:
+        """Of all steps of the schedule, for the variational bound."""
+        return Transitions(self.schedule, range(self.schedule.num_timesteps)).to(self.device)
 
     def draw(self, images: Tensor, labels: Tensor | None, times, generator: torch.Generator,
              progress: float = 1.0) -> "Draw":
@@ -235,7 +294,10 @@ class Diffusion:
         if labels is not None and config.training.label_dropout:
             hidden = torch.rand(len(x0), generator=generator, device=self.device) < config.training.label_dropout
             labels = torch.where(hidden, -1, labels)
-        return Draw(x0, labels, t, importance, noise, *self._draw_remedies(noise, xi, generator, progress))
+        condition = {} if labels is None else {"labels": labels}
+        if config.data.augment:
+            x0, condition["augment"] = augment(x0, config.data.augment, Draws(generator))
+        return Draw(x0, condition, t, importance, noise, *self._draw_remedies(noise, xi, generator, progress))
 
     def _draw_remedies(self, noise: Tensor, xi: Tensor | None, generator, progress: float) -> tuple:
         """(xi, rollout, slow) of a ``Draw``."""
@@ -281,8 +343,9 @@ class Diffusion:
         if gamma and self.weights and gamma.weights != self.weights.fingerprint:
             raise UserError(f"--gamma {settings.gamma} was measured on other weights ({gamma.weights}, these are "
                             f"{self.weights.fingerprint}); run diagnose.py gamma with these")
-        return Sampler(self.denoiser(), self.codec, settings, self.config.model.num_labels, self.device,
-                       guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels), gamma)
+        return Sampler(self.denoiser(), self.codec, settings, self.config, self.device,
+                       guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels),
+                       classifier=self.classifier, gamma=gamma)
 
     def denoiser(self, schedule=None) -> Denoiser:
         """The network as sampling calls it, on its own schedule or on that of the network which it guides."""
@@ -290,14 +353,14 @@ class Diffusion:
 
     def network(self) -> Network:
         model = (self.averages[0].module if self.averages else self.model).eval()
-        return Network(model, self.device, self.amp, compiled=self.compiled)
+        return Network(model, self.device, self.amp, compiled=self.compiled, frozen=True)
 
 
 class Draw(NamedTuple):
     """A shard and all its randomness."""
 
     x0: Tensor                          # (B, C, H, W)
-    labels: Tensor | None               # long (B,), -1 where hidden
+    condition: dict[str, Tensor]        # of what the network is told: labels long (B,), -1 where hidden; augment (B, 9)
     t: Tensor                           # (B,)
     importance: Tensor | None           # (B,), None: 1
     noise: Tensor                       # (K, B, C, H, W)

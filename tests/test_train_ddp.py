@@ -50,7 +50,7 @@ def test_cuda_where_there_is_none(tmp_path, capsys, monkeypatch):
 
 
 def test_absent_data_are_exit_3_with_the_layout(tmp_path, capsys):
-    assert train_ddp.main(["--config", "celeba.yml", "--exp", str(tmp_path), "--device", "cpu"]) == 3
+    assert train_ddp.main(["--config", "celeba.yml", "--exp", str(tmp_path), "--verbose", "critical"]) == 3
     error = capsys.readouterr().err
     assert "img_align_celeba" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())

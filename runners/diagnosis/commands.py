@@ -1,7 +1,9 @@
 """What each command of diagnose.py measures on one run."""
 
 from functools import cached_property
+from pathlib import Path
 
+from runners.diagnosis.likelihood import likelihood, write_published
 from runners.diagnosis.measures import Diagnosis, fid_of_scalings
 from runners.diagnosis.summary import SUMMARIES
 from runners.diagnosis.trajectories import Trajectories
@@ -60,7 +62,7 @@ def snr(run: Measured):
 def gamma(run: Measured):
     """Gamma_t, the size of the predicted noise for each pixel, forward and along the chain; writes it for --gamma."""
     job, rows, diagnosis = run.job, run.trajectories.gammas(), run.diagnosis
-    path = job.file("gamma", f"{run.name.replace('/', '-')}.json")
+    path = job.result("gamma", f"{run.name.replace('/', '-')}.json")
     on_rank_zero(lambda: write_gamma(path, rows, diagnosis.diffusion, {
         "run": run.name, "weights_file": str(job.runs[run.name][1]), "images": diagnosis.images.name,
         "num_images": len(diagnosis.chosen), "seed": diagnosis.seed}))
@@ -95,9 +97,25 @@ def fit_eps_scaler(run: Measured):
     return rows, details
 
 
+def nll(run: Measured):
+    """Negative log likelihood of real images in bits per dimension, with its terms at each step.
+
+    By default over all steps, with learned variances where the network has them, and clipped estimates. What is
+    finished of a long measurement is kept: the same command goes on.
+    """
+    beside = run.job.result("nll", "json").with_suffix("")
+    beside = beside.with_name(f"{beside.name}-{Path(run.name).name}")
+    rows, summary = likelihood(run.diagnosis, beside)
+    run.say(f"{summary['bits_per_dim']:.4f} bits/dim  (standard error {summary['standard_error']:.2g}, "
+            f"{summary['num_images']} images, {len(rows)} steps; of these {summary['prior_bits']:.2g} in the prior)")
+    if run.job.args.npz:
+        on_rank_zero(lambda: write_published(rows, beside))
+    return rows, summary
+
+
 MEASURES = {"eps-norm": eps_norm, "exposure": exposure, "gap": gap, "spectrum": spectrum, "snr": snr, "gamma": gamma,
             "energy": energy}                              # those of ``all``, in its order
-COMMANDS = {**MEASURES, "fit-eps-scaler": fit_eps_scaler}
+COMMANDS = {**MEASURES, "fit-eps-scaler": fit_eps_scaler, "nll": nll}
 
 
 def measure(command: str, run: Measured):

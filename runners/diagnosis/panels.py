@@ -13,10 +13,15 @@ def column(rows: Rows, key: str, **where) -> list:
 def eps_norm_panels(runs: dict[str, Rows]) -> list[Panel]:
     norms, ratios = [], []
     for colour, (name, rows) in enumerate(runs.items()):
-        t = column(rows, "t")
-        norms += [Curve(f"{name}, {kind}", t, column(rows, kind), column(rows, f"{kind}_error"), colour, style)
-                  for style, kind in enumerate(("sampling", "training"))]
-        ratios.append(Curve(name, t, column(rows, "ratio"), column(rows, "ratio_error"), colour))
+        def curve(label, key, style, evaluation="first", rows=rows, colour=colour):
+            found = [row for row in rows if row["evaluation"] == evaluation]
+            return Curve(label, column(found, "t"), column(found, key), column(found, f"{key}_error"), colour, style)
+
+        norms += [curve(f"{name}, sampling", "sampling", 0), curve(f"{name}, training", "training", 1)]
+        ratios.append(curve(name, "ratio", 0))
+        if "corrector" in column(rows, "evaluation"):
+            norms.append(curve(f"{name}, corrector", "sampling", 2, "corrector"))
+            ratios.append(curve(f"{name}, corrector", "ratio", 2, "corrector"))
     return [Panel(r"mean $\|\epsilon_\theta(x_t, t)\|_2$", norms), Panel("sampling / training", ratios, 1.0)]
 
 
@@ -103,6 +108,18 @@ def snr_panels(runs: dict[str, Rows]) -> list[Panel]:
     return [Panel("effective time - time", shifts, 0.0), Panel(r"$\partial M(s, t) / \partial t$ at $s$", slopes, 0.0)]
 
 
+def likelihood_panels(runs: dict[str, Rows]) -> list[Panel]:
+    bits, errors = [], []
+    for colour, (name, rows) in enumerate(runs.items()):
+        t = column(rows, "t")
+        bits.append(Curve(name, t, column(rows, "bits"), column(rows, "bits_error"), colour))
+        errors += [Curve(f"{name}, of {label}", t, column(rows, key), column(rows, f"{key}_error"), colour, style)
+                   for style, (key, label) in enumerate({"x0_mse": "$x_0'$", "eps_mse": r"$\epsilon'$"}.items())]
+    return [Panel("$L_t$, bits for each dimension", bits, scale="log"),
+            Panel("mean squared error", errors, scale="log")]
+
+
 PANELS: dict[str, Callable[[dict[str, Rows]], list[Panel]]] = {
     "eps-norm": eps_norm_panels, "exposure": exposure_panels, "gap": gap_panels, "spectrum": spectrum_panels,
-    "snr": snr_panels, "gamma": gamma_panels, "energy": energy_panels, "fit-eps-scaler": fit_panels}
+    "snr": snr_panels, "gamma": gamma_panels, "energy": energy_panels, "fit-eps-scaler": fit_panels,
+    "nll": likelihood_panels}

@@ -12,6 +12,11 @@ def largest(rows: Rows, key: str, error: str, neutral: float = 0.0) -> dict:
     return max(sure, key=lambda row: abs(row[key] - neutral))
 
 
+def first_calls(rows: Rows) -> Rows:
+    """Those of ``eps-norm`` that are of the first evaluation of a step."""
+    return [row for row in rows if row["evaluation"] == "first"]
+
+
 def _time(t) -> str:
     return t if isinstance(t, str) else f"{t:.4g}"
 
@@ -62,5 +67,5 @@ def of_energy(rows: Rows) -> str:
 
 
 SUMMARIES: dict[str, Callable[[Rows], str]] = {
-    "eps-norm": lambda rows: _ratios(rows, "eps-norm"), "exposure": of_exposure, "gap": of_gap,
+    "eps-norm": lambda rows: _ratios(first_calls(rows), "eps-norm"), "exposure": of_exposure, "gap": of_gap,
     "spectrum": of_spectrum, "snr": of_snr, "gamma": lambda rows: _ratios(rows, "Gamma"), "energy": of_energy}

@@ -6,7 +6,7 @@ from contextlib import suppress
 from math import prod, sqrt
 from pathlib import Path
 
-from runners.diagnosis.summary import largest
+from runners.diagnosis.summary import first_calls, largest
 
 FEW_STEPS = 50_000                   # published networks take 100,000 steps and more, small data sets somewhat fewer
 COLD = 0.01                          # share of the first weights in an average
@@ -113,6 +113,7 @@ def _held_out(regular: list[dict], held_out: list[dict]) -> str:
 
 def _drift(norms: list[dict]) -> str:
     # The last steps of a list are bent by their finite length, also for a perfect network: look above them.
+    norms = first_calls(norms)
     rows = norms[max(1, len(norms) // 10):] if len(norms) > 4 else norms
     worst = largest(rows, "ratio", "ratio_error", 1.0)
     drift = worst["ratio"] - 1

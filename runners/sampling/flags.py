@@ -12,8 +12,11 @@ def add_sampler_flags(parser: argparse.ArgumentParser, timesteps: str) -> None:
     group.add_argument("--eta", type=float, default=0.0, help="0 (deterministic) to 1, for generalized")
     group.add_argument("--sample_type", default="generalized", help="generalized (DDIM), ddpm_noisy (ancestral), heun "
                        "or euler (EDM), dpmpp_2m (DPM-Solver++)")
-    group.add_argument("--skip_type", help="uniform, quad, leading, linspace, trailing, respace or edm (default: "
-                       "uniform, or edm for continuous noise levels)")
+    group.add_argument("--skip_type", help="uniform, quad, leading, linspace, trailing, respace; or noise levels as "
+                       "edm, vp, ve, iddpm space them (default: uniform, or edm for continuous noise levels)")
+    for name, what in (("sigma_min", "lowest"), ("sigma_max", "highest")):
+        group.add_argument(f"--{name}", type=float, metavar="LEVEL", help=f"{what} noise level of edm, vp, ve, iddpm")
+    group.add_argument("--rho", type=float, help="of edm: even steps in sigma^(1/rho) (default: 7)")
     group.add_argument("--var_type", default="fixedlarge", help="variance of ddpm_noisy: fixedlarge, fixedsmall, or "
                        "learned by the network; analytic (also for generalized) with --gamma")
     group.add_argument("--gamma", metavar="FILE", help="of diagnose.py gamma, for --var_type analytic")
@@ -27,6 +30,11 @@ def add_sampler_flags(parser: argparse.ArgumentParser, timesteps: str) -> None:
                        "variance of the data, published as 0")
     group.add_argument("--restart", metavar="N,K,MIN,MAX[,NOISE][;...]", help="at level MIN, K times add noise up to "
                        "MAX and return in N - 1 steps; for generalized, heun and euler")
+    group.add_argument("--ode_time", default="linear", help="heun and euler: make steps in the time linear, ve or vp "
+                       "of EDM's ablation")
+    group.add_argument("--ode_scale", default="none", help="heun and euler: in the scale none or vp")
+    group.add_argument("--alpha", type=float, default=1.0, help="heun: part of the step at which it evaluates again "
+                       "(0.5: the midpoint's method)")
     group.add_argument("--clip_denoised", action=argparse.BooleanOptionalAction,
                        help="clamp estimates of x0 (default: only for ddpm_noisy)")
     group.add_argument("--classes", "--class", metavar="LIST", help="labels of a class-conditional network: 3, 0-9 "

@@ -8,13 +8,16 @@ from functions.rng import parse_seeds
 from functions.schedule import make_schedule
 from models import make_codec
 from runners.cli import run_folder, safe_name
+from runners.evaluation.logs import json_log
 from runners.evaluation.references import MissingReference, find_reference
+from runners.sampling.classifier import Classifier
 from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
 from runners.sampling.gamma import read_gamma
 from runners.sampling.pictures import open_originals
 from runners.sampling.sampler import check_gamma, check_settings
-from runners.training.checkpoint import RunFolder, refuse_differences
+from runners.sampling.weights import configuration_of, local_weights, stored_config
+from runners.training.checkpoint import RunFolder
 from utils.errors import UserError
 
 
@@ -25,31 +28,29 @@ class SamplingJob:
         self.args, self.absent = args, []
         self.config, self.weights = self._configure()
         self.settings = sampler_settings(args)
-        self.guide = self._guide()
+        self.guide, self.classifier = self._guide(), self._classifier()
         self.seeds = self._seeds()
         self.batch_size = args.batch_size or self.config.sampling.batch_size
-        default = args.doc or Path(args.config or "images").stem
+        default = args.doc or Path(args.config or self.weights or "images").stem
         name = args.image_folder or default
         folder = Path(name) if Path(name).is_absolute() else Path(args.exp) / "image_samples" / safe_name("-i", name)
         self.folder = ImageFolder(folder, args.subdirs)
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
-        if self.fid_log.suffix == ".jsonl":
-            raise UserError(f"--fid_log {self.fid_log}: name the text file, such as fid.txt; its .jsonl follows")
+        json_log(self.fid_log)                               # refuses a name that is the JSON file's own
         self._check_sampler()
 
     def _configure(self):
         """The run's own configuration wins over --config, which must not contradict it."""
         args = self.args
-        self.run = RunFolder(run_folder(args), Path(args.exp) / "datasets")
-        if not (args.config or self.run.config.exists()):
-            raise UserError(f"no configuration: {self.run.config} does not exist, and --config is not given")
-        config = load_config(args.config or self.run.config, args.overrides)
-        if self.run.config.exists() and not args.weights:
-            refuse_differences(load_config(self.run.config), config, self.run.config)
+        file = local_weights(args.weights) if args.weights else None
+        alone = file and not (args.doc or args.config)
+        self.run = RunFolder(Path(args.exp) / "logs" / file.stem if alone else run_folder(args),
+                             Path(args.exp) / "datasets")
+        config = configuration_of(self.run, args.config, args.overrides, file)
         try:
             ckpt_id = config.sampling.ckpt_id if args.ckpt_id is None else args.ckpt_id
-            weights = Path(args.weights) if args.weights else self.run.weights(ckpt_id, args.model_ema)
+            weights = file or self.run.weights(ckpt_id, args.model_ema)
             if not weights.exists():
                 raise UserError(f"--weights {weights}: no such file")
         except UserError as error:
@@ -72,19 +73,24 @@ class SamplingJob:
 
     def _guide(self):
         """(configuration, file) of the network that guides by being worse, or None."""
-        path = self.args.guide_weights and Path(self.args.guide_weights)
+        path = self.args.guide_weights and local_weights(self.args.guide_weights)
         if not path:
             return None
         if not path.exists():
             raise UserError(f"--guide_weights {path}: no such file")
         beside = (path if path.is_dir() else path.parent) / "config.yml"
-        return (load_config(beside) if beside.exists() else self.config), path
+        return stored_config(path) or (load_config(beside) if beside.exists() else self.config), path
+
+    def _classifier(self) -> Classifier | None:
+        """Read here already, because its tensors tell its classes and the size of its images."""
+        return Classifier(self.args.classifier, self.config.data.shape, "cpu") if self.args.classifier else None
 
     def _check_sampler(self) -> None:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
         args, settings, config = self.args, self.settings, self.config
-        self.times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                    config.model.num_labels, bool(self.guide))
+        schedule = make_schedule(config.diffusion)
+        self.times = check_settings(settings, config, make_codec(config), has_guide=bool(self.guide),
+                                    num_classes=self.classifier.num_classes if self.classifier else 0)
         if settings.gamma:
             check_gamma(read_gamma(settings.gamma), self.times)
         if args.reconstruct:
@@ -95,10 +101,17 @@ class SamplingJob:
             raise UserError("--save none with --no-fid and --grid 0 leaves nothing to do")
         self.notes = []
         if str(args.timesteps).isdigit() and len(self.times) != int(args.timesteps):
-            self.notes.append(f"{settings.skip_type} gives {len(self.times)} distinct steps for --timesteps "
-                              f"{args.timesteps}")
+            self.notes.append(f"{settings.skip_type or schedule.skip_type} gives {len(self.times)} distinct steps for "
+                              f"--timesteps {args.timesteps}")
+        start = schedule.level(self.times[-1])
+        if settings.sigma_max and start < 0.99 * settings.sigma_max:
+            self.notes.append(f"the chain starts from level {start:.4g}, not from --sigma_max {settings.sigma_max:g}, "
+                              "which this network does not know")
         recorded = getattr(config.model, "var_type", settings.var_type)
-        if settings.sample_type == "ddpm_noisy" and settings.var_type != recorded:
+        if settings.sample_type == "ddpm_noisy" and config.model.learns_variance and settings.var_type != "learned":
+            self.notes.append(f"sampling with --var_type {settings.var_type}; this network has learned its variances, "
+                              "which --var_type learned uses")
+        elif settings.sample_type == "ddpm_noisy" and settings.var_type != recorded:
             self.notes.append(f"sampling with --var_type {settings.var_type}; the configuration says {recorded}, which "
                               "DDIM and SA-DPM do not read either")
 

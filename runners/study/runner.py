@@ -16,6 +16,7 @@ from configs.schema import Config, Data, Training, load_config
 from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
 from datasets.packed import open_images
+from functions.prediction import make_prediction
 from functions.schedule import make_schedule
 from models import make_codec
 from models.inception import load_inception
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 OWN_KEYS = {"training.snapshot_unit": "steps", "training.snapshot_freq": 10**9, "training.sample_num": 0,
             "training.fid_freq": 0, "training.keep_last": None}
 # Cells with different values of these do not belong into one table.
-KEPT = ("num_images", "metrics", "bootstrap", "fid_stats", "reference_images", "fit_images", "grid")
+KEPT = ("num_images", "metrics", "interval", "fid_stats", "reference_images", "fit_images", "grid")
 DECIDE_A_RUN = {**dict.fromkeys(("model", "diffusion", "loss", "optim")),
                 "training": tuple(set(Training.model_fields) - {"log_freq", "checkpoint_minutes", "compile",
                                                                 "activation_checkpointing"}),
@@ -116,9 +117,9 @@ class StudyJob:
         self.calls = {}                                              # network calls for each image, by Cell.key
         for cell in self.all_cells:
             settings, config = cell.sampler(), self.configs[cell.doc]
-            times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                   config.model.num_labels)
-            self.calls[cell.key] = calls_of(settings, make_schedule(config.diffusion), times)
+            times = check_settings(settings, config, make_codec(config))
+            schedule = make_schedule(config.diffusion)
+            self.calls[cell.key] = calls_of(settings, schedule, make_prediction(config.diffusion), times)
         find_dataset(self.any_config, self.datasets)
         self._refuse_mixing()
         self.reference()
@@ -254,7 +255,7 @@ class StudyRunner:
         if distributed.on_rank_zero(lambda: job.reference() is None):
             log.info("making %s", job.folder / "reference.npz")
             make_reference(job.any_config, self.net, job.folder / "reference.npz", root=job.datasets,
-                           num=study.reference_images, keep_features=True)
+                           num=study.reference_images, keep_features=True, spatial="sfid" in study.metrics)
         self.reference = job.reference()
         Evaluation(self.reference, self.net, study.metrics)        # refuses what does not fit
 
@@ -275,7 +276,7 @@ class StudyRunner:
         """Sample, compare with the reference, append the line of ``cell``; returns its numbers."""
         study, started = self.job.study, time.perf_counter()
         sampler, fit = self._resolve(cell, diffusion)
-        evaluation = Evaluation(self.reference, self.net, study.metrics, bootstrap=study.bootstrap)
+        evaluation = Evaluation(self.reference, self.net, study.metrics, interval=study.interval)
         seeds, batch_size = range(study.num_images), diffusion.config.sampling.batch_size
         made = generate_and_measure(sampler, seeds, batch_size, evaluation=evaluation, keep=study.grid,
                                     between=self._stop_if_told)

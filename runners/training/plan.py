@@ -42,6 +42,8 @@ class Plan:
         """
         process_batch, micro_batch, accumulate = split_batch(training, world_size)
         total = training.n_epochs * steps_per_epoch(num_images, process_batch * world_size)
+        if training.total_images:
+            total = -(-training.total_images // (process_batch * world_size))
         total = min(total, training.max_steps or total)
         return cls(num_images, world_size, rank, micro_batch, accumulate, total, min(total, max_steps or total),
                    training.seed)

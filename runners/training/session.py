@@ -12,13 +12,17 @@ from torch import Tensor
 from datasets.packed import open_images
 from functions.losses import sequence_aware_loss
 from functions.pixels import to_uint8
+from functions.timesteps import TimeSampler
 from runners import distributed
-from runners.network import Network, resolve_amp, resolve_compile
-from runners.training.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
+from runners.network import AMP, Network, amp_name, explain_amp, resolve_amp, resolve_compile
+from runners.training.adopting import FORMAT_VERSION
+from runners.training.checkpoint import RunFolder
 from runners.training.monitor import Monitor
 from runners.training.periodic_fid import PeriodicFid
 from runners.training.plan import Plan
+from runners.training.resuming import Judge, data_identity
 from runners.training.state import TrainingState
+from runners.training.writer import CheckpointWriter, refuse_non_finite
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,7 +37,7 @@ class Session:
         plan: Batches, shards and steps.
         images: ImageStore of the training images.
         signals: Whose vote saves and stops.
-        resume: Continue from the newest checkpoint, if there is one.
+        judge: Continue from the newest checkpoint, if there is one that passes it; None: start anew.
 
     Attributes:
         network: What a training step differentiates.
@@ -42,17 +46,22 @@ class Session:
         event: Outcome of the last vote: 0, Signals.SAVE, or the signal that ends the run.
     """
 
-    def __init__(self, diffusion, run: RunFolder, plan: Plan, images, signals, resume: bool):
+    def __init__(self, diffusion, run: RunFolder, plan: Plan, images, signals, judge: Judge | None):
         training = diffusion.config.training
         self.diffusion, self.run, self.plan, self.images, self.signals = diffusion, run, plan, images, signals
         self.training, self.held = training, ExitStack()
         self.network, self.state = self._prepare()
         diffusion.averages = self.state.averages
-        stored = self._restore() if resume else {}
+        self.data = data_identity(images)
+        stored = self._restore(judge) if judge else {}
+        if diffusion.inherited and not stored:
+            self.state.load_state_dict(diffusion.inherited)
+        diffusion.inherited = None                   # it is as large as the state itself
         self.step, self.best = stored.get("step", 0), stored.get("best_fid")
         self.writer = self.held.enter_context(
             CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", [])))
-        self.monitor = Monitor(run, plan, diffusion.device, self.step, stored.get("metric_sums"))
+        self.monitor = Monitor(run, plan, diffusion.device, self.step, stored.get("metric_sums"),
+                               diffusion.config.loss.variational != "none")
         self.held_out = self._open_held_out()
         self.fid = PeriodicFid(diffusion.config, diffusion.device) if training.fid_freq else None
         self.batches = self._batches()
@@ -72,33 +81,49 @@ class Session:
 
     def _prepare(self) -> tuple[Network, TrainingState]:
         diffusion, training, plan = self.diffusion, self.training, self.plan
-        amp = resolve_amp(training.amp, diffusion.device)
+        amp = distributed.on_rank_zero(lambda: resolve_amp(training.amp, diffusion.device))    # CPUs may differ
         state = TrainingState(diffusion.model, diffusion.config, plan.total_steps, plan.global_batch,
                               loss_scaling=amp is torch.float16)
         compiled = resolve_compile(training.compile, diffusion.device, plan.last_step)
         log.info("%d images, %d steps in an epoch, %d in this run; batch %d = %d processes x %d calls x %d images; "
                  "%s, amp %s, compile %s", plan.num_images, plan.steps_per_epoch, plan.last_step, plan.global_batch,
-                 plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device, amp or "off",
+                 plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device,
+                 explain_amp(training.amp, diffusion.device),
                  "on" if compiled else "off")
         return Network(diffusion.model, diffusion.device, amp, compiled=compiled, ddp=plan.world_size > 1,
                        accumulate=plan.accumulate), state
 
-    def _restore(self) -> dict:
+    def _restore(self, judge: Judge) -> dict:
         """Continue from the newest full state that is whole; an empty dictionary where there is none.
 
         Raises:
             UserError: The ranks do not see the same run folder.
         """
-        found = self.run.load_newest()
+        found = self.run.load_newest(judge)
         if len(set(distributed.gather_objects(found and found[0]["step"]))) > 1:
             raise UserError(f"the ranks find different checkpoints in {self.run.path}; it must lie on a shared file "
                             "system")
         if found is None:
             return {}
         stored, path = found
+        self._keep_precision(stored)
         self.state.load_state_dict(stored)
         log.info("resumed from %s: step %d, epoch %d", path, stored["step"], stored["epoch"])
         return stored
+
+    def _keep_precision(self, stored: dict) -> None:
+        """``amp: auto`` goes on with what the run began with, also where this device would have chosen otherwise."""
+        device, network = self.diffusion.device, self.network
+        began = stored.get("amp", "off" if device.type == "cpu" else None)    # an older file's auto
+        if self.training.amp != "auto" or began in (None, amp_name(network.amp)):
+            return
+        if began == "fp16" and device.type == "cpu":
+            log.warning("amp auto: the run began with fp16, which a CPU has not; it goes on with %s",
+                        amp_name(network.amp))
+            return
+        log.info("amp auto: %s, with which the run began", began)
+        network.amp = AMP[began]
+        self.state.scale_loss(began == "fp16")
 
     def _open_held_out(self):
         """ImageStore of the held-out images on rank 0, or None."""
@@ -135,11 +160,12 @@ class Session:
         diffusion, config = self.diffusion, self.diffusion.config
         denoiser, generator = diffusion.denoiser(), torch.Generator(diffusion.device).manual_seed(0)
         images, labels = self.held_out, diffusion.labels_of(self.held_out)
+        times = TimeSampler(self.diffusion.schedule) if self.state.times.learns else self.state.times
         num, total = min(self.training.validation_num, images.num_images), 0.0
         chunks = torch.arange(num).split(config.sampling.batch_size)
         for batch, chosen in zip(images.batches(chunks), chunks, strict=True):
             x0 = diffusion.codec.encode(batch, generator)
-            t, _ = self.state.times.draw(len(x0), generator)
+            t, _ = times.draw(len(x0), generator)
             noise = torch.randn((1, *x0.shape), generator=generator, device=x0.device)
             given = denoiser if labels is None else denoiser.given({"labels": labels[chosen.to(labels.device)]})
             total += float(sequence_aware_loss(given, x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())
@@ -185,7 +211,7 @@ class Session:
         """
         full = {"format_version": FORMAT_VERSION, "config": self.diffusion.config.model_dump(mode="json"),
                 "step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "best_fid": self.best,
-                "metric_sums": self.monitor.state(), "data_fingerprint": self.images.fingerprint,
+                "amp": amp_name(self.network.amp), "metric_sums": self.monitor.state(), **self.data,
                 **self.state.state_dict()}
         refuse_non_finite(full)
         return full

@@ -32,7 +32,7 @@ def test_the_target_is_the_noise_in_expectation_for_an_exact_network(name, m):
     error = moved.flatten(1).std(1) / moved[0].numel() ** 0.5
     assert (moved.flatten(1).mean(1).abs() < 4 * error).all()
     if m == 1:
-        above = schedule.above(torch.tensor(times), 1)[0]
+        above = schedule.above(torch.tensor(times), 1)
         alpha, sigma = schedule.alpha(above), schedule.sigma(above)
         open_variance = 0.25 * sigma**2 / (alpha**2 * 0.25 + sigma**2)
         expected = (open_variance / schedule.level(torch.tensor(times)) ** 2).flatten()
@@ -48,10 +48,10 @@ def test_the_loss_sees_the_networks_own_step_and_its_target_means_the_true_image
     found = scheduled_noise(denoiser, x0, t, noise, rollout)
     for k in range(2):
         lower = schedule.below(t, k)[0]
-        x = schedule.add_noise(x0, rollout.noise[0, k], schedule.above(lower, 2)[0])
-        x = schedule.add_noise(denoiser(x, schedule.above(lower, 2)[0]).x0, rollout.noise[1, k],
-                               schedule.above(lower, 1)[0])
-        x = schedule.add_noise(denoiser(x, schedule.above(lower, 1)[0]).x0, noise[k], lower)
+        x = schedule.add_noise(x0, rollout.noise[0, k], schedule.above(lower, 2))
+        x = schedule.add_noise(denoiser(x, schedule.above(lower, 2)).x0, rollout.noise[1, k],
+                               schedule.above(lower, 1))
+        x = schedule.add_noise(denoiser(x, schedule.above(lower, 1)).x0, noise[k], lower)
         torch.testing.assert_close(schedule.add_noise(x0, found[k], lower), x, rtol=1e-4, atol=1e-4)
     terms = sequence_aware_loss(denoiser, x0, t, found, num_consecutive_steps=2)
     assert terms.total.isfinite().all()
