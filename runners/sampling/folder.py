@@ -36,8 +36,10 @@ class ImageFolder:
                 stored = json.loads(file.read_text())
             except ValueError:
                 raise DataError(f"{file}: not readable; remove the folder, or choose another --image_folder") from None
-            different = [f"{key} {stored.get(key)!r}, now {manifest.get(key)!r}"
-                         for key in sorted(stored.keys() | manifest.keys()) if stored.get(key) != manifest.get(key)]
+            if not isinstance(stored, dict):
+                raise DataError(f"{file}: no manifest of this program; remove the folder, or choose another "
+                                "--image_folder")
+            different = changes(stored, manifest)
             if different:
                 raise UserError(f"{self.path} holds images made with other settings ({'; '.join(different)}); "
                                 "choose another --image_folder")
@@ -53,6 +55,18 @@ class ImageFolder:
         if foreign:
             raise UserError(f"{self.path} holds {len(foreign)} file(s) that were not made here, such as "
                             f"{min(foreign).name}; choose another --image_folder")
+
+
+def changes(stored: dict, given: dict, path: str = "") -> list[str]:
+    """What differs between two nested dictionaries, each value by its dotted key; absent is None."""
+    found = []
+    for key in sorted(stored.keys() | given.keys()):
+        old, new = stored.get(key), given.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{path}{key}.")
+        elif old != new:
+            found.append(f"{path}{key} was {old!r}, is {new!r}")
+    return found
 
 
 def manifest_of(diffusion, settings: SamplerSettings) -> dict:
