@@ -105,8 +105,7 @@ class DiffusionSection(Section):
     sigma_min: Positive | None = None
     """Lowest level of the sigma schedule; none: 0.002, or what the prediction knows if that is more."""
     sigma_max: Positive | None = None
-    """Highest level of the sigma schedule, where its chains start; none: 80, or what the prediction knows if that is
-    less."""
+    """Highest level of the sigma schedule, where its chains start; none: 80."""
     rho: Positive = 7.0
     """The levels of the sigma schedule are even in sigma^(1/rho)."""
     rungs: Annotated[int, Field(ge=2)] = 1000
