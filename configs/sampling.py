@@ -39,14 +39,15 @@ def _number(text: str) -> int | float | str:
     return text.strip()
 
 
-def _filled(defaults: tuple, nothing):
-    """A validator that completes a short form, and takes what changes nothing for none."""
+def _filled(needed: int, defaults: tuple, nothing):
+    """A validator that completes a form of at least ``needed`` parts, and takes what changes nothing for none."""
     def fill(value):
         parts = _parts(value)
         if not isinstance(parts, tuple):
             return parts
-        parts = parts + defaults[len(parts):]
-        return None if all(isinstance(part, (int, float, str)) for part in parts) and nothing(parts) else parts
+        if all(isinstance(part, (int, float, str)) for part in parts) and nothing(parts):
+            return None
+        return parts + defaults[len(parts):] if len(parts) >= needed else parts
     return BeforeValidator(fill)
 
 
@@ -63,10 +64,10 @@ def _intervals(value):
         or None
 
 
-Dcw = Annotated[tuple[float, float | Literal["pixel"]] | None, _filled((0.0, 0.0), lambda p: p[0] == 0 == p[1] or
-                                                                        p == (0, "pixel"))]
+Dcw = Annotated[tuple[float, float | Literal["pixel"]] | None, _filled(1, (0.0, 0.0), lambda p: p in ((0,), (0, 0),
+                                                                                                      (0, "pixel")))]
 TimeShift = Annotated[tuple[NonNegative, NonNegative, Literal["paper", "code"], NonNegative] | None,
-                      _filled((0.0, 0.0, "paper", 0.0), lambda p: p[0] == 0)]
+                      _filled(2, (0.0, 0.0, "paper", 0.0), lambda p: p[:1] == (0,))]
 Interval = tuple[Annotated[int, Field(ge=2)], Count, Positive, Positive, Positive]
 Restart = Annotated[tuple[Interval, ...] | None, BeforeValidator(_intervals)]
 

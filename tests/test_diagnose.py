@@ -172,11 +172,8 @@ def test_gamma_is_what_eps_norms_are_made_of_and_generate_takes_its_file(exp, ca
     assert generate.main([*words, "--no-fid", "--num_samples", "2", "--device", "cpu", "--timesteps", "1000",
                           "-i", "other"]) == 2
     assert "measured at times 0 to 750" in capsys.readouterr().err
-    path = exp / "logs" / "digits" / "ckpt.pth"
-    stored = torch.load(path, weights_only=True)
-    stored["ema"] = {name: value + 1 for name, value in stored["ema"].items()}
-    torch.save(stored, path)
-    assert generate.main([*words, "--no-fid", "--num_samples", "2", "--device", "cpu", "-i", "other"]) == 2
+    assert generate.main([*words, "--no-fid", "--num_samples", "2", "--device", "cpu", "-i", "other",
+                          "--no-model_ema"]) == 2
     assert "was measured on other weights" in capsys.readouterr().err
 
 
