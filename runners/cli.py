@@ -12,6 +12,8 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
+from utils.names import safe_name
+from utils.text import LineFormatter, escape_control
 
 log = logging.getLogger("sa-ddim")
 
@@ -111,13 +113,6 @@ def port(text: str) -> int:
 positive.__name__ = natural.__name__ = port.__name__ = "whole number"             # argparse puts it into its messages
 
 
-def safe_name(flag: str, name: str) -> str:
-    """A relative path that stays below the folder it is joined to."""
-    if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"{flag} {name!r} must be a relative name without '..'")
-    return name
-
-
 def run_folder(args) -> Path:
     """exp/logs/DOC; DOC defaults to the stem of --config."""
     if args.doc is None and not args.config:
@@ -147,7 +142,7 @@ def guarded(script: str, job: Callable, is_told: Callable = lambda error: False)
 
 def _complain(script: str, problem) -> None:
     with suppress(OSError):                        # standard error may lie on the full disk, too
-        print(f"{Path(script).name}: {' '.join(str(problem).splitlines())}", file=sys.stderr)
+        print(f"{Path(script).name}: {escape_control(' '.join(str(problem).splitlines()))}", file=sys.stderr)
 
 
 def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: Callable, work: Callable) -> int:
@@ -210,7 +205,7 @@ def quiet():
 def setup_logging(level: str, rank: int = 0) -> None:
     """Log to standard error on rank 0; other ranks report errors only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     for old in [h for h in root.handlers if type(h) is logging.StreamHandler]:
         root.removeHandler(old)                        # of an earlier call of main() in this process
