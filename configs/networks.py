@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from configs.base import Count, Counts, Fraction, Natural, Section
+from configs.base import AsTuple, Count, Counts, Fraction, Natural, Positive, Section
 
 
 class Network(Section):
@@ -19,6 +19,11 @@ class Network(Section):
     def num_labels(self) -> int:
         """Size of the label set; 0: not conditioned on labels."""
         raise NotImplementedError
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it may be conditioned on anything, so that conditions can be dropped."""
+        return self.num_labels > 0
 
     @property
     def width(self) -> int:
@@ -91,4 +96,37 @@ class UNetModel(Network):
         check_halvings(data, len(self.ch_mult), "model.ch_mult")
 
 
-NETWORKS: dict[str, type[Network]] = {"unet": UNetModel}
+class DiffusersModel(Network):
+    """The U-Net of a pipeline folder, with its autoencoder and text encoders: Stable Diffusion 1, 2, XL, DDPM."""
+
+    arch: Literal["diffusers"] = "diffusers"
+    """A U-Net of diffusers: its keys are in the pipeline's own files."""
+    pretrained: str
+    """Folder of a diffusers pipeline, or the name of a model on the Hugging Face hub."""
+    lora_rank: Count | None = None
+    """Train low-rank adapters of this rank beside the frozen weights; none: all weights."""
+    lora_alpha: Positive | None = None
+    """Their output counts lora_alpha / lora_rank; none: equal to the rank."""
+    lora_targets: Annotated[tuple[str, ...], AsTuple, Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that get adapters."""
+
+    @property
+    def num_labels(self):
+        return 0
+
+    @property
+    def conditional(self):
+        return True
+
+    @property
+    def width(self):
+        return 320
+
+    def check(self, data):
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(f"model.lora_alpha {self.lora_alpha} needs model.lora_rank")
+        if data.logit_transform:
+            raise ValueError("data.logit_transform is for the unet of this program, not for model.arch diffusers")
+
+
+NETWORKS: dict[str, type[Network]] = {"unet": UNetModel, "diffusers": DiffusersModel}

@@ -101,6 +101,7 @@ class DiscreteSchedule(Schedule):
         betas: beta_0 .. beta_{T-1}, any 1-D sequence; 0 < beta < 1, the last may be 1.
         network_times: What the network is told for each t; default: t. A respaced chain knows its original steps.
         set_alpha_to_one: False ends the chain at abar_0 instead of 1, as diffusers' scheduler files may ask.
+        steps_offset: Added to every step of the spacing ``leading``, likewise.
 
     Raises:
         ValueError: Not 1-D, empty, or a beta outside its range.
@@ -108,13 +109,14 @@ class DiscreteSchedule(Schedule):
 
     end = -1
 
-    def __init__(self, betas, network_times: Sequence[int] | None = None, set_alpha_to_one: bool = True):
+    def __init__(self, betas, network_times: Sequence[int] | None = None, set_alpha_to_one: bool = True,
+                 steps_offset: int = 0):
         betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas must be a non-empty 1-D sequence, given shape {tuple(betas.shape)}")
         if not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
             raise ValueError(f"betas must lie in (0, 1), 1 only in last place; given {betas.min()} to {betas.max()}")
-        self.num_timesteps = len(betas)
+        self.num_timesteps, self.steps_offset = len(betas), steps_offset
         self.start = self.num_timesteps - 1
         abar = torch.cumprod(1 - betas, 0)
         first = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else abar[:1]
@@ -290,7 +292,8 @@ class FlowSchedule(Schedule):
 
 
 def _discrete(diffusion) -> DiscreteSchedule:
-    return DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one)
+    return DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one,
+                            steps_offset=diffusion.steps_offset)
 
 
 def _sigma(diffusion) -> SigmaSchedule:
@@ -303,7 +306,9 @@ SCHEDULES = {"discrete": _discrete, "sigma": _sigma,
 
 def make_schedule(diffusion) -> Schedule:
     """The schedule of the ``diffusion`` section of a configuration."""
-    return SCHEDULES[diffusion.schedule](diffusion)
+    schedule = SCHEDULES[diffusion.schedule](diffusion)
+    schedule.skip_type = diffusion.skip_type or schedule.skip_type
+    return schedule
 
 
 def root(value):

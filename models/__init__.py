@@ -7,6 +7,7 @@ from torch import nn
 from configs.schema import Config
 from models.codecs import make_codec
 from models.ema import EMA, decay_of
+from models.pretrained import build_pretrained
 from models.unet import UNet
 from models.weights import WeightsInfo, load_profile, load_weights, weights_fingerprint
 
@@ -19,7 +20,7 @@ def _unet(config: Config) -> UNet:
     return UNet(resolution=max(config.data.height, config.data.width), **keys)
 
 
-MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet}
+MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet, "diffusers": build_pretrained}
 
 
 def build_model(config: Config) -> nn.Module:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from models.ema import combination, combine
 from models.formats import FORMATS, bare_name
-from models.formats.common import State
+from models.formats.common import State, read_safetensors
+from models.pretrained import LORA_FILE, is_pretrained, lora_from_file, read_unet_folder
+from models.trained import trained
 from utils.errors import DataError, UserError
 from utils.safe_load import load_torch
 
@@ -53,13 +55,28 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     path = Path(path)
     if not path.exists():
         raise UserError(f"no such weights: {path}")
-    content = None if path.is_dir() else load_torch(path)
+    content = None if path.is_dir() or path.suffix == ".safetensors" else load_torch(path)
+    if is_pretrained(model) and content is None:
+        return _load_pretrained(model, path)
     for name, (recognises, read) in FORMATS.items():
         if recognises(path, content):
             weights = read(path, content, ema)
             _copy_into(model, weights.state, f"{path} ({name})")
             return WeightsInfo(name, weights.kind, weights.step, weights.epoch, weights_fingerprint(weights.state))
     raise DataError(f"{path}: holds no weights in a known form; known: {', '.join(FORMATS)}")
+
+
+def _load_pretrained(model: nn.Module, path: Path) -> WeightsInfo:
+    """Files of diffusers for a U-Net of diffusers: a folder with the whole network, or adapters."""
+    lora = path / LORA_FILE if path.is_dir() else path
+    if not lora.is_file():
+        name, state = "diffusers-unet", read_unet_folder(path)
+    elif model.lora_scale is None:
+        raise UserError(f"{lora}: adapters; the configuration of this network has none, set model.lora_rank")
+    else:
+        name, state = "lora", lora_from_file(read_safetensors(lora), model.lora_scale, lora)
+    _copy_into(model, state, f"{path} ({name})")
+    return WeightsInfo(name, "unknown", None, None, weights_fingerprint(state))
 
 
 def load_profile(model: nn.Module, files: Sequence[Path], length: float) -> WeightsInfo:
@@ -96,7 +113,7 @@ def weights_fingerprint(state: State) -> str:
 
 
 def _copy_into(model: nn.Module, state: State, where: str) -> None:
-    own = {bare_name(name): tensor for name, tensor in model.state_dict().items()}
+    own = {bare_name(name): tensor for name, tensor in trained(model).items()}
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
