@@ -187,7 +187,6 @@ def check(args):
 
 
 def work(args, device):
-    from datasets.packed import open_images
     from runners.diagnosis.measures import Diagnosis
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
@@ -196,7 +195,7 @@ def work(args, device):
     for name, (config, weights) in job.runs.items():
         diffusion = Diffusion(config, device)
         diffusion.load(weights, args.model_ema)
-        diagnosis = Diagnosis(diffusion, open_images(config, job.datasets, "train", device), job.settings,
+        diagnosis = Diagnosis(diffusion, diffusion.open_images(job.datasets), job.settings,
                               num_images=args.num_images, seed=args.seed,
                               batch_size=args.batch_size or config.sampling.batch_size)
         rows[name], more = COMMANDS[args.command](job, name, diagnosis)

@@ -116,7 +116,7 @@ class DiscreteSchedule(Schedule):
             raise ValueError(f"betas must be a non-empty 1-D sequence, given shape {tuple(betas.shape)}")
         if not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
             raise ValueError(f"betas must lie in (0, 1), 1 only in last place; given {betas.min()} to {betas.max()}")
-        self.num_timesteps, self.steps_offset = len(betas), steps_offset
+        self.num_timesteps, self.steps_offset, self.betas = len(betas), steps_offset, betas.tolist()
         self.start = self.num_timesteps - 1
         abar = torch.cumprod(1 - betas, 0)
         first = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else abar[:1]

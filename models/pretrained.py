@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from configs.pipelines import UNETS, known_unet, unet_settings
 from utils.errors import DataError, UserError
-from utils.hub import local_folder, needs_package
+from utils.hub import local_folder, needs_package, quiet_libraries
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -80,7 +80,8 @@ def load_unet(folder: Path, settings: dict) -> nn.Module:
     theirs, _ = _classes()[settings["_class_name"]]
     _check_supported(folder, settings)
     try:
-        return theirs.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        with quiet_libraries():
+            return theirs.from_pretrained(folder, use_safetensors=True, local_files_only=True).float()
     except Exception as error:                # OSError, ValueError, SafetensorError, RuntimeError: whatever files do
         raise DataError(f"{folder}: not loaded: {' '.join(str(error).split())[:300]}") from None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.pipelines import takes_sizes, unet_settings
 from utils.errors import DataError
-from utils.hub import needs_package
+from utils.hub import needs_package, quiet_libraries
 
 
 class TextEncoders:
@@ -31,7 +31,7 @@ class TextEncoders:
         for part in ("tokenizer", "text_encoder") + (("tokenizer_2", "text_encoder_2") if self.pooled else ()):
             if not (folder / part).is_dir():
                 raise DataError(f"{folder}: has no folder {part}, without which it cannot read prompts")
-        self.pipeline = self._open().to(self.device)
+        self.pipeline = self._open().to(self.device, torch.float32)
 
     def _open(self):
         try:
@@ -44,8 +44,8 @@ class TextEncoders:
             made, unused = StableDiffusionPipeline, {**unused, "safety_checker": None, "feature_extractor": None,
                                                      "image_encoder": None, "requires_safety_checker": False}
         try:
-            return made.from_pretrained(self.folder, torch_dtype=torch.float32, use_safetensors=True,
-                                        local_files_only=True, **unused)
+            with quiet_libraries():
+                return made.from_pretrained(self.folder, use_safetensors=True, local_files_only=True, **unused)
         except Exception as error:            # OSError, ValueError, SafetensorError, ...: whatever files do
             raise DataError(f"{self.folder}: text encoders not loaded: {' '.join(str(error).split())[:300]}") from None
 

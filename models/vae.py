@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.pipelines import vae_factor, vae_folder, vae_settings
 from utils.errors import DataError, UserError
-from utils.hub import needs_package
+from utils.hub import needs_package, quiet_libraries
 
 
 class VAE:
@@ -58,11 +58,11 @@ class VAE:
             except ImportError as error:
                 raise needs_package(error, "model.arch diffusers") from None
             try:
-                vae = AutoencoderKL.from_pretrained(self.folder, torch_dtype=torch.float32, use_safetensors=True,
-                                                    local_files_only=True)
+                with quiet_libraries():
+                    vae = AutoencoderKL.from_pretrained(self.folder, use_safetensors=True, local_files_only=True)
             except Exception as error:        # OSError, ValueError, SafetensorError, RuntimeError: whatever files do
                 raise DataError(f"{self.folder}: not loaded: {' '.join(str(error).split())[:300]}") from None
-            self._vae = vae.requires_grad_(False).eval()
+            self._vae = vae.float().requires_grad_(False).eval()
         return self._vae.to(device)
 
     def release(self) -> None:

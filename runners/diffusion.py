@@ -1,7 +1,7 @@
 """The runner: trains, resumes, loads weights and samples. Scripts and notebooks use this one class."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from configs.pipelines import SCHEDULER, contradictions
 from configs.sampling import SamplerSettings
 from configs.schema import Config, load_config
+from datasets.latents import choose_variant
 from datasets.packed import open_images
 from functions.denoiser import Denoiser
 from functions.losses import sequence_aware_loss
 from functions.pixels import random_flip
 from functions.rng import seeded, shard_generator
 from functions.schedule import make_schedule
-from models import build_model, load_profile, load_weights, make_codec
+from models import WeightsInfo, build_model, load_profile, load_weights, make_codec, weights_fingerprint
 from runners import distributed
+from runners.conditioning import StoredPrompts, hide
+from runners.latents import open_latent_images
 from runners.network import Network, explain_out_of_memory, memory_format
 from runners.sampling.sampler import Sampler
 from runners.training.checkpoint import RunFolder, prepared
@@ -57,6 +61,7 @@ class Diffusion:
         compiled: Whether sampling compiles the network.
         weights: WeightsInfo of the loaded file, or None.
         guide: Another Diffusion with worse weights, for autoguidance, or None.
+        prompts: Of a text-to-image network: what images are made of; see ``runners.conditioning``.
     """
 
     def __init__(self, config: Config, device=None):
@@ -68,7 +73,7 @@ class Diffusion:
         self.model.checkpointing = config.training.activation_checkpointing
         self.model.to(self.device, memory_format=memory_format(self.device, config.model.width))
         self.averages, self.weights, self.amp, self.guide, self.compiled = [], None, None, None, False
-        self._images = None
+        self._images = self.prompts = None
 
     @classmethod
     def from_run(cls, folder, ckpt_id: int | None = None, ema: bool = True, device=None,
@@ -93,12 +98,24 @@ class Diffusion:
         diffusion.load(run.weights(default if ckpt_id is None else ckpt_id, ema), ema)
         return diffusion
 
-    def load(self, path: str | Path, ema: bool = True) -> None:
-        """Load weights in any format that ``models.load_weights`` knows."""
+    def load(self, path: str | Path | None, ema: bool = True) -> None:
+        """Load weights in any format that ``models.load_weights`` knows; None: those of the pipeline as they are."""
+        if path is None:
+            fingerprint = weights_fingerprint(self.model.state_dict())
+            self.weights, self.averages = WeightsInfo("pretrained", "unknown", None, None, fingerprint), []
+            return
+        self._refuse_another_chain(Path(path))
         self.weights = load_weights(self.model, path, ema=ema)
         if self.config.training.snapshot_unit == "steps" and self.weights.step is None:
             self.weights = replace(self.weights, step=self.weights.epoch, epoch=None)      # the number in a file's name
         self.averages = []
+
+    def _refuse_another_chain(self, path: Path) -> None:
+        """UserError where a pipeline folder belongs to other betas or another prediction than the configuration."""
+        if (path / SCHEDULER).is_file():
+            found = contradictions(self.config.diffusion.model_dump(), path)
+            if found:
+                raise UserError(f"{path / SCHEDULER} contradicts the configuration: {'; '.join(found)}")
 
     def load_average(self, run: RunFolder, ckpt_id: int | None, length: float) -> None:
         """Make up the average of relative width ``length`` from the power-function averages that a run has kept.
@@ -158,11 +175,32 @@ class Diffusion:
     def open_training_images(self, run: RunFolder):
         """The ImageStore of ``train``, opened and packed by the first call. DataError: bad, or less than a batch."""
         if self._images is None:
-            images = open_images(self.config, run.datasets, "train", self.device)
+            images = self.open_images(run.datasets)
             Plan.make(self.config.training, images.num_images, distributed.world_size())
-            self.labels_of(images)
+            self.conditions_of(images)
             self._images = images
         return self._images
+
+    def open_images(self, root=None, split: str = "train"):
+        """The ImageStore of the configuration: of pixels, or of latents with what prompts mean."""
+        if self.codec.bounded or not hasattr(self.codec, "moments"):
+            return open_images(self.config, root, split, self.device)
+        images = open_latent_images(self.config, self.codec, root, split, self.device)
+        if images.empty and self.prompts is None:
+            self.prompts = StoredPrompts(images, self.config.data)
+        return images
+
+    def conditions_of(self, images) -> Callable[[Tensor], dict[str, Tensor]]:
+        """Image indices (B,) -> the condition of these images of a store, on the device.
+
+        Raises:
+            UserError: As ``labels_of``.
+        """
+        if hasattr(images, "condition"):
+            return images.condition
+        labels = self.labels_of(images)
+        return lambda indices: {} if labels is None else {
+            "labels": labels[indices.to(labels.device, non_blocking=True)]}
 
     def labels_of(self, images) -> Tensor | None:
         """Labels of an ImageStore on the device, long (N,); None where the network takes none.
@@ -197,33 +235,34 @@ class Diffusion:
     def loss(self, denoiser: Denoiser, batch: "Draw"):
         """LossTerms of a shard as the configuration weighs them."""
         loss = self.config.loss
-        given = denoiser if batch.labels is None else denoiser.given({"labels": batch.labels})
         terms = sequence_aware_loss(
-            given, batch.x0, batch.t, batch.noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
+            denoiser.given(batch.condition), batch.x0, batch.t, batch.noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
             input_perturbation=loss.input_perturbation, perturbation_noise=batch.xi,
             perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce)
         return terms if batch.importance is None else terms._replace(total=batch.importance * terms.total)
 
-    def draw(self, images: Tensor, labels: Tensor | None, times, generator: torch.Generator) -> "Draw":
+    def draw(self, images: Tensor, condition: dict[str, Tensor], times, generator: torch.Generator) -> "Draw":
         """All randomness of a shard but dropout; what is optional comes last, so that without it nothing changes.
 
         Args:
-            images: uint8 (B, C, H, W).
-            labels: Long (B,), or None.
+            images: uint8 (B, C, H, W); or moments of latents in variants, float (B, V, 2, c, h, w).
+            condition: By name, such as ``labels`` long (B,).
             times: What draws the times of a batch: ``draw(size, generator) -> (t, importance)``.
         """
         config, loss = self.config, self.config.loss
-        if config.data.random_flip:
+        if images.is_floating_point():
+            images, condition = choose_variant(images, condition, generator)
+        elif config.data.random_flip:
             images = random_flip(images, generator)
         x0 = self.codec.encode(images, generator)
         t, importance = times.draw(len(x0), generator)
         shape = (loss.num_consecutive_steps if loss.lamda > 0 else 1, *x0.shape)
         noise = torch.randn(shape, generator=generator, device=self.device)
         xi = torch.randn(shape, generator=generator, device=self.device) if loss.input_perturbation > 0 else None
-        if labels is not None and config.training.label_dropout:
+        if condition and config.training.label_dropout:
             hidden = torch.rand(len(x0), generator=generator, device=self.device) < config.training.label_dropout
-            labels = torch.where(hidden, -1, labels)
-        return Draw(x0, labels, t, importance, noise, xi)
+            condition = hide(condition, hidden, self.prompts)
+        return Draw(x0, condition, t, importance, noise, xi)
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -250,7 +289,8 @@ class Diffusion:
         """The network with these settings applied to it. UserError: settings that are not possible."""
         guide = self.guide
         return Sampler(self.denoiser(), self.codec, settings, self.config.model.num_labels, self.device,
-                       guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels))
+                       guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels),
+                       prompts=self.prompts)
 
     def denoiser(self, schedule=None) -> Denoiser:
         """The network as sampling calls it, on its own schedule or on that of the network which it guides."""
@@ -265,7 +305,7 @@ class Draw(NamedTuple):
     """A shard and all its randomness."""
 
     x0: Tensor                          # (B, C, H, W)
-    labels: Tensor | None               # long (B,), -1 where hidden
+    condition: dict[str, Tensor]        # labels long (B,), -1 where hidden; or what prompts mean
     t: Tensor                           # (B,)
     importance: Tensor | None           # (B,), None: 1
     noise: Tensor                       # (K, B, C, H, W)

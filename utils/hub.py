@@ -1,6 +1,8 @@
 """Folders of models: on this machine, or from the Hugging Face hub where that can be reached."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import UserError
@@ -44,3 +46,25 @@ def needs_package(error: ImportError, what: str) -> UserError:
     """One line about an optional library that is missing."""
     return UserError(f"{what} needs the package {error.name or 'diffusers'}: pip install "
                      f"'diffusers>=0.30' 'transformers>=4.44' 'peft>=0.13' (the extra text2image of pyproject.toml)")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Load a model without the libraries' bars and advice, which are about their own ways of being called."""
+    from diffusers.utils import logging as diffusers_logging
+
+    libraries = [diffusers_logging]
+    try:
+        from transformers.utils import logging as transformers_logging
+        libraries.append(transformers_logging)
+    except ImportError:
+        pass
+    before = [each.get_verbosity() for each in libraries]
+    for each in libraries:
+        each.set_verbosity_error()
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each, level in zip(libraries, before, strict=True):
+            each.set_verbosity(level)

@@ -22,7 +22,7 @@ def dry_run_sampling(job, device: torch.device) -> None:
             x = noise.randn((1, *diffusion.codec.shape))
             started = time.perf_counter()
             with torch.no_grad():
-                sampler.conditioned(sampler.labels([0]))(x, sampler.times[0]).x0.sum().item()
+                sampler.conditioned(sampler.condition([0]))(x, sampler.times[0]).x0.sum().item()
             seconds = time.perf_counter() - started
         distributed.barrier()
     if distributed.rank():

@@ -11,7 +11,8 @@ def add_sampler_flags(parser: argparse.ArgumentParser, timesteps: str) -> None:
     group.add_argument("--timesteps", default=timesteps, metavar="S", help="number of steps, ddimN, or 10,15,20")
     group.add_argument("--eta", type=float, default=0.0, help="0 (deterministic) to 1, for generalized")
     group.add_argument("--sample_type", default="generalized", help="generalized (DDIM), ddpm_noisy (ancestral), heun "
-                       "or euler (EDM), dpmpp_2m (DPM-Solver++)")
+                       "or euler (EDM), dpmpp_2m (DPM-Solver++); or a scheduler of diffusers: "
+                       "diffusers:UniPCMultistepScheduler")
     group.add_argument("--skip_type", help="uniform, quad, leading, linspace, trailing, respace or edm (default: "
                        "uniform, or edm for continuous noise levels)")
     group.add_argument("--var_type", default="fixedlarge", help="variance of ddpm_noisy: fixedlarge, fixedsmall, or "

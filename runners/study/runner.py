@@ -14,7 +14,6 @@ from configs.reading import parse_yaml
 from configs.schema import Config, Data, Training, load_config
 from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
-from datasets.packed import open_images
 from functions.denoising import network_calls
 from functions.schedule import make_schedule
 from models import make_codec
@@ -295,7 +294,7 @@ class StudyRunner:
         """The sampler, with a number for ``eps_scaler: fit``, and that fit."""
         if not cell.fits:
             return diffusion.sampler(cell.sampler()), None
-        images = open_images(diffusion.config, self.job.datasets, "train", self.device)
+        images = diffusion.open_images(self.job.datasets)
         diagnosis = Diagnosis(diffusion, images, cell.sampler(), num_images=self.job.study.fit_images,
                               batch_size=diffusion.config.sampling.batch_size)
         fit, _ = diagnosis.fit("constant")

@@ -97,7 +97,7 @@ def _step_memory(diffusion: Diffusion, images: torch.Tensor) -> int:
     """Bytes that a forward and backward pass on (B, C, H, W) needs beyond weights and gradients."""
     config, device = diffusion.config, diffusion.device
     network = Network(diffusion.model, device, resolve_amp(config.training.amp, device))
-    labels = torch.zeros(len(images), dtype=torch.long, device=device) if config.model.num_labels else None
+    labels = {"labels": torch.zeros(len(images), dtype=torch.long, device=device)} if config.model.num_labels else {}
     times, generator = TimeSampler.of(config, diffusion.schedule), shard_generator(config.training.seed, 0, 0, device)
     draw = diffusion.draw(images.to(device), labels, times, generator)
 
