@@ -69,7 +69,7 @@ class Job:
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
         for config, _ in self.runs.values():
             self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
-                                        config.model.num_labels)
+                                        config.model.num_labels, prompted=config.model.conditional)
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()
@@ -89,6 +89,8 @@ class Job:
         if run.config.exists():
             refuse_differences(load_config(run.config), config, run.config)
         ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
+        if config.model.arch == "diffusers" and not run.path.exists():
+            return config, None                                     # the pipeline as it is
         return config, run.weights(ckpt_id, self.args.model_ema)
 
     def _starts(self) -> list[float | None]:
@@ -121,7 +123,7 @@ class Job:
     @property
     def file_label(self) -> str:
         """The sampler and the weights in few words, for file names: a run may be measured at several epochs."""
-        files = sorted({weights.stem for _, weights in self.runs.values()})
+        files = sorted({weights.stem if weights else "pretrained" for _, weights in self.runs.values()})
         return re.sub(r"[^A-Za-z0-9.+_-]+", "-", f"{self.settings} {'+'.join(files)}").strip("-")
 
     def command(self, name: str, scaler: str) -> str:

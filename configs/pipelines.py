@@ -1,6 +1,6 @@
 """What a folder of a diffusers pipeline says about itself, read from its JSON files by a list of known keys.
 
-    model_index.json   unet/config.json   scheduler/scheduler_config.json   vae/config.json   text_encoder*/   tokenizer*/
+    model_index.json   unet/config.json   scheduler/scheduler_config.json   vae/config.json
 """
 
 import json
@@ -68,8 +68,8 @@ def diffusion_keys(folder: Path) -> dict:
 
 
 # What makes two chains different models; how their steps are spaced is a matter of sampling.
-DECIDE_A_CHAIN = ("schedule", "prediction", "beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps", "betas",
-                  "zero_terminal_snr")
+DECIDE_A_CHAIN = ("schedule", "prediction", "beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps",
+                  "betas", "zero_terminal_snr")
 
 
 def contradictions(diffusion: dict, folder: Path) -> list[str]:

@@ -193,7 +193,8 @@ class _Packing:
             return row.float().numpy()                    # sizes above 2,048 are no float16
         _, meant = TYPES[self.dtype]
         if not torch.isfinite(row.to(meant)).all():
-            raise DataError(f"{self.images.name}: {key} beyond the range of {self.dtype}; set data.latent_dtype bfloat16")
+            raise DataError(f"{self.images.name}: {key} beyond the range of {self.dtype}; set data.latent_dtype "
+                            "bfloat16")
         row = row.to(meant)
         return (row.view(torch.uint16) if meant is torch.bfloat16 else row).numpy()
 

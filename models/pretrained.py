@@ -5,6 +5,8 @@
 LoRA (2106.09685): a frozen layer W x becomes W x + (lora_alpha / lora_rank) B A x; A and B alone are trained.
 """
 
+import hashlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from configs.pipelines import UNETS, known_unet, unet_settings
 from utils.errors import DataError, UserError
 from utils.hub import local_folder, needs_package, quiet_libraries
 
+# Parts of a pipeline beside its U-Net that decide what it makes of pictures and prompts.
+ENCODERS = ("vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -131,6 +135,18 @@ def _name_of(unet: nn.Module) -> str:
     return next(name for name, (_, ours) in _classes().items() if isinstance(unet, ours))
 
 
+def pipeline_fingerprint(folder: Path, parts: Sequence[str]) -> str:
+    """16 hexadecimal digits over the contents of these sub-folders of a pipeline, those that exist."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for file in sorted((folder / part).glob("*.*")) if (folder / part).is_dir() else ():
+            digest.update(f"{part}/{file.name}".encode())
+            with open(file, "rb") as content:
+                while block := content.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
 def is_pretrained(model: nn.Module) -> bool:
     """Whether ``model`` is a U-Net of diffusers, of which parts may be frozen."""
     return hasattr(model, "add_adapter")
@@ -158,8 +174,8 @@ def lora_from_file(state: dict[str, Tensor], scale: float, where: Path) -> dict[
     Raises:
         DataError: No adapters of a U-Net.
     """
-    names = {".lora.down.": ".lora_A.default.", ".lora.up.": ".lora_B.default.", ".lora_A.weight": ".lora_A.default.weight",
-             ".lora_B.weight": ".lora_B.default.weight"}
+    names = {".lora.down.": ".lora_A.default.", ".lora.up.": ".lora_B.default.",
+             ".lora_A.weight": ".lora_A.default.weight", ".lora_B.weight": ".lora_B.default.weight"}
     found = {}
     for name, tensor in state.items():
         if not name.startswith("unet."):

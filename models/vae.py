@@ -1,6 +1,6 @@
 """Latents: what an autoencoder of diffusers makes of images, scaled as its pipeline diffuses them.
 
-    x_0 = (z - shift) * scale,   z ~ N(mean, std^2) from the encoder               (2112.10752, section 3.1 and appendix G)
+    x_0 = (z - shift) * scale,   z ~ N(mean, std^2) from the encoder                          (2112.10752, section 3.1)
 
 shift and scale are the autoencoder's ``shift_factor`` and ``scaling_factor``; or its ``latents_mean`` and
 ``scaling_factor / latents_std``, where it has those.

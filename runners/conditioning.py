@@ -71,7 +71,7 @@ class TypedPrompts(Prompts):
     def __init__(self, texts: Sequence[str], negative: str | None, encoders, data):
         _, without = encoders("", negative)
         super().__init__(without, sizes_of(data) if encoders.pooled else None, encoders.device)
-        self.texts = list(texts)
+        self.texts, self.negative = list(texts), negative
         self._encoded = lru_cache(maxsize=64)(lambda text: encoders(text)[0])
 
     def of_seeds(self, seeds):

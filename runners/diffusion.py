@@ -236,7 +236,8 @@ class Diffusion:
         """LossTerms of a shard as the configuration weighs them."""
         loss = self.config.loss
         terms = sequence_aware_loss(
-            denoiser.given(batch.condition), batch.x0, batch.t, batch.noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
+            denoiser.given(batch.condition), batch.x0, batch.t, batch.noise,
+            num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
             input_perturbation=loss.input_perturbation, perturbation_noise=batch.xi,
             perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce)
         return terms if batch.importance is None else terms._replace(total=batch.importance * terms.total)

@@ -14,13 +14,12 @@ from datasets.crops import crops
 from datasets.image_dataset import captions_of
 from datasets.latents import LatentStore, open_latents
 from datasets.packed import packs_folder
+from models.pretrained import ENCODERS, pipeline_fingerprint
 from models.text import TextEncoders
 from utils.errors import UserError
 from utils.hub import local_folder
 
 VERSION = 1                                          # of what is stored for an image
-# Parts of a pipeline that decide what is packed.
-ENCODERS = ("vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def open_latent_images(config, codec, root=None, split: str = "train", device="cpu") -> LatentStore:
@@ -40,7 +39,8 @@ def open_latent_images(config, codec, root=None, split: str = "train", device="c
     images = open_dataset(config, root, split)
     captions = captions_of(images.reader) if takes_text(unet) else None
     if takes_text(unet) and captions is None:
-        raise UserError(f"data.dataset {data.dataset} has no captions, which the network of {folder} needs; use CAPTIONS")
+        raise UserError(f"data.dataset {data.dataset} has no captions, which the network of {folder} needs; use "
+                        "CAPTIONS")
     encoder = _Encoder(images, captions, codec, folder, config, takes_sizes(unet), device)
     try:
         return open_latents(
@@ -85,11 +85,4 @@ def _fingerprint(images, folder: Path, data, seed: int) -> str:
     """16 hexadecimal digits over the images, the files of all encoders, and how images are cut and stored."""
     how = [VERSION, images.fingerprint, data.variants, data.random_crop, data.random_flip, data.latent_dtype,
            seed if data.random_crop else None]
-    digest = hashlib.sha256(json.dumps(how).encode())
-    for part in ENCODERS:
-        for file in sorted((folder / part).glob("*.*")) if (folder / part).is_dir() else ():
-            digest.update(f"{part}/{file.name}".encode())
-            with open(file, "rb") as content:
-                while block := content.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(json.dumps([*how, pipeline_fingerprint(folder, ENCODERS)]).encode()).hexdigest()[:16]

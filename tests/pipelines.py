@@ -17,7 +17,7 @@ def tokenizer(folder: Path, length: int = 8):
     from transformers import CLIPTokenizer
 
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), *(f"{word}</w>" for word in WORDS if len(word) > 1)]
+    vocabulary = [*letters, *(f"{each}</w>" for each in letters), *(f"{word}</w>" for word in WORDS if len(word) > 1)]
     merges = []
     for word in WORDS:
         parts = [*word[:-1], f"{word[-1]}</w>"]

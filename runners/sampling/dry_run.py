@@ -7,6 +7,7 @@ import torch
 from functions.rng import SeededNoise
 from runners import distributed
 from runners.diffusion import Diffusion
+from runners.sampling.prompts import prompts_of
 from utils.table import print_table
 
 
@@ -16,6 +17,7 @@ def dry_run_sampling(job, device: torch.device) -> None:
     diffusion = Diffusion(config, device)
     if weights:
         diffusion.load(weights, job.args.model_ema)
+    diffusion.prompts = prompts_of(job, device)
     sampler, noise = diffusion.sampler(settings.model_copy(update={"guidance": None})), SeededNoise([0], device)
     for turn in range(distributed.world_size() if device.type == "cpu" else 1):
         if device.type != "cpu" or turn == distributed.rank():
@@ -31,7 +33,8 @@ def dry_run_sampling(job, device: torch.device) -> None:
     hours = seconds * calls * num_images / distributed.world_size() / 3600
     print_table({
         "device": f"{distributed.world_size()} x {device.type}",
-        "weights": f"{weights} ({diffusion.weights.kind}, {diffusion.weights.fingerprint})" if weights else "random",
+        "weights": f"{weights} ({diffusion.weights.kind}, {diffusion.weights.fingerprint})" if weights else getattr(
+            config.model, "pretrained", "random"),
         "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
         "sampler": str(settings),
         "network calls": f"{calls} for each of {num_images:,} images",

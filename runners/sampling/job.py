@@ -3,18 +3,22 @@
 import re
 from pathlib import Path
 
+from configs.pipelines import is_pipeline, takes_text, unet_settings
 from configs.schema import load_config
 from functions.rng import parse_seeds
 from functions.schedule import make_schedule
 from models import make_codec
 from runners.cli import run_folder, safe_name
+from runners.conditioning import numbered
 from runners.evaluation.references import MissingReference, find_reference
 from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
 from runners.sampling.pictures import open_originals
+from runners.sampling.prompts import SEEDS_OF_A_PROMPT, read_prompts
 from runners.sampling.sampler import check_settings
 from runners.training.checkpoint import RunFolder, refuse_differences
 from utils.errors import UserError
+from utils.hub import local_folder
 
 
 class SamplingJob:
@@ -25,12 +29,14 @@ class SamplingJob:
         self.config, self.weights = self._configure()
         self.settings = sampler_settings(args)
         self.guide = self._guide()
-        self.seeds = self._seeds()
+        self.prompts = self._prompts()
+        self.per_prompt = self._seeds()
+        self.seeds = numbered(max(1, len(self.prompts)), self.per_prompt)
         self.batch_size = args.batch_size or self.config.sampling.batch_size
-        default = args.doc or Path(args.config or "images").stem
+        default = args.doc or Path(args.config or args.weights or "images").stem
         name = args.image_folder or default
         folder = Path(name) if Path(name).is_absolute() else Path(args.exp) / "image_samples" / safe_name("-i", name)
-        self.folder = ImageFolder(folder, args.subdirs)
+        self.folder = ImageFolder(folder, args.subdirs, max(1, len(self.prompts)))
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
         if self.fid_log.suffix == ".jsonl":
@@ -40,10 +46,15 @@ class SamplingJob:
     def _configure(self):
         """The run's own configuration wins over --config, which must not contradict it."""
         args = self.args
-        self.run = RunFolder(run_folder(args), Path(args.exp) / "datasets")
-        if not (args.config or self.run.config.exists()):
+        pipeline = args.weights if args.weights and is_pipeline(Path(args.weights)) else None
+        folder = run_folder(args) if args.doc or args.config or not pipeline else Path(args.exp, "logs", "pipeline")
+        self.run = RunFolder(folder, Path(args.exp) / "datasets")
+        source = args.config or (self.run.config if self.run.config.exists() else pipeline)
+        if not source:
             raise UserError(f"no configuration: {self.run.config} does not exist, and --config is not given")
-        config = load_config(args.config or self.run.config, args.overrides)
+        config = load_config(source, args.overrides)
+        if config.model.arch == "diffusers" and (pipeline or not args.weights and not self.run.path.exists()):
+            return self._configure_pipeline(config, source, pipeline)
         if self.run.config.exists() and not args.weights:
             refuse_differences(load_config(self.run.config), config, self.run.config)
         try:
@@ -58,9 +69,42 @@ class SamplingJob:
             weights = None
         return config, weights
 
+    def _configure_pipeline(self, config, source, pipeline: str | None):
+        """A pipeline as it is (weights None), or as the base of what the run has trained."""
+        if pipeline:
+            config = load_config(source, [*self.args.overrides, f"model.pretrained={pipeline}"])
+        if not self.args.doc:
+            return config, None
+        ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
+        return config, self.run.weights(ckpt_id, self.args.model_ema)
+
+    @property
+    def weights_name(self) -> str:
+        """What was loaded, for logs."""
+        return str(self.weights or getattr(self.config.model, "pretrained", None))
+
+    def _prompts(self) -> list[str]:
+        """The prompts of a text-to-image network.
+
+        Raises:
+            UserError: None given, or some for a network that takes none.
+        """
+        args, model = self.args, self.config.model
+        self.prompted = model.arch == "diffusers" and takes_text(unet_settings(local_folder(model.pretrained)))
+        given = bool(args.prompt or args.prompt_file or args.negative_prompt)
+        if given and not self.prompted:
+            raise UserError(f"--prompt: the network of {self.weights_name} takes no text")
+        if not self.prompted or args.export:
+            return []
+        if args.prompt and args.prompt_file:
+            raise UserError("--prompt and --prompt_file exclude each other")
+        if not (args.prompt or args.prompt_file):
+            raise UserError("this network makes images of text: give --prompt or --prompt_file")
+        return args.prompt or read_prompts(args.prompt_file)
+
     def _seeds(self) -> list[int]:
         args = self.args
-        default = 8 if self.pictures else 50000
+        default = 8 if self.pictures else SEEDS_OF_A_PROMPT if self.prompts else 50000
         try:
             seeds = parse_seeds(args.seeds) if args.seeds else range(args.num_samples or default)
         except ValueError as error:
@@ -83,12 +127,12 @@ class SamplingJob:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
         args, settings, config = self.args, self.settings, self.config
         self.times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                    config.model.num_labels, bool(self.guide))
+                                    config.model.num_labels, bool(self.guide), self.prompted)
         if args.reconstruct:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
             raise UserError("--interpolation needs at least two seeds")
-        if args.save == "none" and not args.fid and not self.grid:
+        if args.save == "none" and not self.wants_fid and not self.grid:
             raise UserError("--save none with --no-fid and --grid 0 leaves nothing to do")
         self.notes = []
         if str(args.timesteps).isdigit() and len(self.times) != int(args.timesteps):
@@ -120,7 +164,12 @@ class SamplingJob:
 
     @property
     def seed_text(self) -> str:
-        return self.args.seeds or f"0-{len(self.seeds) - 1}"
+        return self.args.seeds or f"0-{len(self.per_prompt) - 1}"
+
+    @property
+    def wants_fid(self) -> bool:
+        """Images of a few prompts are compared with nothing unless a reference is named."""
+        return self.args.fid and not self.args.export and bool(self.args.fid_stats or not self.prompts)
 
     @property
     def pictures(self) -> bool:
@@ -129,7 +178,7 @@ class SamplingJob:
     def reference(self):
         """The checked FID reference, or None where no FID is wanted."""
         args = self.args
-        if not args.fid or self.pictures:
+        if not self.wants_fid or self.pictures:
             return None
         try:
             return find_reference(self.config, None if args.fid_stats == "auto" else args.fid_stats, args.preprocess,

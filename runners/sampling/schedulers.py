@@ -58,8 +58,8 @@ class SchedulerChain:
         self.name = settings.sample_type.removeprefix(FOREIGN)
         self.schedule, self.eta = schedule, settings.eta
         if not hasattr(schedule, "num_timesteps"):
-            raise UserError(f"--sample_type {settings.sample_type}: diffusers' schedulers walk discrete schedules; this "
-                            f"network has a continuous one")
+            raise UserError(f"--sample_type {settings.sample_type}: diffusers' schedulers walk discrete schedules; "
+                            "this network has a continuous one")
         if settings.skip_type not in SPACINGS:
             raise UserError(f"--skip_type {settings.skip_type}: diffusers' schedulers know leading, linspace, trailing")
         if not isinstance(settings.timesteps, int):
@@ -161,5 +161,6 @@ def scheduler_class(name: str) -> type:
     needs = [each.name for each in parameters if each.default is each.empty and each.name not in GIVEN_TO_STEP
              and each.kind is not each.VAR_KEYWORD]
     if needs:
-        raise UserError(f"--sample_type {FOREIGN}{name}: its step needs {', '.join(needs)}, which a chain does not have")
+        raise UserError(f"--sample_type {FOREIGN}{name}: its step needs {', '.join(needs)}, which a chain does not "
+                        "have")
     return kind

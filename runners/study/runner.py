@@ -14,7 +14,6 @@ from configs.reading import parse_yaml
 from configs.schema import Config, Data, Training, load_config
 from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
-from functions.denoising import network_calls
 from functions.schedule import make_schedule
 from models import make_codec
 from models.inception import load_inception
@@ -26,6 +25,7 @@ from runners.evaluation.metrics import Evaluation, append_log, find_reference, m
 from runners.network import explain_out_of_memory
 from runners.sampling.generation import generate_and_measure, write_grid
 from runners.sampling.sampler import Sampler, check_settings
+from runners.sampling.schedulers import chain_of
 from runners.study.grid import Cell, cells_of, drop_broken_lines, read_cells
 from runners.training.checkpoint import RunFolder, differences
 from runners.training.plan import Plan
@@ -112,10 +112,10 @@ class StudyJob:
         self.calls = {}                                              # network calls for each image, by Cell.key
         for cell in self.all_cells:
             settings, config = cell.sampler(), self.configs[cell.doc]
-            times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                   config.model.num_labels)
+            schedule = make_schedule(config.diffusion)
+            check_settings(settings, schedule, make_codec(config), config.model.num_labels)
             guided = settings.guidance not in (None, 1)
-            self.calls[cell.key] = network_calls(settings.sample_type, len(times)) * (1 + guided)
+            self.calls[cell.key] = chain_of(settings, schedule).calls() * (1 + guided)
         find_dataset(self.any_config, self.datasets)
         self._refuse_mixing()
         self.reference()

@@ -143,7 +143,8 @@ class Session:
             x0 = diffusion.codec.encode(batch, generator)
             t, _ = self.state.times.draw(len(x0), generator)
             noise = torch.randn((1, *x0.shape), generator=generator, device=x0.device)
-            total += float(sequence_aware_loss(denoiser.given(condition), x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())
+            given = denoiser.given(condition)
+            total += float(sequence_aware_loss(given, x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())
         self.monitor.scalar("validation_loss", total / num, self.step)
 
     def measure(self) -> None:
