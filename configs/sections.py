@@ -35,8 +35,8 @@ class Data(Section):
     cache: Literal["auto", "device", "ram", "mmap", "off"] = "auto"
     """Where decoded images lie while training: device memory, RAM, memory-mapped file, or nowhere."""
     labels: Literal["auto", "folders", "filenames", "none"] = "auto"
-    """Where the classes of a folder or zip come from: dataset.json if there is one (auto), its top-level folders, or the
-    text before the first "_" of a file name, alphabetically (guided-diffusion)."""
+    """Where the classes of a folder or zip come from: dataset.json if there is one (auto), its top-level folders, or
+    the text before the first "_" of a file name, alphabetically (guided-diffusion)."""
     max_size: Count | None = None
     """Use so many of the images, chosen by EDM's shuffle with seed 0; none: all."""
     random_crop: bool = False

@@ -66,7 +66,8 @@ def manifest_of(diffusion, settings: SamplerSettings) -> dict:
     config = diffusion.config
     manifest = {
         "weights": diffusion.weights.fingerprint, "amp": str(diffusion.amp or "off"), "sampler": settings.given(),
-        "model": {"arch": config.model.arch, **_pipeline_of(config)}, "diffusion": config.diffusion.model_dump(mode="json"),
+        "model": {"arch": config.model.arch, **_pipeline_of(config)},
+        "diffusion": config.diffusion.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json", include={"image_size", "channels", "rescaled", "logit_transform"}),
     }
     if diffusion.guide:
