@@ -42,8 +42,8 @@ def unet_keys(config) -> dict:
     if not model.resamp_with_conv:
         raise UserError("--export: model.resamp_with_conv false; diffusers has no U-Net that resamples by averages")
     if model.num_classes:
-        raise UserError(f"--export: model.num_classes {model.num_classes}; diffusers' DDIMPipeline asks for no classes, "
-                        "and its U-Net knows no missing label")
+        raise UserError(f"--export: model.num_classes {model.num_classes}; diffusers' DDIMPipeline asks for no "
+                        "classes, and its U-Net knows no missing label")
     side, attends = max(data.height, data.width), []
     for _ in model.ch_mult:
         attends.append(side in model.attn_resolutions)

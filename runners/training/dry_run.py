@@ -18,7 +18,7 @@ from runners import distributed
 from runners.diffusion import Diffusion
 from runners.network import Network, resolve_amp
 from runners.training.plan import Plan, split_batch
-from utils.errors import DataError
+from utils.errors import DataError, UserError
 from utils.live_bytes import LiveBytes
 from utils.table import print_table
 
@@ -40,6 +40,8 @@ def check_training(config: Config, args) -> int:
 def dry_run_training(config: Config, run, device: torch.device, init_from: str | None = None) -> None:
     """One step with one image on every rank, in turn on a CPU so that memory for one suffices; rank 0 reports."""
     absent = []
+    if config.model.arch == "diffusers":
+        return _rehearse_pretrained(config, run, absent)
     images, num_images = distributed.on_rank_zero(lambda: _training_images(config, run.datasets, absent))
     diffusion = Diffusion(config, device)
     if init_from:
@@ -65,6 +67,23 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
         "steps": f"{plan.steps_per_epoch:,} in an epoch, {plan.total_steps:,} in the run",
         "absent": ", ".join(absent) or "nothing",
     })
+
+
+def _rehearse_pretrained(config: Config, run, absent: list[str]) -> None:
+    """A U-Net of diffusers by its shape alone, rank 0."""
+    from runners.training.shape_run import dry_run_pretrained
+
+    if distributed.rank():
+        return
+    try:
+        num_images = len(build_dataset(config, run.datasets))
+    except UserError as error:
+        absent.append(f"data set {config.data.dataset}: {error}")
+        num_images = None
+    world = distributed.world_size()
+    process_batch, _, _ = split_batch(config.training, world)
+    plan = Plan.make(config.training, num_images or process_batch * world, world, 0)
+    dry_run_pretrained(config, num_images, plan, absent)
 
 
 def training_memory(diffusion: Diffusion, images: torch.Tensor, plan: Plan) -> tuple[int, int, int]:
