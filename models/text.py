@@ -4,6 +4,7 @@ Of SDXL: the penultimate hidden states of both encoders side by side, and the se
 (2307.01952, section 2.1). Of Stable Diffusion 1 and 2: the last hidden states. diffusers' own pipelines do it.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from configs.pipelines import takes_sizes, unet_settings
 from utils.errors import DataError
 from utils.hub import needs_package, quiet_libraries
+
+log = logging.getLogger(__name__)
 
 
 class TextEncoders:
@@ -31,6 +34,7 @@ class TextEncoders:
         for part in ("tokenizer", "text_encoder") + (("tokenizer_2", "text_encoder_2") if self.pooled else ()):
             if not (folder / part).is_dir():
                 raise DataError(f"{folder}: has no folder {part}, without which it cannot read prompts")
+        self._warned = False
         self.pipeline = self._open().to(self.device, torch.float32)
 
     def _open(self):
@@ -49,6 +53,12 @@ class TextEncoders:
         except Exception as error:            # OSError, ValueError, SafetensorError, ...: whatever files do
             raise DataError(f"{self.folder}: text encoders not loaded: {' '.join(str(error).split())[:300]}") from None
 
+    def _note_long(self, prompt: str) -> None:
+        tokenizer = self.pipeline.tokenizer
+        if not self._warned and len(tokenizer(prompt).input_ids) > tokenizer.model_max_length:
+            self._warned = True
+            log.warning("prompts of more than %d tokens are cut off, such as %r", tokenizer.model_max_length, prompt)
+
     @torch.no_grad()
     def __call__(self, prompt: str, negative: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What a prompt and what a negative prompt mean, float32 on the CPU, one row each.
@@ -60,8 +70,10 @@ class TextEncoders:
         Returns:
             ``prompt_embeds`` (1, L, D), and of SDXL ``pooled_embeds`` (1, P); twice.
         """
-        encoded = self.pipeline.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1,
-                                              do_classifier_free_guidance=True, negative_prompt=negative)
+        with quiet_libraries():
+            self._note_long(prompt)
+            encoded = self.pipeline.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1,
+                                                  do_classifier_free_guidance=True, negative_prompt=negative)
         names = ("prompt_embeds", "pooled_embeds") if self.pooled else ("prompt_embeds",)
         given, without = encoded[::2], encoded[1::2]
         return tuple({name: tensor.float().cpu() for name, tensor in zip(names, part, strict=True)}

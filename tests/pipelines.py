@@ -12,7 +12,7 @@ WORDS = ["a", "red", "blue", "green", "square", "on", "grey", "of", "big", "smal
 SIDE = 16                                    # pixels; the autoencoder makes 8 x 8 latents of them
 
 
-def tokenizer(folder: Path, length: int = 8):
+def tokenizer(folder: Path, length: int = 16):
     """CLIP's tokenizer with a vocabulary of a few words, spelled by letters otherwise."""
     from transformers import CLIPTokenizer
 
@@ -35,7 +35,7 @@ def tokenizer(folder: Path, length: int = 8):
     return CLIPTokenizer(str(source / "vocab.json"), str(source / "merges.txt"), model_max_length=length), len(known)
 
 
-def text_config(size: int, end: int, width: int = 32, length: int = 8, **more):
+def text_config(size: int, end: int, width: int = 32, length: int = 16, **more):
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_attention_heads=4,

@@ -4,13 +4,15 @@ A forward and a backward pass are taken with shapes alone. What lives is counted
 in bf16 from copies of the float32 weights, normalisations in float32, attention in one kernel that keeps no scores.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.pipelines import takes_sizes, takes_text, unet_settings, vae_factor, vae_settings
@@ -43,7 +45,10 @@ def dry_run_pretrained(config, num_images: int | None, plan, absent: list[str]) 
                           for every in (False, True))
         fixed = fixed_bytes(model, config)
         for checkpointing in (False, True):
-            model.checkpointing = checkpointing
+            if checkpointing:
+                again = partial(checkpoint, use_reentrant=False,
+                                context_fn=lambda: (nullcontext(), AutocastShapes(amp)))
+                model.enable_gradient_checkpointing(again)
             live, counted = step_bytes(model, settings, size, plan.micro_batch, copies, tokens, amp)
             flops = flops or counted
             rows[name + (", checkpointing" if checkpointing else "")] = (
@@ -133,8 +138,10 @@ def step_bytes(model: nn.Module, settings: dict, size: tuple[int, int], batch: i
         held.enter_context(torch.autograd.set_multithreading_enabled(False))        # modes belong to a thread
         live = held.enter_context(LiveBytes())
         held.enter_context(flops)
-        shapes = held.enter_context(AutocastShapes(amp))
-        torch.autograd.backward(model(x, t, **condition).float().square().mean())    # as a method it would hide the mode
+        with AutocastShapes(amp) as shapes:
+            loss = model(x, t, **condition).float().square().mean()
+        shapes.copies.clear()                            # what autocast does at the end of its block
+        loss.backward()
     model.zero_grad(set_to_none=True)
     return live.peak, flops.get_total_flops() + shapes.flops
 
@@ -144,11 +151,12 @@ class AutocastShapes(TorchFunctionMode):
 
     Attributes:
         flops: Of attention, which the counter does not see.
+        copies: Of trained weights, in bf16.
     """
 
     def __init__(self, enabled: bool):
         super().__init__()
-        self.enabled, self.flops, self._copies = enabled, 0, {}
+        self.enabled, self.flops, self.copies = enabled, 0, {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -167,7 +175,7 @@ class AutocastShapes(TorchFunctionMode):
         if not self.enabled or not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
         if isinstance(value, nn.Parameter) and value.requires_grad:          # autocast keeps these until the pass ends
-            return self._copies.setdefault(id(value), value.to(torch.bfloat16))
+            return self.copies.setdefault(id(value), value.to(torch.bfloat16))
         return value.to(torch.bfloat16)
 
 
