@@ -40,7 +40,7 @@ def parse(argv):
     images.add_argument("--sequence", action="store_true", help="instead: a picture of the chains of 8 seeds")
     images.add_argument("--reconstruct", metavar="PATH", help="instead: encode the first images of this folder, zip or "
                         "npz by DDIM's reversed chain, decode them, write pairs and errors (--seeds: which images)")
-    add_sampler_flags(parser, timesteps="1000")
+    add_sampler_flags(parser, timesteps=None)
     sampler = parser.add_argument_group("computing")
     sampler.add_argument("--batch_size", type=number_or_auto, metavar="N", help="images at a time, which does not "
                          "change them; auto: what fills the device (default: sampling.batch_size)")

@@ -27,9 +27,10 @@ class SamplingJob:
     def __init__(self, args):
         self.args, self.absent = args, []
         self.config, self.weights = self._configure()
+        self.prompts = self._prompts()
+        args.timesteps = args.timesteps or ("30" if self.prompted else "1000")
         self.settings = sampler_settings(args)
         self.guide = self._guide()
-        self.prompts = self._prompts()
         self.per_prompt = self._seeds()
         self.seeds = numbered(max(1, len(self.prompts)), self.per_prompt)
         self.batch_size = args.batch_size or self.config.sampling.batch_size

@@ -122,7 +122,8 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(sdxl_copy, spoil, m
 @pytest.mark.parametrize(("override", "message"), [
     ("data.channels=1", "data.channels 1: the autoencoder"), ("data.image_size=17", "not a multiple of 2"),
     ("model.lora_rank=0", "lora_rank"), ("model.lora_alpha=2", "needs model.lora_rank"),
-    ("model.lora_targets=[nothing]", "lora_targets nothing"), ("model.pretrained=/nowhere", "'/nowhere': no such folder")])
+    ("model.lora_targets=[nothing]", "lora_targets nothing"),
+    ("model.pretrained=/nowhere", "'/nowhere': no such folder")])
 def test_settings_that_cannot_be_used_are_refused_in_one_line(sdxl, override, message):
     more = ["model.lora_rank=2"] if "targets" in override else []
     with pytest.raises(UserError, match=message) as refused:
