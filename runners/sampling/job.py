@@ -42,7 +42,9 @@ class SamplingJob:
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
         if self.fid_log.suffix == ".jsonl":
             raise UserError(f"--fid_log {self.fid_log}: name the text file, such as fid.txt; its .jsonl follows")
-        self._check_sampler()
+        self.notes = []
+        if not args.export:
+            self._check_sampler()
 
     def _configure(self):
         """The run's own configuration wins over --config, which must not contradict it."""
@@ -135,7 +137,6 @@ class SamplingJob:
             raise UserError("--interpolation needs at least two seeds")
         if args.save == "none" and not self.wants_fid and not self.grid:
             raise UserError("--save none with --no-fid and --grid 0 leaves nothing to do")
-        self.notes = []
         if str(args.timesteps).isdigit() and len(self.times) != int(args.timesteps):
             self.notes.append(f"{settings.skip_type} gives {len(self.times)} distinct steps for --timesteps "
                               f"{args.timesteps}")

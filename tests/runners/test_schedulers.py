@@ -51,9 +51,9 @@ def test_dpm_solver_is_ours(denoiser):
 def test_a_scheduler_of_noise_levels_shows_the_network_what_it_knows(denoiser):
     """Euler's moves y = x / alpha; along the same steps it is DDIM."""
     seen = []
-    theirs, times = sample(denoiser, "diffusers:EulerDiscreteScheduler", timesteps=5, skip_type="trailing",
+    theirs, times = sample(denoiser, "diffusers:EulerDiscreteScheduler", timesteps=5, skip_type="leading",
                            callback=lambda index, t, x, x0, eps: seen.append((index, t, x.std().item())))
-    ours, own = sample(denoiser, "generalized", timesteps=5, skip_type="trailing")
+    ours, own = sample(denoiser, "generalized", timesteps=5, skip_type="leading")
     assert times == own and [each[:2] for each in seen] == list(enumerate(times[::-1]))
     assert abs(seen[0][2] - 1) < 0.05
     close(theirs, ours)
