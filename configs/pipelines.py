@@ -36,7 +36,10 @@ def read_settings(file: Path) -> dict:
 
 
 def is_pipeline(path: Path) -> bool:
-    return (path / INDEX).is_file()
+    try:
+        return (path / INDEX).is_file()
+    except (OSError, ValueError):                            # a name that is too long, or holds a null byte
+        return False
 
 
 def diffusion_keys(folder: Path) -> dict:

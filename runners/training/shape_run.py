@@ -4,7 +4,7 @@ A forward and a backward pass are taken with shapes alone. What lives is counted
 in bf16 from copies of the float32 weights, normalisations in float32, attention in one kernel that keeps no scores.
 """
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from math import prod
 
@@ -46,11 +46,10 @@ def dry_run_pretrained(config, num_images: int | None, plan, absent: list[str]) 
         fixed = fixed_bytes(model, config)
         for checkpointing in (False, True):
             if checkpointing:
-                again = partial(checkpoint, use_reentrant=False,
-                                context_fn=lambda: (nullcontext(), AutocastShapes(amp)))
-                model.enable_gradient_checkpointing(again)
-            live, counted = step_bytes(model, settings, size, plan.micro_batch, copies, tokens, amp)
-            flops = flops or counted
+                recompute(model, amp)
+            inputs = meta_inputs(settings, size, plan.micro_batch * copies, tokens)
+            flops = flops or step_flops(model, inputs)
+            live = step_bytes(model, inputs, amp)
             rows[name + (", checkpointing" if checkpointing else "")] = (
                 f"{(fixed + live) / 2**30:.1f} GiB ({fixed / 2**30:.1f} weights and optimizer, {live / 2**30:.1f} the "
                 f"step), {trained:,} trained; {_cards(fixed + live)}")
@@ -112,38 +111,50 @@ MOMENTS = {"Adam": lambda shape, count: 2 * prod(shape), "AdamW": lambda shape, 
            "SGD": lambda shape, count: prod(shape)}
 
 
-def step_bytes(model: nn.Module, settings: dict, size: tuple[int, int], batch: int, copies: int, tokens: int,
-               amp: bool) -> tuple[int, int]:
-    """Bytes at the peak of a forward and backward pass beyond weights and gradients, and its floating-point operations.
+def recompute(model: nn.Module, amp: bool) -> None:
+    """Activation checkpointing, whose second passes see the types of the first."""
+    model.enable_gradient_checkpointing(partial(
+        checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AutocastShapes(amp))))
 
-    Args:
-        batch: Images; ``copies`` evaluations of each go through one call.
-    """
+
+def meta_inputs(settings: dict, size: tuple[int, int], rows: int, tokens: int) -> tuple[Tensor, Tensor, dict]:
+    """x, t and the condition of a network call with so many rows, without numbers."""
     with torch.device("meta"):
-        rows = batch * copies
-        x = torch.empty(rows, settings["in_channels"], *size)
-        condition = {}
+        x, t, condition = torch.empty(rows, settings["in_channels"], *size), torch.empty(rows), {}
         if takes_text(settings):
             condition["prompt_embeds"] = torch.empty(rows, tokens, settings["cross_attention_dim"])
         if takes_sizes(settings):
             times = 6 * settings["addition_time_embed_dim"]
             condition["pooled_embeds"] = torch.empty(rows, settings["projection_class_embeddings_input_dim"] - times)
             condition["time_ids"] = torch.empty(rows, 6)
-        t = torch.empty(rows)
+    return x, t, condition
+
+
+def step_bytes(model: nn.Module, inputs, amp: bool) -> int:
+    """Bytes at the peak of a forward and backward pass beyond weights and gradients."""
+    x, t, condition = inputs
     model.train()
     for p in model.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
-    flops = FlopCounterMode(display=False)
-    with ExitStack() as held:
-        held.enter_context(torch.autograd.set_multithreading_enabled(False))        # modes belong to a thread
-        live = held.enter_context(LiveBytes())
-        held.enter_context(flops)
+    with torch.autograd.set_multithreading_enabled(False), LiveBytes() as live:        # modes belong to a thread
         with AutocastShapes(amp) as shapes:
             loss = model(x, t, **condition).float().square().mean()
         shapes.copies.clear()                            # what autocast does at the end of its block
         loss.backward()
     model.zero_grad(set_to_none=True)
-    return live.peak, flops.get_total_flops() + shapes.flops
+    return live.peak
+
+
+def step_flops(model: nn.Module, inputs) -> int:
+    """Floating-point operations of products in a forward and backward pass; a pass of its own, because the counter
+    keeps tensors alive."""
+    x, t, condition = inputs
+    with torch.autograd.set_multithreading_enabled(False), FlopCounterMode(display=False) as counter:
+        with AutocastShapes(False) as shapes:
+            loss = model(x, t, **condition).float().square().mean()
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() + shapes.flops
 
 
 class AutocastShapes(TorchFunctionMode):
