@@ -30,7 +30,7 @@ PUBLISHED = {
     "bedroom": ("LSUN", "bedroom", 256, M256, (0, 0.0, 0.0), None, 64, 10000, True, 0.0, 0.999, 2e-5, None),
 }
 OURS = ["digits", "cifar10_tiny"]
-# name: (side, gamma, global batch, batch of a call, epochs, optimizer, lr, decay, clip, rank, parameters of the network)
+# name: (side, gamma, global batch, batch of a call, epochs, optimizer, lr, decay, clip, rank, parameters)
 TEXT = {
     "sdxl_ip": (1024, 0.1, 4, 1, 50, "Adafactor", 1e-5, 1e-2, 1.0, None, 2_567_463_684),
     "sdxl_lora_ip": (1024, 0.1, 4, 1, 50, "AdamW", 1e-4, 1e-2, 1.0, 8, 2_567_463_684 + 11_612_160),
