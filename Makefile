@@ -23,7 +23,7 @@ install: .venv/installed
 
 quickstart: install
 	$(BIN)/python train_ddp.py --config $(CONFIG) --exp $(EXP) --resume_training $(TRAIN)
-	$(BIN)/python generate.py --config $(CONFIG) --exp $(EXP) --num_samples $(IMAGES) --timesteps 50 --eta 1 --fid_stats auto
+	$(BIN)/python generate.py --config $(CONFIG) --exp $(EXP) --num_samples $(IMAGES) --timesteps 50 --eta 1 --fid_stats auto $(if $(findstring cond,$(CONFIG)),--classes 0-9)
 
 lint: install
 	$(BIN)/ruff check .

@@ -123,7 +123,7 @@ def open_source(path: Path, skip_bad: int = 0, labels: str = "auto") -> Reader:
     for channels in (3, 1):
         reader = open_any(path, channels, strict=True, labels=labels)
         if not len(reader):
-            raise DataError(f"{path}: holds no images: {reader.contents()}")
+            raise DataError(f"--source holds no images: {reader.contents()}")
         try:
             _first_readable(reader, skip_bad)
             break

@@ -4,10 +4,10 @@ import sys
 import time
 from pathlib import Path
 
-from runners.cli import Parser, add_common, positive, run_script
+from runners.cli import Parser, add_common, natural, positive, run_script
 from utils.errors import UserError
 
-METRICS = "fid,kid,is,pr"
+METRICS = "fid,sfid,kid,is,is_blocks,pr,digits_fd,digits_unsure"
 
 
 def parse(argv):
@@ -25,7 +25,7 @@ def parse(argv):
     calc.add_argument("--ref", metavar="PATH", required=True,
                       help="statistics (a file, or a name in pytorch_fid/), or images to compare with")
     calc.add_argument("--metrics", default="fid", help=f"comma list of {METRICS}, all from one feature pass")
-    calc.add_argument("--bootstrap", type=positive, metavar="N", help="95%% interval for FID from N resamples")
+    calc.add_argument("--interval", action="store_true", help="95%% interval for the FID of so many images")
     calc.add_argument("--force", action="store_true", help="use a reference made for other images")
     calc.add_argument("--fid_log", metavar="FILE", help="append the result to this file and to its .jsonl")
     calc.add_argument("--comment", default="", help="free text, kept in the log")
@@ -35,6 +35,7 @@ def parse(argv):
     compare.add_argument("logs", nargs="+", metavar="LOG.jsonl")
     compare.add_argument("--plot", metavar="FILE.png", help="default: beside the first log")
     compare.add_argument("--table", metavar="FILE.md", help="also write the table to this file")
+    _add_overwrite(compare)
     add_common(compare, config=False)
     return parser.parse(argv)
 
@@ -42,7 +43,9 @@ def parse(argv):
 def _add_pass(parser) -> None:
     """Flags of a pass over images."""
     parser.add_argument("--num", type=positive, metavar="N", help="exactly N images, drawn with --seed (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument("--seed", type=natural, default=0, help="of that draw")
+    parser.add_argument("--subset_rule", choices=["default", "edm"], default="default",
+                        help="of that draw; edm: the images that EDM's fid.py and max_size take for this seed")
     parser.add_argument("--batch_size", type=positive, default=64, help="images for each network call")
     parser.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid", help="resize to 299x299")
     parser.add_argument("--inception_weights", metavar="FILE",
@@ -50,7 +53,13 @@ def _add_pass(parser) -> None:
     parser.add_argument("--cache_features", action="store_true",
                         help="keep all features: ref writes them into FILE.npz (kid and pr need them there), calc into "
                              "PATH.features.npz beside the images, for the next time")
+    _add_overwrite(parser)
     add_common(parser, config=False)
+
+
+def _add_overwrite(parser) -> None:
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace an existing file that this program did not write")
 
 
 def check(args):
@@ -62,40 +71,66 @@ def check(args):
 
 def check_ref(args):
     from configs.schema import load_config
+    from runners.evaluation.references import check_target
 
     if (args.config is None) == (args.images is None):
         raise UserError("fid.py ref needs either --config (a data set) or --images (a folder, zip or npz)")
     if Path(args.out).suffix != ".npz":
         raise UserError(f"--out {args.out} must end in .npz")
     if args.config:
-        load_config(args.config, args.overrides)
+        inputs = [args.config, *filter(None, [load_config(args.config, args.overrides).data.root])]
     else:
-        open_images(args)
+        inputs = [open_images(args).path]
+    check_target(args.out, "--out", args.overwrite, inputs)
 
 
 def check_calc(args):
+    from runners.evaluation.image_pass import is_cache
     from runners.evaluation.metrics import METRICS as known
+    from runners.evaluation.metrics import json_log
+    from runners.evaluation.outputs import check_output
     from utils.errors import choose
 
     for name in args.metrics.split(","):
         choose(known, name, "--metrics")
+    if args.interval and "fid" not in args.metrics.split(","):
+        raise UserError("--interval is FID's; add fid to --metrics")
     images = open_images(args)
+    inputs = [args.images, args.ref, *filter(None, [args.inception_weights])]
+    if args.fid_log:
+        for path in (args.fid_log, json_log(args.fid_log)):                     # both are only appended to
+            check_output(path, "--fid_log", inputs=inputs, ours=lambda path: True)
+    if args.cache_features:
+        check_output(cache_of(args), "--cache_features:", inputs=inputs, ours=is_cache, overwrite=args.overwrite)
     reference = open_reference(args)
     if reference:
         reference.require(image_size=images.provenance["image_size"])
 
 
 def check_compare(args):
-    from runners.evaluation.comparison import read_logs
+    from runners.evaluation.comparison import is_plot, is_table, read_logs
+    from runners.evaluation.outputs import check_output
 
     read_logs(args.logs)
+    check_output(plot_of(args), "--plot", inputs=args.logs, ours=is_plot, overwrite=args.overwrite)
+    if args.table:
+        check_output(args.table, "--table", inputs=[*args.logs, plot_of(args)], ours=is_table, overwrite=args.overwrite)
+
+
+def cache_of(args) -> Path:
+    path = Path(args.images)
+    return path.with_name(f"{path.name}.features.npz")
+
+
+def plot_of(args) -> Path:
+    return Path(args.plot or Path(args.logs[0]).with_suffix(".png"))
 
 
 def open_images(args):
     from runners.evaluation.metrics import FileSource, choose_subset
 
     images = FileSource(args.images)
-    choose_subset(len(images), args.num, args.seed, args.images)
+    choose_subset(len(images), args.num, args.seed, args.images, args.subset_rule)
     return images
 
 
@@ -117,31 +152,41 @@ def make(args, device):
     images = load_config(args.config, args.overrides) if args.config else open_images(args)
     net = load_inception(args.inception_weights, device, args.preprocess)
     reference = make_reference(images, net, args.out, root=Path(args.exp) / "datasets", num=args.num, seed=args.seed,
-                               batch_size=args.batch_size, keep_features=args.cache_features)
+                               rule=args.subset_rule, batch_size=args.batch_size, keep_features=args.cache_features,
+                               spatial=True, overwrite=args.overwrite)
     on_rank_zero(lambda: print(f"{args.out}  {reference.count} images  {reference.fingerprint}"))
 
 
 def measure(args, device):
-    """Compare images with a reference: FID, and on request KID, Inception Score, precision and recall."""
+    """Compare images with a reference: FID, and on request its companions."""
     from models.inception import load_inception
     from runners.distributed import on_rank_zero
-    from runners.evaluation.metrics import Evaluation, FileSource, choose_subset, evaluate_images, make_reference
+    from runners.evaluation.metrics import Evaluation, choose_subset, evaluate_images, save_features
 
     started, metrics, images = time.perf_counter(), args.metrics.split(","), open_images(args)
-    reference = open_reference(args)
     net = load_inception(args.inception_weights, device, args.preprocess)
-    if reference is None:
-        reference = make_reference(FileSource(args.ref), net, batch_size=args.batch_size,
-                                   keep_features=bool({"kid", "pr"} & set(metrics)))
-        reference.forced = args.force
-        reference.require(image_size=images.provenance["image_size"])
-    evaluation = Evaluation(reference, net, metrics, bootstrap=args.bootstrap or 0)
-    path = Path(args.images)
-    cache = path.with_name(f"{path.name}.features.npz") if args.cache_features else None
-    evaluate_images(images, evaluation, args.batch_size, cache=cache,
-                    indices=choose_subset(len(images), args.num, args.seed, args.images))
+    reference = load_or_make_reference(args, net, metrics, images)
+    evaluation = Evaluation(reference, net, metrics, interval=args.interval)
+    evaluate_images(images, evaluation, args.batch_size, cache=cache_of(args) if args.cache_features else None,
+                    indices=choose_subset(len(images), args.num, args.seed, args.images, args.subset_rule))
     results = evaluation.results()
     on_rank_zero(lambda: report(args, results, device, time.perf_counter() - started))
+    if args.cache_features:                          # last: a folder that cannot be written must not cost the number
+        save_features(cache_of(args), images, evaluation)
+
+
+def load_or_make_reference(args, net, metrics, images):
+    """Statistics from a file, or of the images that --ref names, with what the metrics need."""
+    from runners.evaluation.metrics import FileSource, complete_reference, make_reference, needs
+
+    reference = open_reference(args)
+    if reference:
+        complete_reference(reference, net, metrics, args.batch_size)
+        return reference
+    reference = make_reference(FileSource(args.ref), net, batch_size=args.batch_size, **needs(metrics))
+    reference.forced = args.force
+    reference.require(image_size=images.provenance["image_size"])
+    return reference
 
 
 def report(args, results, device, seconds):
@@ -150,21 +195,22 @@ def report(args, results, device, seconds):
     print(summary(results))
     if args.fid_log:
         details = {"images": str(args.images), "reference_path": str(args.ref), "num": args.num, "seed": args.seed,
-                   "batch_size": args.batch_size, "device": str(device), "amp": "off", "seconds": round(seconds, 2),
-                   "comment": args.comment}
+                   "subset_rule": args.subset_rule, "batch_size": args.batch_size, "device": str(device), "amp": "off",
+                   "seconds": round(seconds, 2), "comment": args.comment}
         append_log(args.fid_log, args.images, results, details)
 
 
 def tabulate(args, device):
-    """Markdown table and plot of FID against sampling steps: a line for each run, minimum and mean over seed ranges."""
+    """Markdown table and plot of FID against sampling steps: a line for each run, minimum and mean over seed ranges; a
+    panel for each reference, resize and number of images, which are not to be compared."""
     from runners.evaluation.comparison import plot, read_logs, rows, table
     from utils.atomic import write_text
 
     found = rows(read_logs(args.logs))
-    path = args.plot or Path(args.logs[0]).with_suffix(".png")
+    path = plot_of(args)
     print(table(found))
-    if len({row.run.get("reference_fingerprint") for row in found}) > 1:
-        print("\nThe references differ: these numbers are not all comparable.")
+    if len({row.axis for row in found}) > 1:
+        print("\nReferences, resize or numbers of images differ: these FIDs are not all comparable.")
     if args.table:
         write_text(args.table, table(found) + "\n")
     plot(found, path)

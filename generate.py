@@ -1,12 +1,15 @@
 """Generate images from seeds, compute their FID and log it, on any number of processes."""
 
 import argparse
+import logging
 import sys
 import time
 from contextlib import ExitStack
 
 from runners.cli import Parser, add_common, natural, positive, run_script
 from runners.sampling.flags import add_sampler_flags
+
+log = logging.getLogger(__name__)
 
 
 def parse(argv):
@@ -21,6 +24,9 @@ def parse(argv):
                          "from the run's power-function averages")
     weights.add_argument("--guide_weights", metavar="FILE", help="guide by this worse network (autoguidance); its "
                          "configuration is the config.yml beside it, else the same")
+    weights.add_argument("--classifier", metavar="FILE", help="guide by the gradient of this noisy classifier "
+                         "(guided-diffusion's), for generalized and ddpm_noisy")
+    weights.add_argument("--classifier_scale", type=float, metavar="S", help="times so much")
     images = parser.add_argument_group("images")
     images.add_argument("-i", "--image_folder", help="relative: under exp/image_samples/; absolute: as given "
                                                      "(default: DOC)")
@@ -52,8 +58,9 @@ def parse(argv):
     fid.add_argument("--fid_stats", metavar="FILE", help="reference statistics (default: sampling.fid_stats); "
                                                          "auto: make them from the data set if they are missing")
     fid.add_argument("--inception_weights", metavar="FILE", help="weights of the feature network")
-    fid.add_argument("--metrics", default="fid", help="comma list of fid, kid, is, pr")
-    fid.add_argument("--bootstrap", type=natural, default=0, metavar="N", help="95%% interval of FID, N resamples")
+    fid.add_argument("--metrics", default="fid",
+                     help="comma list of fid,sfid,kid,is,is_blocks,pr,digits_fd,digits_unsure")
+    fid.add_argument("--interval", action="store_true", help="95%% interval for the FID of so many images")
     fid.add_argument("--force", action="store_true", help="compare with a reference that was made for something else")
     fid.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid")
     parser.add_argument("--export", metavar="DIR", help="make no images: write the network as a folder that diffusers "
@@ -85,8 +92,9 @@ def check(args):
 
 
 def work(args, device):
+    from runners.compilation import resolve_sampling_compile
     from runners.distributed import on_rank_zero, world_size
-    from runners.network import explain_out_of_memory, fill_device, resolve_compile
+    from runners.network import explain_out_of_memory, fill_device
     from runners.sampling.dry_run import dry_run_sampling
     from runners.sampling.job import SamplingJob
     from runners.sampling.prompts import prompts_of
@@ -109,8 +117,9 @@ def work(args, device):
         network, share = diffusion.network(), -(-len(job.seeds) // world_size())
         one = sampler.condition(job.seeds[:1])
         job.batch_size = on_rank_zero(lambda: fill_device(network, diffusion.codec.shape, share, one))
-    batches = len(job.seeds) // (job.batch_size * world_size())
-    diffusion.compiled = resolve_compile(args.compile, device, sampler.calls * batches)
+    share = -(-len(job.seeds) // world_size())
+    diffusion.compiled = on_rank_zero(lambda: resolve_sampling_compile(args.compile, diffusion, sampler, share,
+                                                                       job.batch_size))
     sampler = diffusion.sampler(job.settings)
     with ExitStack() as held:
         if args.save != "none" or job.pictures:
@@ -125,20 +134,28 @@ def open_networks(job, device):
     """The network with its weights, and the one that guides it where one is named."""
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
-    from runners.network import resolve_amp
+    from runners.network import explain_amp, resolve_amp
+    from runners.sampling.classifier import Classifier
+
+    amp = on_rank_zero(lambda: resolve_amp(job.args.amp, device))             # CPUs may differ
+    if job.args.amp == "auto":
+        log.info("amp %s", explain_amp(job.args.amp, device))
 
     def opened(config, load):
         diffusion = Diffusion(config, device)
         load(diffusion)
-        diffusion.amp = resolve_amp(job.args.amp, device)
+        diffusion.amp = amp
         return diffusion
 
     weights = on_rank_zero(lambda: job.weights)                               # "newest" may change between ranks
     if job.args.ema_length:
-        return opened(job.config, lambda each: each.load_average(job.run, job.args.ckpt_id, job.args.ema_length))
-    diffusion = opened(job.config, lambda each: each.load(weights, job.args.model_ema))
+        diffusion = opened(job.config, lambda each: each.load_average(job.run, job.args.ckpt_id, job.args.ema_length))
+    else:
+        diffusion = opened(job.config, lambda each: each.load(weights, job.args.model_ema))
     if job.guide:
         diffusion.guide = opened(job.guide[0], lambda each: each.load(job.guide[1], job.args.model_ema))
+    if job.classifier:
+        diffusion.classifier = Classifier(job.args.classifier, job.config.data.shape, device, diffusion.amp)
     return diffusion
 
 
@@ -188,7 +205,7 @@ def open_evaluation(job, device):
     """The metrics, with their reference, or None; ``--fid_stats auto`` makes a reference that is missing."""
     from models.inception import load_inception
     from runners.distributed import on_rank_zero
-    from runners.evaluation.metrics import Evaluation, make_reference
+    from runners.evaluation.metrics import Evaluation, complete_reference, make_reference, needs
 
     args = job.args
     if not job.wants_fid:
@@ -196,22 +213,25 @@ def open_evaluation(job, device):
     missing = on_rank_zero(lambda: job.reference() is None)
     net = load_inception(args.inception_weights, device, args.preprocess)
     if missing:
-        reference = make_reference(job.config, net, root=job.run.datasets,
-                                   keep_features=bool({"kid", "pr"} & set(job.metrics)))
+        reference = make_reference(job.config, net, root=job.run.datasets, **needs(job.metrics))
     else:
         reference = job.reference()
-    return Evaluation(reference, net, job.metrics, bootstrap=args.bootstrap)
+        complete_reference(reference, net, job.metrics)
+    return Evaluation(reference, net, job.metrics, interval=args.interval)
 
 
 def report(job, diffusion, sampler, results, seconds):
     from runners.evaluation.metrics import append_log, summary
+    from runners.sampling.folder import gamma_fingerprint
 
     weights = diffusion.weights
     details = {
         "weights": job.weights_name, "weights_fingerprint": weights.fingerprint, "weights_kind": weights.kind,
-        "step": weights.step, "epoch": weights.epoch, "sampler": job.settings.model_dump(mode="json"),
+        "step": weights.step, "epoch": weights.epoch,
+        "sampler": {**job.settings.model_dump(mode="json"), **gamma_fingerprint(job.settings)},
         "network_calls": sampler.calls, "seeds": job.seed_text, "batch_size": job.batch_size,
         "guide": diffusion.guide and diffusion.guide.weights.fingerprint, "ema_length": job.args.ema_length,
+        "classifier": diffusion.classifier and diffusion.classifier.fingerprint,
         "amp": str(diffusion.amp or "off"), "device": str(diffusion.device), "compiled": diffusion.compiled,
         "seconds": round(seconds, 2), "comment": job.args.comment,
     }

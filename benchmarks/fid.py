@@ -125,7 +125,7 @@ def agreement(source, num: int, folder: Path, device: str) -> dict:
     ours_stats = [value for each in collectors for value in (each.stats.mean, each.stats.cov)]
     fid_theirs, seconds_theirs = timed(lambda: calculate_frechet_distance(*theirs_stats))
     fid_ours, seconds_ours = timed(lambda: frechet_distance(*ours_stats))
-    own = torch.cat(collectors[0].features).numpy()
+    own = torch.cat(collectors[0].features["pool"]).numpy()
     return {"fid_pytorch_fid": float(fid_theirs), "fid_here": fid_ours,
             "relative": abs(fid_theirs - fid_ours) / fid_theirs,
             "features_relative": float(np.linalg.norm(own - activations[0]) / np.linalg.norm(activations[0])),

@@ -143,7 +143,8 @@ def run_cases(kind: str, seed: int, cases: range, scratch: Path, stop: float) ->
             alive = worker.exitcode is None and not _joined(worker)
             worker.kill()
             worker.join()
-            what = "does not end" if alive else f"died of signal {-worker.exitcode}"
+            code = worker.exitcode
+            what = "does not end" if alive else f"died of signal {-code}" if code < 0 else f"ended with code {code}"
             findings.append(Finding(kind, seed, last, what))
             _keep(findings[-1], scratch)
         else:

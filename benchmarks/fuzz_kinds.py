@@ -289,20 +289,20 @@ def make_celeba(folder: Path, rng) -> list[str]:
 def make_pack(folder: Path, rng) -> list[str]:
     """A sound zip with its pack, which is damaged."""
     make_zip(folder, rng)
-    read_dataset("ZIP", "x.zip")(folder, rng)
+    read_dataset("ZIP", "x.zip", cache="mmap")(folder, rng)
     return [f"packs/.packed/{path.name}" for path in (folder / "packs/.packed").iterdir() if path.suffix != ".lock"]
 
 
-def read_dataset(name: str, root: str | None = None):
-    """Open as training does, through a pack and without one, and take every image."""
+def read_dataset(name: str, root: str | None = None, cache: str | None = None):
+    """Open as training does, through a pack or (by chance) without one, and take every image."""
     def read(folder: Path, rng: random.Random) -> None:
         import torch
 
         from configs.schema import Config
         from datasets.packed import open_images
 
-        data = {**TINY["data"], "dataset": name, "cache": rng.choice(("mmap", "off")), "skip_bad": rng.choice((0, 2)),
-                "root": str(folder / root) if root else None}
+        data = {**TINY["data"], "dataset": name, "cache": cache or rng.choice(("mmap", "off")),
+                "skip_bad": rng.choice((0, 2)), "root": str(folder / root) if root else None}
         config = Config.model_validate({**TINY, "data": data})
         store = open_images(config, folder / "packs" if root else folder)
         for _ in store.batches([torch.arange(store.num_images)]):
@@ -315,7 +315,7 @@ def read_by_tool(folder: Path, rng: random.Random) -> None:
     """``dataset_tool.py`` on whatever source lies there."""
     import dataset_tool
 
-    source = next(path for path in folder.iterdir())
+    source = next(folder.iterdir(), folder / "missing")
     flags = rng.choice(([], ["--resolution", "4x4"], ["--resolution", "4x4", "--transform", "center-crop"]))
     dest = folder / f"made{rng.choice(('.zip', '', '.npy', '.lmdb'))}"
     for argv in (["info", "--source", str(source)],
@@ -380,6 +380,6 @@ KINDS = {
     "npz": (make_npz, read_dataset("FOLDER", "x.npz")), "npy": (make_npy, read_dataset("FOLDER", "x.npy")),
     "lmdb": (make_lmdb, read_dataset("FOLDER", "x.lmdb")), "ffhq": (make_ffhq, read_dataset("FFHQ")),
     "cifar": (make_cifar, read_dataset("CIFAR10")), "imagenet": (make_imagenet, read_dataset("IMAGENET32")),
-    "celeba": (make_celeba, read_dataset("CELEBA")), "pack": (make_pack, read_dataset("ZIP", "x.zip")),
+    "celeba": (make_celeba, read_dataset("CELEBA")), "pack": (make_pack, read_dataset("ZIP", "x.zip", "mmap")),
     "tool": (make_any, read_by_tool), "arguments": (lambda folder, rng: [], read_arguments),
 }

@@ -12,6 +12,7 @@ from utils.files import read_regular
 
 log = logging.getLogger(__name__)
 CONFIG_FOLDER = Path(__file__).parent
+OLD_AVERAGE = ("ema", "ema_rate", "ema_warmup")        # of model; today training.ema
 RUN_TIME_KEYS = {"device", "tb_logger"}                 # objects that DDIM-style programs leave in a saved config
 SIZE_LIMIT = 200_000                                    # bytes of a file; configurations have 2,000
 VALUE_LIMIT = 50_000                                    # values of a file once its aliases are written out
@@ -105,7 +106,8 @@ def find_config(name: str | Path) -> Path:
     A file that is there wins over a shipped one of its name; which of the two is read is said in the log.
     """
     path = Path(name)
-    is_bare = os.path.basename(name) == str(name)           # "./cifar10.yml" is a path, "cifar10.yml" may be a name
+    # "./cifar10.yml" is a path, "cifar10.yml" and "edm/ffhq64.yml" may be names.
+    is_bare = not path.is_absolute() and os.path.normpath(name) == str(name) and ".." not in path.parts
     candidates = [path, CONFIG_FOLDER / path, CONFIG_FOLDER / f"{path}.yml"] if is_bare else [path]
     found = [candidate for candidate in candidates if _is_file(candidate)]
     if found and is_bare and len({candidate.resolve() for candidate in found}) > 1:
@@ -114,7 +116,8 @@ def find_config(name: str | Path) -> Path:
         log.info("reading %s", found[0])
     if found:
         return found[0]
-    known = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("*.yml")))
+    known = ", ".join(sorted(p.relative_to(CONFIG_FOLDER).as_posix() for p in CONFIG_FOLDER.rglob("*.yml")
+                             if "studies" not in p.parts))
     raise ConfigError(f"configuration {str(name)!r} not found; give a path, or one of configs/: {known}")
 
 
@@ -153,6 +156,15 @@ def drop_unread_keys(raw: dict, path: Path) -> dict:
     if dropped:
         log.info("%s: not used, as in the programs it was written for: %s", path, ", ".join(dropped))
     return raw
+
+
+def drop_other_form(raw: dict, key: str) -> None:
+    """An override of the averages replaces what the file says of them in the other of its two forms."""
+    if key == "training.ema":
+        for old in set(OLD_AVERAGE) & set(raw.get("model", {})):
+            del raw["model"][old]
+    elif key.removeprefix("model.") in OLD_AVERAGE:
+        raw.get("training", {}).pop("ema", None)
 
 
 def convert_ddim_form(raw: dict, path: Path) -> dict:

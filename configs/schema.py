@@ -13,11 +13,13 @@ from configs.base import Section
 from configs.messages import describe
 from configs.networks import NETWORKS
 from configs.pipelines import fill_in, is_pipeline, pipeline_configuration
-from configs.reading import convert_ddim_form, find_config, parse_yaml, read_config_file
+from configs.reading import OLD_AVERAGE, convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
 from configs.sections import Data, DiffusionSection, Loss, Optim, Sampling, Training
 from utils.atomic import write_text
 from utils.errors import ConfigError
 from utils.hub import local_folder
+
+AUGMENT_DIM = 9                              # numbers that tell of data.augment
 
 
 def _tagged(*members):
@@ -50,7 +52,7 @@ class Config(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
             return raw
         model = {"arch": "unet", **raw["model"]}
-        old = {key: model.pop(key) for key in ("ema", "ema_rate", "ema_warmup") if key in model}
+        old = {key: model.pop(key) for key in OLD_AVERAGE if key in model}
         training = raw.get("training", {})
         if old and isinstance(training, dict):
             if "ema" in training:
@@ -63,17 +65,42 @@ class Config(Section):
     def _sections_agree(self):
         self.model.check(self.data)
         loss, diffusion = self.loss, self.diffusion
-        if loss.num_consecutive_steps > diffusion.num_steps:
+        if loss.num_consecutive_steps > diffusion.chain_length:
             name = "num_diffusion_timesteps" if diffusion.schedule == "discrete" else "rungs"
+            name = "timestep_respacing" if diffusion.timestep_respacing else name
             raise ValueError(f"loss.num_consecutive_steps {loss.num_consecutive_steps} exceeds diffusion.{name} "
-                             f"{diffusion.num_steps}")
-        if diffusion.schedule == "discrete" and self.training.sample_timesteps > diffusion.num_steps:
+                             f"{diffusion.chain_length}")
+        if diffusion.schedule == "discrete" and self.training.sample_timesteps > diffusion.chain_length:
             raise ValueError(f"training.sample_timesteps {self.training.sample_timesteps} exceeds the "
-                             f"{diffusion.num_steps} steps of the chain; give 1 to {diffusion.num_steps}")
+                             f"{diffusion.chain_length} steps of the chain; give 1 to {diffusion.chain_length}")
+        self._bound_has_its_terms()
+        if self.training.time_sampler == "loss_second_moment" and diffusion.schedule != "discrete":
+            raise ValueError("training.time_sampler loss_second_moment counts the losses of steps; "
+                             f"diffusion.schedule {diffusion.schedule} has none")
         if self.training.label_dropout and not self.model.conditional:
             raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels; set "
-                             "model.num_classes")
+                             "model.num_classes, or label_dim of EDM's networks")
+        if self.data.augment and getattr(self.model, "augment_dim", 0) != AUGMENT_DIM:
+            raise ValueError(f"data.augment {self.data.augment} needs a network that is told of it: model.arch "
+                             f"songunet or dhariwal, with model.augment_dim {AUGMENT_DIM}")
         return self
+
+    def _bound_has_its_terms(self):
+        """Learned variances are learned, and what the variational bound is about is there."""
+        kind, learned, data = self.loss.variational, self.model.learns_variance, self.data
+        if kind == "none" and learned:
+            raise ValueError("model.learn_sigma: nothing trains the variances with loss.variational none; set it to "
+                             "hybrid or rescaled_hybrid")
+        if kind == "none":
+            return
+        if "hybrid" in kind and not learned:
+            raise ValueError(f"loss.variational {kind} needs a network that learns variances; set it to none, or "
+                             "model.learn_sigma to true")
+        if self.diffusion.schedule != "discrete":
+            raise ValueError(f"loss.variational {kind} needs diffusion.schedule discrete")
+        if not data.rescaled or data.uniform_dequantization or data.gaussian_dequantization:
+            raise ValueError(f"loss.variational {kind} measures the 256 levels of pixels in [-1, 1]; it needs "
+                             "data.rescaled, and no dequantization")
 
     def replace(self, key: str, value) -> "Config":
         """A checked copy with another value of one dotted key, such as ``config.replace("loss.lamda", 0.5)``.
@@ -106,13 +133,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     else:
         path = find_config(path)
         raw = read_config_file(path)
-    for override in overrides:
-        key, given, text = override.partition("=")
-        section, dot, name = key.partition(".")
-        if not (section and dot and name and given):
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        target = raw.setdefault(section, {})
-        target[name] = parse_yaml(text, f"--{key} {text}")
+    raw = with_overrides(raw, overrides)
     return validate(_with_pipeline(convert_ddim_form(raw, path)), str(path))
 
 
@@ -125,6 +146,18 @@ def _with_pipeline(raw: dict) -> dict:
     return fill_in(raw, folder) if folder else raw
 
 
+def with_overrides(raw: dict, overrides: Sequence[str]) -> dict:
+    """Nested dictionaries with ``"section.key=value"`` put in; changes and returns ``raw``."""
+    for override in overrides:
+        key, given, text = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not (section and dot and name and given):
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        raw.setdefault(section, {})[name] = parse_yaml(text, f"--{key} {text}")
+        drop_other_form(raw, key)
+    return raw
+
+
 def validate(raw: dict, where: str) -> Config:
     """Check nested dictionaries; raises ConfigError naming ``where``."""
     try:
@@ -135,7 +168,7 @@ def validate(raw: dict, where: str) -> Config:
             problem["loc"] = _without_arch(problem["loc"])
             by_key.setdefault(problem["loc"][:2], problem)
         # Unknown keys first: a misspelt one is often why another is missing.
-        known = [*dotted_keys(), *Config.model_fields]
+        known = [*dotted_keys(_arch(raw)), *Config.model_fields]
         problems = [describe(p, known) for p in sorted(by_key.values(), key=lambda p: p["type"] != "extra_forbidden")]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{where}: {problems[0]}{more}") from None
@@ -160,10 +193,17 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
             yield name, field.annotation
 
 
-def dotted_keys() -> dict[str, tuple]:
-    """``{"data.dataset": (annotation, default, help), ...}`` of every key."""
+def dotted_keys(arch: str | None = None) -> dict[str, tuple]:
+    """``{"data.dataset": (annotation, default, help), ...}`` of every key, or of those that go with one arch."""
     return {f"{name}.{key}": (field.annotation, field.get_default(), field.description)
-            for name, section in sections() for key, field in section.model_fields.items()}
+            for name, section in sections() if name != "model" or arch not in NETWORKS or section is NETWORKS[arch]
+            for key, field in section.model_fields.items()}
+
+
+def _arch(raw: dict) -> str | None:
+    model = raw.get("model") if isinstance(raw, dict) else None
+    arch = model.get("arch", "unet") if isinstance(model, dict) else None
+    return arch if isinstance(arch, str) else None
 
 
 def documentation() -> str:

@@ -24,6 +24,7 @@ def _usable_as_folder(name: str) -> str:
 
 RunName = Annotated[str, AfterValidator(_usable_as_folder)]
 Overrides = dict[str, Any]
+MetricName = Literal["fid", "sfid", "kid", "is", "is_blocks", "pr", "digits_fd", "digits_unsure"]
 
 
 class Sampler(SamplerSettings):
@@ -36,6 +37,8 @@ class Sampler(SamplerSettings):
     """Numbers of sampling steps."""
     eps_scaler: Literal["fit"] | Positive | Annotated[tuple[float, float], AsTuple] | None = None
     """Divide the predicted noise by B, or by K i + B; fit: by what diagnose.py fit-eps-scaler finds."""
+    gamma: Literal["measure"] | None = None
+    """measure, with var_type analytic: Gamma of each network, as diagnose.py gamma measures it at these steps."""
     images_seen: Counts | None = None
     """Measure after so many training images; none: at the end of training only."""
     runs: Annotated[tuple[RunName, ...], AsTuple] | None = None
@@ -59,16 +62,16 @@ class Study(Section):
     """What to measure, the most telling first."""
     num_images: Annotated[int, Field(ge=10)] = 500
     """Generated images in each cell, of the seeds 0, 1, ...: the number in FID-500."""
-    metrics: Annotated[tuple[Literal["fid", "kid", "is", "pr"], ...], AsTuple] = ("fid", "pr")
+    metrics: Annotated[tuple[MetricName, ...], AsTuple] = ("fid", "pr")
     """Of one feature pass; fid is always among them."""
-    bootstrap: Natural = 100
-    """Resamples of the 95% interval of FID; 0: none."""
+    interval: bool = True
+    """Give every FID a 95% interval, for so many images of the same weights."""
     fid_stats: str | None = None
     """Reference statistics with features (fid.py ref --cache_features); none: made when missing."""
     reference_images: Annotated[int, Field(ge=10)] | None = None
     """Training images in a reference that is made here, drawn with seed 0; none: all."""
     fit_images: Annotated[int, Field(ge=2)] = 64
-    """Real images and chains with which eps_scaler: fit is found."""
+    """Real images and chains with which eps_scaler: fit and gamma: measure are found."""
     grid: Count = 16
     """Images of each cell that the report shows, the same seeds for all runs."""
 

@@ -64,7 +64,8 @@ class ImageFiles:
     def contents(self) -> str:
         """What lies there instead of images, by endings."""
         endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in self._listing[1])
-        found = ", ".join(f"{count} x {ending}" for ending, count in endings.most_common(4))
+        found = ", ".join(f"{count} x {ending}" for ending, count in
+                          sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:4])
         return f"{self.path} has {found or 'no files'}; images end in {', '.join(SUFFIXES)}"
 
     def __len__(self) -> int:
@@ -154,7 +155,7 @@ class _Zip(PerProcess):
         return archive
 
     def listing(self) -> list[str]:
-        names = [info.filename for info in self.handle.infolist() if not info.is_dir()]
+        names = [info.filename for info in self.handle.infolist() if not info.filename.endswith("/")]
         if len(set(names)) < len(names):
             raise DataError(f"{self.path}: holds two files of the same name")
         return names

@@ -9,7 +9,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from functions.prediction import PREDICTIONS, Estimate
+from functions.prediction import PREDICTIONS, Estimate, make_prediction
 from functions.schedule import make_schedule
 
 
@@ -35,6 +35,7 @@ class Denoiser:
         self.network, self.schedule, self.condition, self.time_factor = network, schedule, condition or {}, time_factor
         self.prediction = PREDICTIONS[prediction] if isinstance(prediction, str) else prediction
         self._guide = None                                                  # (by, scale, interval)
+        self._watch = None
 
     @classmethod
     def of(cls, config, network, schedule=None) -> "Denoiser":
@@ -45,8 +46,15 @@ class Denoiser:
             schedule: Where it is at hand; default: made from ``config.diffusion``.
         """
         diffusion = config.diffusion
-        return cls(network, schedule or make_schedule(diffusion), diffusion.prediction,
+        return cls(network, schedule or make_schedule(diffusion), make_prediction(diffusion),
                    time_factor=TIME_FACTORS[diffusion.schedule](diffusion))
+
+    def told(self, x: Tensor, t) -> tuple[Tensor, Tensor]:
+        """What the network gets for x and t: its input, like x, and its times, (N,)."""
+        fed, time = self.prediction.feed(self.schedule, x, t)
+        if not isinstance(time, Tensor):
+            time = torch.full((len(x),), float(time), device=x.device)                       # float32 (N,)
+        return fed, time if self.time_factor == 1 else time * self.time_factor
 
     def raw(self, x: Tensor, t) -> Tensor:
         """The network's output, in the type of x.
@@ -55,11 +63,7 @@ class Denoiser:
             x: (N, C, H, W) with N a multiple of the condition's batch B, whose rows are then repeated: K-major.
             t: A number for all, or (N,).
         """
-        fed, time = self.prediction.feed(self.schedule, x, t)
-        if not isinstance(time, Tensor):
-            time = torch.full((len(x),), float(time), device=x.device)                       # float32 (N,)
-        if self.time_factor != 1:
-            time = time * self.time_factor
+        fed, time = self.told(x, t)
         if isinstance(self.network, nn.Module):
             fed = fed.to(next(self.network.parameters()).dtype)
         condition = {name: rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))
@@ -74,7 +78,10 @@ class Denoiser:
     def __call__(self, x: Tensor, t) -> Estimate:
         """Estimates at x (B, C, H, W) and t, a number for all or (B,); (B, C, H, W) each, in the type of x."""
         own = self.prediction.read(self.schedule, x, t, self.raw(x, t))
-        return own if self._guide is None else self._guided(own, x, t)
+        estimate = own if self._guide is None else self._guided(own, x, t)
+        if self._watch is not None:
+            self._watch(t, estimate)
+        return estimate
 
     def _guided(self, own: Estimate, x: Tensor, t) -> Estimate:
         by, scale, interval = self._guide
@@ -93,6 +100,18 @@ class Denoiser:
         """The same network under (also) this condition."""
         other = copy(self)
         other.condition = {**self.condition, **condition}
+        return other
+
+    def watched(self, callback) -> "Denoiser":
+        """The same denoiser, which shows ``callback(t, estimate)`` every estimate that it gives."""
+        other = copy(self)
+        other._watch = callback
+        return other
+
+    def calling(self, network) -> "Denoiser":
+        """The same with another network, which takes and gives what this one does."""
+        other = copy(self)
+        other.network = network
         return other
 
     def guided(self, by: "Denoiser", scale: float, interval: tuple[float, float] | None = None) -> "Denoiser":

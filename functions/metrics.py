@@ -1,4 +1,4 @@
-"""What one feature pass gives besides FID: KID, precision and recall, Inception Score, and an interval for FID.
+"""What one feature pass gives besides FID: KID, precision and recall, Inception Score.
 
 Pure functions of features (N, D) or logits (N, C); what is drawn is drawn from a given seed. Subsets, splits and seed
 default to those of torch-fidelity, so that the same features give the same numbers.
@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functions.frechet import FeatureStats, covariance_root, frechet_distance
-
 SEED = 2020
 
 
 class KID(NamedTuple):
     mean: float
-    std: float                      # over subsets
-    std_error: float                # of the mean
+    std: float                      # over subsets; where a subset is the whole set, the standard error
+    std_error: float                # of the mean, over fresh sets of fake features
 
 
 class Score(NamedTuple):
@@ -31,41 +29,66 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
 
     Binkowski et al. 2018, "Demystifying MMD GANs", eq. 4 and section 3.1.
     """
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def mean_off_diagonal(gram):
-        return (gram.sum() - gram.trace()) / (len(gram) * (len(gram) - 1))
-
     real, fake = real.double(), fake.double()
-    within = mean_off_diagonal(kernel(real, real)) + mean_off_diagonal(kernel(fake, fake))
-    return float(within - 2 * kernel(real, fake).mean())
+    within = _mean_of_others(_kernel(real, real)).mean() + _mean_of_others(_kernel(fake, fake)).mean()
+    return float(within - 2 * _kernel(real, fake).mean())
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3                                 # (N, M)
+
+
+def _mean_of_others(gram: Tensor) -> Tensor:
+    return (gram.sum(1) - gram.diagonal()) / (len(gram) - 1)               # (N, N) -> (N,)
 
 
 def kid(real, fake, *, subsets: int = 100, subset_size: int = 1000, seed: int = SEED) -> KID:
     """Kernel Inception Distance: the mean of ``kernel_distance`` over random subsets.
 
-    Subsets overlap. At most floor(n / subset_size) of them can be disjoint, and only so many are counted as independent
-    for the standard error; dividing by the square root of ``subsets`` would promise too much.
-
     Args:
         real, fake: Features, (N, D) and (M, D). Subsets are cut to the smaller set.
 
     Raises:
-        ValueError: A set has fewer than two features.
+        ValueError: The real set has fewer than two features, or the fake one fewer than four.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    smaller = min(len(real), len(fake))
-    if smaller < 2:
-        raise ValueError(f"KID needs at least 2 features in each set, {len(real)} and {len(fake)} given")
-    size = min(subset_size, smaller)
+    if len(real) < 2 or len(fake) < 4:
+        raise ValueError(f"KID needs at least 2 real and 4 fake features, {len(real)} and {len(fake)} given")
+    size = min(subset_size, len(real), len(fake))
     random = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
         chosen = random.choice(len(fake), size, replace=False), random.choice(len(real), size, replace=False)
         values.append(kernel_distance(real[chosen[1]], fake[chosen[0]]))
-    spread = float(np.std(values))
-    return KID(float(np.mean(values)), spread, spread / min(subsets, smaller // size) ** 0.5)
+    error = kid_error(real, fake, subsets=subsets, subset_size=size, seed=seed)
+    return KID(float(np.mean(values)), float(np.std(values)) if size < len(fake) else error, error)
+
+
+def kid_error(real, fake, *, subsets: int, subset_size: int, seed: int = SEED) -> float:
+    """Standard error of ``kid`` over fresh sets of so many fake features; the real ones count as given.
+
+    Deviations over subsets do not give it: subsets overlap, and of a small set each is the whole set. With
+
+        h_i      what image i decides alone: mean_j k(y_i, y_j) - mean_j k(y_i, x_j)
+        k~_ij    what two decide together: k(y_i, y_j) without its means over i and over j
+
+    a U-statistic of n images has the variance 4 var h/n + 2 mean k~^2/(n (n - 1)) (Hoeffding 1948; for this one
+    Sutherland et al. 2017, "Generative models and model criticism", section 3). Both are estimated from at most 1,000
+    images of each set. The mean over ``subsets`` subsets of size m uses images and pairs unevenly, which adds
+    (n/m - 1)/subsets and ((n/m)^2 - 1)/subsets of each.
+    """
+    random, n = np.random.RandomState(seed), len(fake)
+    y, x = (part[random.permutation(len(part))[:1000]].double() for part in (fake, real))
+    count, gram = len(y), _kernel(y, y)
+    others = _mean_of_others(gram)                                         # (count,)
+    alone = others - _kernel(y, x).mean(1)
+    together = gram - others[:, None] - others + others.mean()
+    pairs = float(_mean_of_others(together.square()).mean())
+    single = max(float(alone.var()) - pairs / (count - 2), 0.0)            # finite sums make h_i noisy by that much
+    uneven = n / subset_size
+    variance = 4 * single / n * (1 + (uneven - 1) / subsets) \
+        + 2 * pairs / (n * (n - 1)) * (1 + (uneven ** 2 - 1) / subsets)
+    return variance ** 0.5
 
 
 def precision_recall(real, fake, *, k: int = 3, block: int = 4096) -> tuple[float, float]:
@@ -135,63 +158,22 @@ def inception_score(logits, *, splits: int = 10, seed: int = SEED) -> Score:
     n = len(logits)
     if n < splits:
         raise ValueError(f"an Inception Score over {splits} splits needs at least as many images, {n} given")
-    order = np.random.RandomState(seed).permutation(n)
-    log_p = logits[order].double().log_softmax(1)                          # (N, C)
+    shuffled = logits[np.random.RandomState(seed).permutation(n)]
+    return _score([shuffled[i * n // splits:(i + 1) * n // splits] for i in range(splits)])
+
+
+def inception_score_of_blocks(logits, *, block: int = 5000) -> Score:
+    """The same as guided-diffusion's evaluator has it: over consecutive blocks, a shorter last one counting equally.
+
+    The order of the images matters: with all of a class in one block, that block sees one class.
+    """
+    return _score(list(torch.as_tensor(logits).split(block)))
+
+
+def _score(parts: list[Tensor]) -> Score:
     scores = []
-    for i in range(splits):
-        part = log_p[i * n // splits:(i + 1) * n // splits]
-        divergence = part.exp() * (part - part.exp().mean(0).log())
+    for part in parts:
+        log_p = part.double().log_softmax(1)                               # (n, C)
+        divergence = log_p.exp() * (log_p - log_p.exp().mean(0).log())
         scores.append(float(divergence.sum(1).mean().exp()))
     return Score(float(np.mean(scores)), float(np.std(scores)))
-
-
-def bootstrap_interval(features, mu, sigma, *, resamples: int = 100, level: float = 0.95,
-                       seed: int = SEED) -> tuple[float, float]:
-    """Interval for the Frechet distance of ``features`` to N(mu, sigma) from resampling the features.
-
-    A resample has repetitions, hence a smaller effective size and a larger distance than the set itself. The quantiles
-    are therefore taken about the mean of the resamples and moved to the distance of the set: they describe its spread.
-
-    Args:
-        features: (N, D).
-        mu, sigma: Reference, (D,) and (D, D), held fixed.
-
-    Returns:
-        Lower and upper end.
-    """
-    features = torch.as_tensor(features)
-    random = np.random.RandomState(seed)
-    distance = _distance_of_rows(features, mu, sigma)
-    values = np.array([distance(random.randint(len(features), size=len(features))) for _ in range(resamples)])
-    ends = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - values.mean() + distance(np.arange(len(features)))
-    return float(ends[0]), float(ends[1])
-
-
-def _distance_of_rows(features: Tensor, mu, sigma):
-    """A function: indices (M,) -> Frechet distance of features[indices] to N(mu, sigma).
-
-    With B B^T = sigma and Y the centred rows, the cross term needs the eigenvalues of B^T Y^T Y B / (M - 1), (D, D).
-    Those of Y B B^T Y^T / (M - 1), (M, M), are the same but for zeros, and far fewer when M < D; centring its rows and
-    columns is centring Y.
-    """
-    root = covariance_root(sigma)                                          # (D, k)
-    if len(features) >= features.shape[1]:
-        def of_many(rows) -> float:
-            stats = FeatureStats(features.shape[1])
-            stats.update(features[rows])
-            return frechet_distance(mu, sigma, stats.mean, stats.cov, root1=root)
-
-        return of_many
-    features, mu = features.double().cpu(), torch.as_tensor(mu).double()
-    projected = features @ root                                            # (N, k)
-    gram, trace = projected @ projected.T, root.square().sum()             # (N, N), tr sigma
-
-    def of_few(rows) -> float:
-        chosen, part = features[rows], gram[rows][:, rows]                 # (M, D), (M, M)
-        mean = chosen.mean(0)
-        centred = part - part.mean(0) - part.mean(1, keepdim=True) + part.mean()
-        cross = torch.linalg.eigvalsh(centred / (len(rows) - 1)).clamp(min=0).sqrt().sum()
-        own = (chosen - mean).square().sum() / (len(rows) - 1)
-        return float((mean - mu).square().sum() + own + trace - 2 * cross)
-
-    return of_few

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from functions.betas import make_betas
+from functions.levels import RANGES
+from functions.prediction import make_prediction
+from functions.timesteps import sampling_times
+from utils.errors import ConfigError
 
 
 class Schedule:
@@ -29,6 +33,7 @@ class Schedule:
     start: float
     end: float
     skip_type = "uniform"                   # how the steps of a chain are spaced unless somebody says otherwise
+    state_dtype = torch.float32             # of x along a chain
 
     def alpha(self, t, dtype: torch.dtype = torch.float32):
         """Scale of the image: float for a number, (B, 1, 1, 1) of ``dtype`` for a tensor (B,)."""
@@ -70,6 +75,10 @@ class Schedule:
 
     def below(self, t: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k-th training time below t, and whether there is one, each (B,); k = 0 gives t itself, always."""
+        raise NotImplementedError
+
+    def above(self, t: Tensor, k: int) -> Tensor:
+        """The k-th training time above t, or the highest where there are not so many, (B,)."""
         raise NotImplementedError
 
     def respaced(self, times: Sequence[int]) -> "Schedule":
@@ -172,6 +181,9 @@ class DiscreteSchedule(Schedule):
     def below(self, t, k):
         return (t - k).clamp(min=0), t >= k
 
+    def above(self, t, k):
+        return (t + k).clamp(max=self.start)
+
     def respaced(self, times):
         """Index k stands for ``times[k]``: betas 1 - abar_k/abar_{k-1}, and the network is told ``times[k]``."""
         self.check_times(times)
@@ -199,6 +211,7 @@ class SigmaSchedule(Schedule):
     """
 
     end, skip_type = 0.0, "edm"
+    state_dtype = torch.float64             # EDM's: x is 80 times the image, of which 0.002 matter at the end
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, rungs: int = 1000):
         if not 0 < sigma_min < sigma_max < inf or not rho > 0 or rungs < 2:
@@ -235,6 +248,10 @@ class SigmaSchedule(Schedule):
             return t, torch.ones_like(t, dtype=torch.bool)
         rung = t.double() ** (1 / self.rho) - k * (self.high - self.low) / (self.rungs - 1)
         return (rung.clamp(min=self.low) ** self.rho).to(t.dtype), rung >= self.low
+
+    def above(self, t, k):
+        rung = t.double() ** (1 / self.rho) + k * (self.high - self.low) / (self.rungs - 1)
+        return (rung.clamp(max=self.high) ** self.rho).to(t.dtype)
 
 
 class FlowSchedule(Schedule):
@@ -282,6 +299,9 @@ class FlowSchedule(Schedule):
         lower = t - k / self.rungs
         return lower.clamp(min=1 / self.rungs), lower >= 1 / self.rungs
 
+    def above(self, t, k):
+        return (t + k / self.rungs).clamp(max=1.0)
+
     def check_times(self, times):
         super().check_times(times)
         if times[-1] > 1:
@@ -292,12 +312,18 @@ class FlowSchedule(Schedule):
 
 
 def _discrete(diffusion) -> DiscreteSchedule:
-    return DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one,
-                            steps_offset=diffusion.steps_offset)
+    schedule = DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one,
+                                steps_offset=diffusion.steps_offset)
+    if diffusion.timestep_respacing is None:
+        return schedule
+    return schedule.respaced(sampling_times(schedule, diffusion.timestep_respacing, "respace"))
 
 
 def _sigma(diffusion) -> SigmaSchedule:
-    return SigmaSchedule(diffusion.sigma_min, diffusion.sigma_max, diffusion.rho, diffusion.rungs)
+    """EDM's range, as far as the prediction knows it, unless another is given."""
+    prediction, (low, high) = make_prediction(diffusion), RANGES["edm"]
+    low = diffusion.sigma_min or max(low, getattr(prediction, "sigma_min", low))
+    return SigmaSchedule(low, diffusion.sigma_max or high, diffusion.rho, diffusion.rungs)
 
 
 SCHEDULES = {"discrete": _discrete, "sigma": _sigma,
@@ -305,8 +331,11 @@ SCHEDULES = {"discrete": _discrete, "sigma": _sigma,
 
 
 def make_schedule(diffusion) -> Schedule:
-    """The schedule of the ``diffusion`` section of a configuration."""
-    schedule = SCHEDULES[diffusion.schedule](diffusion)
+    """The schedule of the ``diffusion`` section of a configuration. ConfigError: betas or steps that do not exist."""
+    try:
+        schedule = SCHEDULES[diffusion.schedule](diffusion)
+    except ValueError as error:
+        raise ConfigError(f"diffusion: {error}") from None
     schedule.skip_type = diffusion.skip_type or schedule.skip_type
     return schedule
 

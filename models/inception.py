@@ -17,6 +17,8 @@ from models.inception_weights import HUB_FILE, check_hash, convolutions, find_we
 from utils.errors import UserError, choose
 
 SIDE = 299                                                   # pixels; what the network was trained on
+# Where sFID looks (Nash et al. 2021): the first 7 channels of the published graph's layer mixed_6/conv, at 17x17.
+SPATIAL_LAYER, SPATIAL_CHANNELS, SPATIAL_SIDE = "Mixed_6d.branch1x1", 7, 17
 
 
 def resize_bilinear(images: Tensor) -> Tensor:
@@ -54,6 +56,7 @@ class FeatureNet:
     """
 
     dim = 2048
+    spatial_dim = SPATIAL_CHANNELS * SPATIAL_SIDE ** 2       # 2023
 
     def __init__(self, network: nn.Module, classifier: Tensor | None, *, source: str, fingerprint: str, preprocess: str,
                  device="cpu"):
@@ -83,6 +86,21 @@ class FeatureNet:
         with torch.autocast(self.device.type, enabled=False), _full_precision():
             x = self._resize(images).contiguous(memory_format=torch.channels_last)     # (B, 3, 299, 299) in [-1, 1]
             return self.network(x)
+
+    def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The features after the last pooling and those of sFID from one pass; ``images`` as above.
+
+        Returns:
+            float32 (B, 2048) and (B, 2023): of a layer that still tells places apart, flattened (h, w, c).
+        """
+        taken = []
+        hook = self.network.get_submodule(SPATIAL_LAYER).register_forward_hook(
+            lambda layer, inputs, output: taken.append(output[:, :SPATIAL_CHANNELS]))
+        try:
+            features = self(images)
+        finally:
+            hook.remove()
+        return features, taken[0].permute(0, 2, 3, 1).flatten(1)
 
     @torch.inference_mode()
     def logits(self, features: Tensor) -> Tensor:

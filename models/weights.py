@@ -5,7 +5,8 @@ DDIM's names, without the ``module.`` and ``_orig_mod.`` that wrappers put in fr
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import combination, combine
-from models.formats import FORMATS, bare_name
-from models.formats.common import State, read_safetensors
+from models.formats import FORMATS, SETTINGS, bare_name, is_snapshot
+from models.formats.common import State, is_state, read_safetensors
+from models.formats.edm import read_snapshot
+from models.formats.edm_settings import about, settings_of
 from models.pretrained import LORA_FILE, is_pretrained, lora_from_file, read_unet_folder
 from models.trained import trained
 from utils.errors import DataError, UserError
@@ -55,13 +58,15 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     path = Path(path)
     if not path.exists():
         raise UserError(f"no such weights: {path}")
-    content = None if path.is_dir() or path.suffix == ".safetensors" else load_torch(path)
-    if is_pretrained(model) and content is None:
+    no_pickle = path.is_dir() or path.suffix == ".safetensors"
+    if is_pretrained(model) and no_pickle:
         return _load_pretrained(model, path)
+    content = None if no_pickle or is_snapshot(path) else load_torch(path)
+    _check_digest(content, path)
     for name, (recognises, read) in FORMATS.items():
         if recognises(path, content):
             weights = read(path, content, ema)
-            _copy_into(model, weights.state, f"{path} ({name})")
+            _copy_into(model, weights.state, f"{path} ({name})", SETTINGS.get(name))
             return WeightsInfo(name, weights.kind, weights.step, weights.epoch, weights_fingerprint(weights.state))
     raise DataError(f"{path}: holds no weights in a known form; known: {', '.join(FORMATS)}")
 
@@ -77,6 +82,20 @@ def _load_pretrained(model: nn.Module, path: Path) -> WeightsInfo:
         name, state = "lora", lora_from_file(read_safetensors(lora), model.lora_scale, lora)
     _copy_into(model, state, f"{path} ({name})")
     return WeightsInfo(name, "unknown", None, None, weights_fingerprint(state))
+def stored_settings(path: str | Path) -> dict[str, dict] | None:
+    """Sections of a configuration that a file of weights brings itself; None where it does not.
+
+    Raises:
+        DataError: A broken file, or a network that cannot be rebuilt here.
+    """
+    path = Path(path)
+    return settings_of(read_snapshot(path)) if is_snapshot(path) else None
+
+
+def about_weights(path: str | Path) -> dict[str, str]:
+    """What a file says of how its weights were made, for people; empty where it says nothing."""
+    path = Path(path)
+    return about(read_snapshot(path)) if is_snapshot(path) else {}
 
 
 def load_profile(model: nn.Module, files: Sequence[Path], length: float) -> WeightsInfo:
@@ -112,7 +131,28 @@ def weights_fingerprint(state: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def _copy_into(model: nn.Module, state: State, where: str) -> None:
+def with_digest(state: State, digest: str) -> State:
+    """The same weights as a state dict whose metadata, where modules keep their versions, hold a digest of them."""
+    marked = OrderedDict(state)
+    marked._metadata = OrderedDict({"": {"version": 1, "digest": digest}})
+    return marked
+
+
+def _check_digest(content, path: Path) -> None:
+    """Compare weights with the digest in their metadata or, of a full state, under "digests"; most files have none."""
+    metadata = getattr(content, "_metadata", None)
+    root = metadata.get("") if isinstance(metadata, dict) else None
+    digests = {None: root.get("digest")} if isinstance(root, dict) else {}
+    if isinstance(content, dict) and isinstance(content.get("digests"), dict):
+        digests |= {key: content["digests"].get(key) for key in ("model", "ema")}
+    for key, digest in digests.items():
+        weights = content if key is None else content.get(key)
+        if digest is not None and (not is_state(weights) or digest != weights_fingerprint(weights)):
+            raise DataError(f"{path}: its weights have another digest than it says: the file was changed or damaged; "
+                            "copy it again")
+
+
+def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None = None) -> None:
     own = {bare_name(name): tensor for name, tensor in trained(model).items()}
     problems = {
         "missing": sorted(own.keys() - state.keys()),
@@ -124,10 +164,23 @@ def _copy_into(model: nn.Module, state: State, where: str) -> None:
     }
     found = [f"{len(names)} {what}: {_shorten(names)}" for what, names in problems.items() if names]
     if found:
+        found = _contradictions(own, state, read_settings) or found
         raise DataError(f"{where}: weights of another network: {'; '.join(found)}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+def _contradictions(own: State, state: State, read_settings: Callable | None) -> list[str]:
+    """The settings in which the two differ, as far as the tensors of both tell them."""
+    if read_settings is None:
+        return []
+    try:
+        theirs, ours = read_settings(state), read_settings(own)
+    except DataError:                                          # ours is a network of another family
+        return []
+    return [f"{key} is {value} in the file, {ours[key]} in the configuration"
+            for key, value in theirs.items() if key in ours and ours[key] != value]
 
 
 def _shape(tensor: Tensor) -> str:

@@ -24,7 +24,7 @@ TINY = {
                   "sampling.batch_size": 8},
     "runs": {"base": {"loss.lamda": 0}, "SA+IP": {"loss.lamda": 1.0, "loss.input_perturbation": 0.1}},
     "images_seen": [8, 24],
-    "num_images": 12, "bootstrap": 3, "reference_images": 40, "fit_images": 4, "grid": 4,
+    "num_images": 12, "interval": True, "reference_images": 40, "fit_images": 4, "grid": 4,
     "samplers": [{"timesteps": [2, 3]}, {"timesteps": [2], "images_seen": [8], "runs": ["base"]},
                  {"timesteps": [2], "eps_scaler": "fit", "runs": ["base"]},
                  {"timesteps": [2], "sample_type": "ddpm_noisy", "runs": ["base"]}],
@@ -99,7 +99,7 @@ def tiny_metrics() -> None:
 
 
 def test_two_ranks_find_what_one_finds(start, tmp_path):
-    small = {"runs": {"SA+IP": TINY["runs"]["SA+IP"]}, "samplers": [{"timesteps": [2]}], "bootstrap": 0,
+    small = {"runs": {"SA+IP": TINY["runs"]["SA+IP"]}, "samplers": [{"timesteps": [2]}], "interval": False,
              "overrides": {**TINY["overrides"], "training.micro_batch_size": 4}}
     assert start("--name", "alone", **small) == 0
     argv = ["--study", str(tmp_path / "tiny.yml"), "--exp", str(tmp_path / "exp"), "--device", "cpu"]
@@ -125,7 +125,7 @@ def test_a_cell_is_what_its_sampler_reads():
     (TinyNet, "__call__", 3),                                   # the second batch of the first cell
 ])
 def test_a_stopped_study_goes_on(start, monkeypatch, capsys, target, name, moment):
-    small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2, 3]}], "bootstrap": 0}
+    small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2, 3]}], "interval": False}
     assert start("--name", "whole", **small) == 0
     original, calls = getattr(target, name), 0
 

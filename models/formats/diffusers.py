@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models.formats.common import State, StoredWeights, bare
 from utils.errors import DataError
+from utils.files import MIB, open_regular, read_regular
 from utils.safe_load import load_torch
 
 _DIFFUSERS_NAMES = [(re.compile(pattern), name) for pattern, name in (
@@ -32,36 +33,60 @@ _DIFFUSERS_NAMES = [(re.compile(pattern), name) for pattern, name in (
 _DIFFUSERS_SETTINGS = {
     "_class_name": ("UNet2DModel", "UNet2DModel"),
     "act_fn": ("silu", "silu"),
+    "add_attention": (True, True),
     "attention_head_dim": (None, 8),
+    "attn_norm_num_groups": (None, None),
     "center_input_sample": (False, False),
     "class_embed_type": (None, None),
     "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "conv"),
     "flip_sin_to_cos": (False, True),
     "freq_shift": (1, 0),
     "mid_block_scale_factor": (1, 1),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
     "norm_eps": (1e-6, 1e-5),
     "norm_num_groups": (32, 32),
+    "num_class_embeds": (None, None),
     "resnet_time_scale_shift": ("default", "default"),
     "time_embedding_type": ("positional", "positional"),
+    "upsample_type": ("conv", "conv"),
 }
+# What names and shapes of the weights show, or what only training reads.
+_SEEN_IN_WEIGHTS = {"sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block",
+                    "down_block_types", "up_block_types", "time_embedding_dim", "num_train_timesteps", "dropout"}
+CONFIG_LIMIT = MIB
 
 
 def read_diffusers(path: Path, content: None, ema: bool) -> StoredWeights:
     """A folder of ``UNet2DModel.save_pretrained``, or of a pipeline that has it in ``unet/``."""
     folder = diffusers_folder(path)
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        given = {key: settings.get(key, default) for key, (_, default) in _DIFFUSERS_SETTINGS.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+    settings = _read_settings(folder / "config.json")
+    given = {key: settings.get(key, default) for key, (_, default) in _DIFFUSERS_SETTINGS.items()}
     state = _rename_diffusers(bare(_diffusers_tensors(folder), folder, "weights file"))
-    if {len(tensor) for name, tensor in state.items() if name.endswith(".q.bias")} == {given["attention_head_dim"]}:
+    widths = {tensor.shape[:1] for name, tensor in state.items() if name.endswith(".q.bias")}
+    head_dim = given["attention_head_dim"]
+    if isinstance(head_dim, int) and widths == {(head_dim,)}:
         given["attention_head_dim"] = None                     # as wide as the attention: also a single head
+    if given["attn_norm_num_groups"] == given["norm_num_groups"]:
+        given["attn_norm_num_groups"] = None                   # which means the same
     differing = [f"{key} is {given[key]!r}, needed {needed!r}"
                  for key, (needed, _) in _DIFFUSERS_SETTINGS.items() if given[key] != needed]
+    differing += [f"{key} is {value!r}, which is not known here" for key, value in sorted(settings.items())
+                  if value is not None and not key.startswith("_")
+                  and key not in _DIFFUSERS_SETTINGS.keys() | _SEEN_IN_WEIGHTS]
     if differing:
-        raise DataError(f"{folder / 'config.json'}: another network than DDIM's: {'; '.join(differing)}")
+        raise DataError(f"{folder / 'config.json'}: another network than DDIM's: {'; '.join(differing)[:400]}")
     return StoredWeights(state)
+
+
+def _read_settings(file: Path) -> dict:
+    try:
+        settings = json.loads(read_regular(file, CONFIG_LIMIT, "description of a network"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise DataError(f"{file}: cannot be read: it must hold the settings of a network by name")
+    return settings
 
 
 def diffusers_folder(path: Path) -> Path:
@@ -73,6 +98,7 @@ def _diffusers_tensors(folder: Path) -> State:
     file = folder / "diffusion_pytorch_model.safetensors"
     if not file.is_file():
         return load_torch(file.with_suffix(".bin"))
+    open_regular(file).close()                                 # a pipe or a device would never end
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

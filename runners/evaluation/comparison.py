@@ -1,6 +1,7 @@
 """Logged results side by side: a Markdown table and FID against the number of sampling steps."""
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,10 +10,17 @@ from pathlib import Path
 
 from utils.atomic import atomic_path
 from utils.errors import DataError
+from utils.files import MIB, open_regular, read_regular
+from utils.text import escape_control
 
-# What makes two results results of one run; seeds, seconds and machine do not.
-IDENTITY = ("checkpoint", "weights_fingerprint", "weights_kind", "name", "reference", "reference_fingerprint",
-            "preprocess", "amp")
+# What makes two results results of one run; seeds, seconds and machine do not. The last two parts of a path are not
+# enough to tell runs apart: "origin" is the fingerprint of the weights, or the whole path of the images.
+IDENTITY = ("checkpoint", "origin", "weights_kind", "name", "reference", "reference_fingerprint", "preprocess", "amp")
+COMPARABLE = ("name", "reference", "reference_fingerprint", "preprocess")        # numbers of one axis share these
+CODES = {"origin": "checkpoint", "reference_fingerprint": "reference"}           # shown only where the name repeats
+LARGEST = 64 * MIB                                                               # of a log
+MARK = "sa-ddim fid.py compare"                                                  # in our pictures
+COLUMNS = ["steps", "FID", "seed ranges", "min", "mean"]
 
 
 @dataclass(frozen=True)
@@ -33,31 +41,46 @@ class Row:
     def mean(self) -> float:
         return sum(self.values) / len(self.values)
 
+    @property
+    def axis(self) -> tuple:
+        """Rows with the same may be drawn against each other."""
+        return tuple(self.run.get(key) for key in COMPARABLE)
+
 
 def read_logs(paths: Sequence[str | Path]) -> list[dict]:
     """Entries with an FID, of all files in order.
 
     Raises:
-        DataError: A missing file, a line that is no JSON object, or no entry at all.
+        DataError: A missing file, a line that is no JSON object or no result, or no entry at all.
     """
     entries = []
     for path in paths:
         try:
-            lines = Path(path).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_regular(path, LARGEST, "log").decode().splitlines()
+        except UnicodeDecodeError as error:
             raise DataError(f"{path}: cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line or "{}")
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict):
-                raise DataError(f"{path}, line {number}: not a JSON object")
-            if isinstance(entry.get("fid"), (int, float)):
+            entry = _parse(line, f"{path}, line {number}")
+            if "fid" in entry:
                 entries.append(entry)
     if not entries:
         raise DataError(f"{', '.join(map(str, paths))}: no entry with an FID")
     return entries
+
+
+def _parse(line: str, where: str) -> dict:
+    try:
+        entry = json.loads(line.strip() or "{}")
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: not a JSON object")
+    fid = entry.get("fid", 0.0)
+    if isinstance(fid, bool) or not isinstance(fid, int | float) or not math.isfinite(fid):
+        raise DataError(f"{where}: fid is {str(fid)[:40]!r}, no finite number")
+    if not isinstance(entry.get("sampler") or {}, dict):
+        raise DataError(f"{where}: sampler is not an object")
+    return entry
 
 
 def rows(entries: Sequence[dict]) -> list[Row]:
@@ -66,9 +89,12 @@ def rows(entries: Sequence[dict]) -> list[Row]:
     for entry in entries:
         sampler = dict(entry.get("sampler") or {})
         steps = count_steps(sampler.pop("timesteps", None))
-        run = {key: entry[key] for key in IDENTITY if entry.get(key) is not None} | sampler
+        origin = next((entry[key] for key in ("weights_fingerprint", "images", "weights") if entry.get(key)), None)
+        named = {**entry, "origin": origin}
+        run = {key: named[key] for key in IDENTITY if named.get(key) is not None} | sampler
         key = json.dumps(run, sort_keys=True), -1 if steps is None else steps
-        groups[key][str(entry.get("seeds", entry.get("seed")))] = entry["fid"]       # of a repeated range the last
+        seeds = [entry.get(key) for key in (("seeds",) if "seeds" in entry else ("num", "seed", "subset_rule"))]
+        groups[key][json.dumps(seeds)] = entry["fid"]                                # of a repeated range the last
     return [Row(json.loads(run), None if steps < 0 else steps, tuple(fids.values()))
             for (run, steps), fids in sorted(groups.items())]
 
@@ -77,37 +103,65 @@ def count_steps(spec) -> int | None:
     """50, "50", "ddim50" -> 50; "10,15,20" (sections) -> 45."""
     if spec is None:
         return None
-    numbers = [int(number) for number in re.findall(r"\d+", str(spec))]
+    numbers = [int(number) for number in re.findall(r"\d{1,9}", str(spec)[:1000])]
     return sum(numbers) if numbers else None
 
 
 def table(found: Sequence[Row]) -> str:
     """Markdown: the settings that differ between runs, steps, number of seed ranges, lowest and mean FID."""
     varying = _varying(found)
-    columns = [*varying, "steps", "FID", "seed ranges", "min", "mean"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = [[*varying, *COLUMNS], ["---"] * (len(varying) + len(COLUMNS))]
     for row in found:
         settings = [_short(row.run.get(key)) for key in varying]
         steps = "" if row.steps is None else str(row.steps)
-        lines.append([*settings, steps, row.run.get("name", "FID"), str(len(row.values)), f"{min(row.values):.4f}",
-                      f"{row.mean:.4f}"])
+        lines.append([*settings, steps, _short(row.run.get("name", "FID")), str(len(row.values)),
+                      f"{min(row.values):.4f}", f"{row.mean:.4f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file begins like a table of ours, so that it may be replaced."""
+    with open_regular(path) as file:
+        return file.read(1 << 16).split(b"\n")[0].endswith(f"| {' | '.join(COLUMNS)} |".encode())
+
+
+def is_plot(path: Path) -> bool:
+    """Whether a file is a picture of ours, so that it may be replaced."""
+    with open_regular(path) as file:
+        return MARK.encode() in file.read(1 << 12)
+
+
 def plot(found: Sequence[Row], path: str | Path) -> None:
-    """FID against steps: one line of means for each run, with the range of seeds as a band."""
+    """FID against steps: one line of means for each run, with the range of seeds as a band.
+
+    Numbers that must not be compared (another number of images, reference or resize) get a panel of their own.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    panels = defaultdict(list)
+    for row in found:
+        panels[row.axis].append(row)
+    figure = Figure(figsize=(7, 4.5 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="sampling steps", ylabel="FID")
+    for axes, group in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.values(), strict=True):
+        _draw(axes, group, len(panels) > 1)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": MARK})
+
+
+def _draw(axes, found: Sequence[Row], titled: bool) -> None:
+    run = found[0].run
+    axes.set(xlabel="sampling steps", ylabel=_short(run.get("name", "FID")))
+    if titled or run.get("reference"):
+        axes.set_title(f"against {_short(run.get('reference', 'an unnamed reference'))}, "
+                       f"{_short(run.get('preprocess', 'unknown'))} resize", fontsize="medium")
     varying, runs = _varying(found), defaultdict(list)
     for row in found:
-        runs[" ".join(_short(row.run.get(key)) for key in varying) or row.run.get("checkpoint", "run")].append(row)
+        runs[tuple(_legend(key, row.run.get(key)) for key in varying if key in row.run)].append(row)
     for label, group in runs.items():
         steps = [row.steps or 0 for row in group]
-        line, = axes.plot(steps, [row.mean for row in group], marker="o", label=label)
+        line, = axes.plot(steps, [row.mean for row in group], marker="o", label=", ".join(label) or "run")
         axes.fill_between(steps, [min(row.values) for row in group], [max(row.values) for row in group],
                           color=line.get_color(), alpha=0.2, linewidth=0)
     if all(row.steps for row in found):
@@ -117,16 +171,24 @@ def plot(found: Sequence[Row], path: str | Path) -> None:
         axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _varying(found: Sequence[Row]) -> list[str]:
-    """Settings that tell the runs apart, and always the checkpoint."""
+    """Settings that tell the runs apart, and always the checkpoint; a fingerprint only where its name does not."""
+    def distinct(*keys) -> int:
+        return len({json.dumps([row.run.get(key) for key in keys]) for row in found})
+
     keys = dict.fromkeys(key for row in found for key in row.run)
     return [key for key in keys if key == "checkpoint"
-            or (key != "name" and len({json.dumps(row.run.get(key)) for row in found}) > 1)]
+            or (key != "name" and distinct(key) > 1
+                and (key not in CODES or distinct(key, CODES[key]) > distinct(CODES[key])))]
+
+
+def _legend(key: str, value) -> str:
+    """The path of a checkpoint speaks for itself, "0" does not."""
+    return _short(value) if key in ("checkpoint", "origin", "reference", "sample_type") else f"{key} {_short(value)}"
 
 
 def _short(value) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value).replace("|", "/")
+    text = "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return escape_control(text.replace("|", "/"))

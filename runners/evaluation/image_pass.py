@@ -1,7 +1,6 @@
 """One pass over images, shared by the ranks: decode in threads while the network works, keep features on request."""
 
 import hashlib
-import io
 import logging
 import os
 from collections import deque
@@ -9,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -17,12 +15,14 @@ import torch
 from torch import Tensor
 
 from configs.schema import Config
+from datasets.arrays import npz_array, npz_keys
 from datasets.files import ImageFiles
-from datasets.specs import read_any
+from datasets.images import image_size
+from datasets.specs import open_any
 from runners.distributed import on_rank_zero, rank, world_size
 from runners.evaluation.references import config_provenance
 from utils.atomic import atomic_write
-from utils.errors import DataError, UserError
+from utils.errors import DataError, UserError, choose
 
 log = logging.getLogger(__name__)
 WORKERS = min(16, os.cpu_count() or 1)                       # threads: PIL decodes without the interpreter's lock
@@ -62,7 +62,7 @@ class FileSource:
 
     def _open(self):
         """RGB, except that an array of grey images stays grey, which the network takes too."""
-        grey, rgb = (read_any(self.path, SimpleNamespace(channels=channels), "train") for channels in (1, 3))
+        grey, rgb = (open_any(self.path, channels) for channels in (1, 3))
         if isinstance(rgb, ImageFiles):
             return rgb
         try:
@@ -95,13 +95,7 @@ class FileSource:
     def _size(self, i: int) -> tuple[int, int]:
         if not isinstance(self.reader, ImageFiles):
             return self.reader.read(i).shape[:2]
-        from PIL import Image
-
-        try:
-            with Image.open(io.BytesIO(self.reader.container.read(self.reader.names[i]))) as image:
-                return image.height, image.width
-        except OSError as error:                              # PIL's UnidentifiedImageError is one
-            raise DataError(f"{self.reader.name(i)}: unreadable image: {error}") from None
+        return image_size(self.reader.container.read(self.reader.names[i]), self.reader.name(i))
 
     def batches(self, index_lists: Iterable[Sequence[int]]) -> Iterator[Tensor]:
         with ThreadPoolExecutor(WORKERS) as pool:
@@ -143,17 +137,31 @@ class DatasetSource:
         return self.store.batches(torch.as_tensor(indices) for indices in index_lists)
 
 
-def choose_subset(total: int, num: int | None, seed: int, name: str) -> np.ndarray:
+def choose_subset(total: int, num: int | None, seed: int, name: str, rule: str = "default") -> np.ndarray:
     """Indices, ascending: all, or ``num`` distinct ones drawn with ``seed``.
+
+    Args:
+        rule: Key of ``SUBSET_RULES``: "edm" draws what EDM's fid.py and its ``max_size`` draw for this seed.
 
     Raises:
         UserError: There are fewer.
     """
+    draw = choose(SUBSET_RULES, rule, "--subset_rule")
     if num is None:
         return np.arange(total)
     if num > total:
         raise UserError(f"--num {num} images asked for, but {name} has {total}")
-    return np.sort(np.random.default_rng(seed).choice(total, num, replace=False))
+    return np.sort(draw(total, num, seed))
+
+
+def _shuffled(total: int, num: int, seed: int) -> np.ndarray:
+    order = np.arange(total)
+    np.random.RandomState(seed % 2 ** 31).shuffle(order)
+    return order[:num]
+
+
+SUBSET_RULES = {"default": lambda total, num, seed: np.random.default_rng(seed).choice(total, num, replace=False),
+                "edm": _shuffled}
 
 
 def evaluate_images(images, evaluation, batch_size: int = 64, *, indices: Sequence[int] | None = None,
@@ -163,7 +171,8 @@ def evaluate_images(images, evaluation, batch_size: int = 64, *, indices: Sequen
     Args:
         images: An ``ImageSource``, or the path of a folder, zip or npz.
         indices: Which images; None: all.
-        cache: File of features that is used if it fits these images and this network, and else written.
+        cache: File of features that is used if it fits these images, this network and the metrics. Where it does not,
+            all features are kept, and ``save_features`` writes them.
 
     Raises:
         DataError: An unreadable image, or images of several sizes.
@@ -171,21 +180,44 @@ def evaluate_images(images, evaluation, batch_size: int = 64, *, indices: Sequen
     source = FileSource(images) if isinstance(images, (str, Path)) else images
     indices = np.arange(len(source)) if indices is None else np.asarray(indices)
     collector = getattr(evaluation, "collector", evaluation)
-    key = _cache_key(source, collector.net) if cache else ""
     mine = slice(rank(), None, world_size())
-    cached = on_rank_zero(lambda: _read_cache(cache, key, indices)) if cache else None
+    cached = on_rank_zero(lambda: _read_cache(cache, source, collector, indices)) if cache else None
     if cached is not None:
         log.info("features of %d images are taken from %s", len(indices), cache)
-        collector.add(torch.from_numpy(cached[mine]), indices[mine])
+        collector.add({space: torch.from_numpy(values[mine]) for space, values in cached.items()}, indices[mine])
+        collector.image_size = source.provenance["image_size"]
         return
     on_rank_zero(source.check)
     collector.keep_features = collector.keep_features or bool(cache)
     batches = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)][mine]
     for chosen, pixels in _progress(zip(batches, source.batches(batches), strict=True), len(indices), source.name):
         collector.update(pixels, chosen)
-    if cache:
-        _, features, order = collector.gather()
-        on_rank_zero(lambda: _write_cache(cache, key, features, order))
+
+
+def save_features(path: str | Path, images: FileSource, evaluation) -> None:
+    """Write the features that ``evaluate_images`` has kept, unless they come from there. Collective.
+
+    Raises:
+        OSError: No room, or no right to write there.
+    """
+    collector = getattr(evaluation, "collector", evaluation)
+    measured, indices = collector.gather()
+
+    def write():
+        if _read_cache(path, images, collector, indices) is None:
+            arrays = {space: each.features for space, each in measured.items()}
+            key = np.array(_cache_key(images, collector))
+            atomic_write(path, lambda file: np.savez(file, key=key, indices=indices, **arrays))
+
+    on_rank_zero(write)
+
+
+def is_cache(path: Path) -> bool:
+    """Whether a file was written by ``save_features``."""
+    try:
+        return {"key", "indices", "pool"} <= {*npz_keys(path)}
+    except DataError:
+        return False
 
 
 def _progress(pairs, total: int, name: str):
@@ -197,23 +229,22 @@ def _progress(pairs, total: int, name: str):
             bar.update(min(len(chosen) * world_size(), total - bar.n))
 
 
-def _cache_key(source, net) -> str:
+def _cache_key(source, collector) -> str:
+    net = collector.net
     return hashlib.sha256(f"{source.fingerprint()} {net.fingerprint} {net.preprocess}".encode()).hexdigest()
 
 
-def _read_cache(path, key: str, indices: np.ndarray) -> np.ndarray | None:
-    """Features of ``indices``, or None when the file is absent, of other images or of another network."""
-    if not Path(path).is_file():
+def _read_cache(path, source, collector, indices: np.ndarray) -> dict[str, np.ndarray] | None:
+    """Features of ``indices`` by space, or None: absent, of other images or another network, or without a space."""
+    if not Path(path).is_file() or not is_cache(Path(path)):
         return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if str(archive["key"]) != key or not np.isin(indices, archive["indices"]).all():
-                return None
-            return archive["features"][np.searchsorted(archive["indices"], indices)]
-    except Exception as error:                                # numpy raises anything for a broken file
+        key, stored = str(npz_array(path, "key")), npz_array(path, "indices")
+        if key != _cache_key(source, collector) or not np.isin(indices, stored).all() \
+                or not {*collector.spaces} <= {*npz_keys(path)}:
+            return None
+        rows = np.searchsorted(stored, indices)
+        return {space: npz_array(path, space)[rows] for space in collector.spaces}
+    except (DataError, IndexError, TypeError, ValueError) as error:
         log.warning("%s is no usable cache of features and is made again: %s", path, error)
         return None
-
-
-def _write_cache(path, key: str, features: np.ndarray, indices: np.ndarray) -> None:
-    atomic_write(path, lambda file: np.savez(file, key=np.array(key), features=features, indices=indices))

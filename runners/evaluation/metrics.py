@@ -5,120 +5,134 @@
     evaluation.results()                      # {"fid": ..., "name": "FID-50k", ...}, the same on every rank
 """
 
-import json
 import logging
-import os
-import platform
-import time
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from configs.schema import Config
 from functions import metrics as formulas
-from functions.frechet import FeatureStats, frechet_distance
+from functions.fid_interval import frechet_interval
+from functions.frechet import frechet_distance
 from models.inception import FeatureNet
-from runners.distributed import gather_objects, on_rank_zero, rank, world_size
-from runners.evaluation.image_pass import DatasetSource, FileSource, choose_subset, evaluate_images
+from runners.distributed import on_rank_zero, rank
+from runners.evaluation.collector import Collector, Measured
+from runners.evaluation.digits import digits_distance, digits_unsure, require_digits
+from runners.evaluation.image_pass import DatasetSource, FileSource, choose_subset, evaluate_images, save_features
+from runners.evaluation.logs import append_log, count_name, json_log, summary, versions
 from runners.evaluation.references import (
     MissingReference,
     Reference,
+    check_target,
     default_name,
     default_path,
     find_reference,
-    holds_images,
     load_reference,
 )
+from runners.evaluation.statistics_files import holds_images
 from utils.errors import UserError, choose
 
-__all__ = ["Collector", "DatasetSource", "Evaluation", "FileSource", "MissingReference", "Reference", "append_log",
-           "choose_subset", "count_name", "default_name", "evaluate_images", "find_reference", "holds_images",
-           "load_reference", "make_reference", "summary"]
+__all__ = ["METRICS", "Collector", "DatasetSource", "Evaluation", "FileSource", "MissingReference", "Reference",
+           "append_log", "choose_subset", "complete_reference", "count_name", "default_name", "evaluate_images",
+           "find_reference", "holds_images", "json_log", "load_reference", "make_reference", "needs", "save_features",
+           "summary"]
 
 log = logging.getLogger(__name__)
 
 
-class Collector:
-    """Feature statistics of the images that this and the other ranks have seen.
+@dataclass(frozen=True)
+class Metric:
+    """How a number comes about.
 
-    Args:
-        net: Makes the features.
-        keep_features: Keep every feature vector (8 KiB for each image), not only sums.
+    Attributes:
+        compute: (what was measured by space, reference, evaluation) -> entries of the results.
+        minimum: Images that it needs.
+        spaces: Whose statistics it reads.
+        features: Whether it reads the features themselves, of the images ("own") and of the reference ("both").
+        require: (reference, net) -> None; UserError where it cannot be computed, before any image.
     """
 
-    def __init__(self, net: FeatureNet, keep_features: bool = False):
-        self.net, self.keep_features = net, keep_features
-        self.stats = FeatureStats(net.dim)
-        self.features: list[Tensor] = []                     # of (B, 2048) float32 on the CPU
-        self.indices: list[int] = []
-
-    def update(self, images: Tensor, indices: Sequence[int]) -> None:
-        """Add this rank's images, uint8 (B, C, H, W), and their places in the whole set."""
-        if len(images):
-            self.add(self.net(images), indices)
-
-    def add(self, features: Tensor, indices: Sequence[int]) -> None:
-        """Add features that are there already, (B, 2048)."""
-        if len(features) != len(indices):
-            raise ValueError(f"{len(features)} images, but {len(indices)} indices")
-        self.stats.update(features)
-        if self.keep_features:
-            self.features.append(features.float().cpu())
-            self.indices += [int(i) for i in indices]
-
-    def gather(self) -> tuple[FeatureStats, np.ndarray | None, np.ndarray | None]:
-        """Statistics, features (N, 2048) and indices (N,) ascending, of all ranks on every rank. Collective."""
-        whole = FeatureStats(self.net.dim)
-        whole.count = sum(gather_objects(self.stats.count))
-        whole.total, whole.outer = _sum_over_ranks(self.stats.total), _sum_over_ranks(self.stats.outer)
-        if not self.keep_features:
-            return whole, None, None
-        own = torch.cat(self.features).numpy() if self.features else np.empty((0, self.net.dim), np.float32)
-        shares = gather_objects((self.indices, own))
-        indices = np.concatenate([np.asarray(share, np.int64) for share, _ in shares])
-        order = np.argsort(indices, kind="stable")
-        return whole, np.concatenate([features for _, features in shares])[order], indices[order]
+    compute: Callable[[dict[str, Measured], Reference, "Evaluation"], dict]
+    minimum: int = 2
+    spaces: tuple[str, ...] = ("pool",)
+    features: str = ""
+    require: Callable[[Reference, FeatureNet], None] = lambda reference, net: None
 
 
-def _sum_over_ranks(value: Tensor) -> Tensor:
-    value = value.cpu().clone()
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-# ---- metrics: (statistics, features, reference, net) -> entries of the results
-
-def _fid(stats, features, reference, net) -> dict:
-    sets = [(stats.mean, stats.cov), (reference.mean, reference.cov)]
-    if (reference.count or stats.count) < stats.count:
+def _distance(measured: Measured, mean, cov, count: int | None) -> float:
+    sets = [(measured.stats.mean, measured.stats.cov), (mean, cov)]
+    if (count or measured.stats.count) < measured.stats.count:
         sets.reverse()                                       # the smaller set first: less rounding
-    return {"fid": frechet_distance(*sets[0], *sets[1])}
+    return frechet_distance(*sets[0], *sets[1])
 
 
-def _kid(stats, features, reference, net) -> dict:
-    value = formulas.kid(reference.features, features)
+def _fid(measured, reference, evaluation) -> dict:
+    found = {"fid": _distance(measured["pool"], reference.mean, reference.cov, reference.count)}
+    if evaluation.interval:
+        interval = frechet_interval(measured["pool"].features, reference.mean, root=reference.root)
+        found["fid_interval_95"] = list(interval)
+    return found
+
+
+def _sfid(measured, reference, evaluation) -> dict:
+    return {"sfid": _distance(measured["spatial"], *reference.spatial, reference.count)}
+
+
+def _kid(measured, reference, evaluation) -> dict:
+    value = formulas.kid(reference.features, measured["pool"].features)
     return {"kid": value.mean, "kid_std": value.std, "kid_std_error": value.std_error}
 
 
-def _precision_recall(stats, features, reference, net) -> dict:
-    on_device = [torch.as_tensor(each).to(net.device) for each in (reference.features, features)]
-    precision, recall = formulas.precision_recall(*on_device)
+def _precision_recall(measured, reference, evaluation) -> dict:
+    sets = [torch.as_tensor(each).to(evaluation.net.device) for each in (reference.features, measured["pool"].features)]
+    precision, recall = formulas.precision_recall(*sets)
     return {"precision": precision, "recall": recall}
 
 
-def _inception_score(stats, features, reference, net) -> dict:
-    score = formulas.inception_score(net.logits(torch.as_tensor(features).to(net.device)).cpu())
+def _inception_score(measured, reference, evaluation) -> dict:
+    score = formulas.inception_score(evaluation.logits(measured))
     return {"inception_score": score.mean, "inception_score_std": score.std}
 
 
-METRICS = {"fid": _fid, "kid": _kid, "is": _inception_score, "pr": _precision_recall}
-MINIMUM = {"fid": 2, "kid": 2, "is": 10, "pr": 4}                # images
+def _inception_score_of_blocks(measured, reference, evaluation) -> dict:
+    score = formulas.inception_score_of_blocks(evaluation.logits(measured))
+    return {"inception_score_blocks": score.mean, "inception_score_blocks_std": score.std}
+
+
+def _require_spatial(reference, net) -> None:
+    if reference.spatial is None:
+        raise UserError(f"sfid needs the spatial statistics (mu_s, sigma_s) of the reference, which {reference.name} "
+                        "does not hold; make it with fid.py ref")
+
+
+def _require_features(reference, net) -> None:
+    if reference.features is None:
+        raise UserError(f"kid and pr need the features of the reference, which {reference.name} does not hold; "
+                        "make it with fid.py ref --cache_features")
+
+
+def _require_classifier(reference, net) -> None:
+    net.logits(torch.zeros(1, net.dim))
+
+
+METRICS = {
+    "fid": Metric(_fid),
+    "sfid": Metric(_sfid, spaces=("spatial",), require=_require_spatial),
+    "kid": Metric(_kid, minimum=4, features="both", require=_require_features),
+    "is": Metric(_inception_score, minimum=10, features="own", require=_require_classifier),
+    "is_blocks": Metric(_inception_score_of_blocks, features="own", require=_require_classifier),
+    "pr": Metric(_precision_recall, minimum=4, features="both", require=_require_features),
+    "digits_fd": Metric(digits_distance, spaces=("digits",), require=require_digits),
+    "digits_unsure": Metric(digits_unsure, minimum=1, spaces=("digits",), require=require_digits),
+}
+INTERVAL_MINIMUM = 4
+
+
+def needs(metrics: Collection[str]) -> dict:
+    """Arguments of ``make_reference`` for a reference that serves these metrics."""
+    return {"keep_features": any(METRICS[name].features == "both" for name in metrics), "spatial": "sfid" in metrics}
 
 
 class Evaluation:
@@ -129,7 +143,8 @@ class Evaluation:
         net: From ``load_inception``; its preprocessing and weights must be the reference's.
         metrics: Names in ``METRICS``.
         keep_features: Keep all features although no metric needs them.
-        bootstrap: Resamples for a 95% interval of the FID; 0: none.
+        interval: Give FID a 95% interval: of the expectation of the FID of so many images, see
+            ``functions.fid_interval``.
 
     Raises:
         UserError: Unknown metric, a reference made with other weights or preprocessing, or one without what a metric
@@ -137,17 +152,15 @@ class Evaluation:
     """
 
     def __init__(self, reference: Reference, net: FeatureNet, metrics: Sequence[str] = ("fid",),
-                 keep_features: bool = False, bootstrap: int = 0):
-        for name in metrics:
-            choose(METRICS, name, "metric")
+                 keep_features: bool = False, interval: bool = False):
+        chosen = [choose(METRICS, name, "metric") for name in metrics]
         reference.require(preprocess=net.preprocess, weights=net.fingerprint)
-        if "is" in metrics:
-            net.logits(torch.zeros(1, net.dim))
-        if {"kid", "pr"} & set(metrics) and reference.features is None:
-            raise UserError(f"kid and pr need the features of the reference, which {reference.name} does not hold; "
-                            "make it with fid.py ref --cache_features")
-        self.reference, self.net, self.metrics, self.bootstrap = reference, net, tuple(metrics), bootstrap
-        self.collector = Collector(net, keep_features or bootstrap > 0 or any(name != "fid" for name in metrics))
+        for metric in chosen:
+            metric.require(reference, net)
+        self.reference, self.net, self.metrics = reference, net, tuple(metrics)
+        self.interval = interval and "fid" in metrics
+        keep = keep_features or self.interval or any(metric.features for metric in chosen)
+        self.collector = Collector(net, keep, {space for metric in chosen for space in metric.spaces})
         self.update, self.add = self.collector.update, self.collector.add
 
     def results(self) -> dict:
@@ -156,31 +169,34 @@ class Evaluation:
         Raises:
             UserError: Too few images for a metric.
         """
-        stats, features, _ = self.collector.gather()
-        for name in self.metrics:
-            if stats.count < MINIMUM[name]:
-                raise UserError(f"{stats.count} image(s) given, {name} needs at least {MINIMUM[name]}")
-        if stats.count < self.net.dim and rank() == 0:
+        measured, _ = self.collector.gather()
+        count = measured["pool"].stats.count
+        for name, minimum in [*((name, METRICS[name].minimum) for name in self.metrics),
+                              *([("the interval", INTERVAL_MINIMUM)] if self.interval else [])]:
+            if count < minimum:
+                raise UserError(f"{count} image(s) given, {name} needs at least {minimum}")
+        if count < self.net.dim and rank() == 0:
             log.warning("%d images are fewer than %d dimensions: the covariance is singular and FID biased upwards",
-                        stats.count, self.net.dim)
-        return on_rank_zero(lambda: self._compute(stats, features))
+                        count, self.net.dim)
+        return on_rank_zero(lambda: self._compute(measured, count))
 
-    def _compute(self, stats: FeatureStats, features) -> dict:
+    def logits(self, measured: dict[str, Measured]):
+        """(N, 1008) on the CPU."""
+        return self.net.logits(torch.as_tensor(measured["pool"].features).to(self.net.device)).cpu()
+
+    def _compute(self, measured: dict[str, Measured], count: int) -> dict:
         numbers = {}
         for name in self.metrics:
-            numbers |= METRICS[name](stats, features, self.reference, self.net)
-        if self.bootstrap and "fid" in numbers:
-            interval = formulas.bootstrap_interval(features, self.reference.mean, self.reference.cov,
-                                                   resamples=self.bootstrap)
-            numbers |= {"fid_interval_95": list(interval), "bootstrap": self.bootstrap}
-        return {**numbers, "name": count_name(stats.count), "num_images": stats.count,
+            numbers |= METRICS[name].compute(measured, self.reference, self)
+        return {**numbers, "name": count_name(count), "num_images": count,
                 "reference": self.reference.name, "reference_fingerprint": self.reference.fingerprint,
                 "reference_count": self.reference.count, "preprocess": self.net.preprocess,
                 "inception_fingerprint": self.net.fingerprint, "inception_source": self.net.source}
 
 
 def make_reference(images, net: FeatureNet, out: str | Path | None = None, *, root=None, num: int | None = None,
-                   seed: int = 0, batch_size: int = 64, keep_features: bool = False) -> Reference:
+                   seed: int = 0, rule: str = "default", batch_size: int = 64, keep_features: bool = False,
+                   spatial: bool = False, overwrite: bool = False) -> Reference:
     """Statistics of images, with a note of how they were made. Collective over ranks.
 
     Args:
@@ -188,84 +204,46 @@ def make_reference(images, net: FeatureNet, out: str | Path | None = None, *, ro
         out: File to write, npz; None: the default place of a ``Config``, nothing for a ``FileSource``.
         root: Where the data set lies, see ``datasets.packed.open_images``.
         num: Size of a random subset drawn with ``seed``; None: all images.
+        rule: How it is drawn, see ``choose_subset``.
         keep_features: Keep the features too, for KID, precision and recall.
+        spatial: Also the statistics of sFID.
+        overwrite: Replace a file that is no reference of ours.
 
     Raises:
-        UserError: Fewer images than ``num``.
+        UserError: Fewer images than ``num``, or ``out`` is someone else's file.
         DataError: Unreadable images, or images of several sizes.
     """
     source = images
     if isinstance(images, Config):
-        source = DatasetSource(images, root)
         out = out or default_path(images, net.preprocess)
-    indices = choose_subset(len(source), num, seed, source.name)
+    if out:
+        on_rank_zero(lambda: check_target(out, "reference", overwrite))
+    if isinstance(images, Config):
+        source = DatasetSource(images, root)
+    indices = choose_subset(len(source), num, seed, source.name, rule)
     if len(indices) < 2:
         raise UserError(f"{source.name}: {len(indices)} image(s); statistics need at least 2")
-    collector = Collector(net, keep_features)
+    collector = Collector(net, keep_features, ("spatial",) if spatial else ())
     evaluate_images(source, collector, batch_size, indices=indices)
-    stats, features, _ = collector.gather()
+    measured, _ = collector.gather()
+    stats = measured["pool"].stats
     provenance = {**source.provenance, "count": stats.count, "total": len(source), "preprocess": net.preprocess,
                   "weights": net.fingerprint, "weights_source": net.source, "versions": versions()}
     if num is not None:
-        provenance["subset_seed"] = seed
+        provenance |= {"subset_seed": seed, "subset_rule": rule}
     reference = Reference(stats.mean, stats.cov, stats.count, Path(out).name if out else source.name, provenance)
-    reference.features = features
+    reference.features = measured["pool"].features
+    reference.spatial = (measured["spatial"].stats.mean, measured["spatial"].stats.cov) if spatial else None
     if out:
         on_rank_zero(lambda: reference.save(out))
     return reference
 
 
-# ---- what is written down
-
-def count_name(num_images: int) -> str:
-    """50000 -> "FID-50k", 1797 -> "FID-1797": the count is part of an FID's name."""
-    return f"FID-{num_images // 1000}k" if num_images % 1000 == 0 else f"FID-{num_images}"
-
-
-def summary(results: dict) -> str:
-    """The numbers, one on a line, for people."""
-    lines = [f"{results['name'] if key == 'fid' else key:20} {value:.6g}" for key, value in results.items()
-             if isinstance(value, float)]
-    if "fid_interval_95" in results:
-        lines.append("{:20} {:.6g} to {:.6g}".format("95% interval", *results["fid_interval_95"]))
-    return "\n".join(lines)
-
-
-def versions() -> dict[str, str]:
-    """Of everything whose change could move a digit."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "pytorch-fid", "pillow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
-
-
-def append_log(fid_log: str | Path, checkpoint_path: str | Path, results: dict, details: dict) -> None:
-    """Append SA-DPM's line to ``fid_log`` and one JSON object to the same path with suffix .jsonl; rank 0 only.
-
-    Args:
-        checkpoint_path: Its last two parts name the run and the weights in the line.
-        results: Of ``Evaluation.results``.
-        details: How the images were made: whatever is needed to make them again.
-    """
-    if rank() > 0:
+def complete_reference(reference: Reference, net: FeatureNet, metrics: Sequence[str], batch_size: int = 64) -> None:
+    """Features for KID, precision and recall from the images in the file of statistics, where it has images: those of
+    guided-diffusion's authors hold 10,000 for the purpose. Collective."""
+    if not needs(metrics)["keep_features"] or reference.features is not None or not reference.has_images:
         return
-    fid_log, checkpoint = Path(fid_log), "/".join(Path(checkpoint_path).parts[-2:])
-    device = details.get("device", "cpu")
-    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "checkpoint": checkpoint, **details, **results,
-             "world_size": world_size(), "threads": torch.get_num_threads(), "versions": versions(),
-             "machine": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.machine()}
-    fid_log.parent.mkdir(parents=True, exist_ok=True)
-    if "fid" in results:
-        _append(fid_log, f"Checkpoint {checkpoint}  --> FID {results['fid']}\n")
-    _append(fid_log.with_suffix(".jsonl"), json.dumps(entry) + "\n")
-
-
-def _append(path: Path, line: str) -> None:
-    """In one write, so that lines of concurrent jobs do not mix."""
-    with open(path, "a") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    collector = Collector(net, keep_features=True)
+    evaluate_images(FileSource(reference.path), collector, batch_size)
+    reference.features = collector.gather()[0]["pool"].features

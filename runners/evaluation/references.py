@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,15 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from configs.schema import Config
+from datasets.arrays import npz_keys
 from datasets.specs import DATASETS
+from functions.frechet import covariance_root
+from runners.evaluation.outputs import check_output
+from runners.evaluation.statistics_files import is_npz, read_features, read_spatial, read_statistics
 from utils.atomic import atomic_write
 from utils.errors import DataError, UserError, choose
-from utils.safe_load import load_pickle
+from utils.names import safe_name
 
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parents[2] / "pytorch_fid"
-DIM = 2048
+DIM, SPATIAL_DIM = 2048, 2023                              # features of FID and of sFID
 
 # (data set or LSUN category, longer side) -> SA-DPM's and EDM's file name. Others: see ``default_name``.
 DEFAULT_STATS = {
@@ -30,7 +34,6 @@ DEFAULT_STATS = {
     ("FFHQ64", 64): "ffhq-64x64.npz",
     ("AFHQ", 64): "afhqv2-64x64.npz",
 }
-MEAN_KEYS, COV_KEYS = ("mu", "mean", "m"), ("sigma", "cov", "s")
 
 
 class MissingReference(UserError):
@@ -61,18 +64,23 @@ class Reference:
 
     @cached_property
     def features(self) -> np.ndarray | None:
-        """float32 (N, 2048) if the file has them: KID, precision and recall need them. Read when first asked for.
+        """float32 (N, 2048) if the file has them: KID, precision and recall need them. Read when first asked for."""
+        return None if self.path is None else read_features(self.path, DIM, self.count)
 
-        Raises:
-            DataError: They are of another shape.
-        """
-        if self.path is None or not zipfile.is_zipfile(self.path):
-            return None
-        with np.load(self.path, allow_pickle=False) as archive:
-            features = archive["features"] if "features" in archive.files else None
-        if features is not None and (features.ndim != 2 or features.shape[1] != DIM):
-            raise DataError(f"{self.path}: features of shape {features.shape}, (N, {DIM}) expected")
-        return features
+    @cached_property
+    def spatial(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean (2023,) and covariance of the features of sFID, if the file has them. Read when first asked for."""
+        return None if self.path is None else read_spatial(self.path, SPATIAL_DIM)
+
+    @cached_property
+    def root(self):
+        """``covariance_root`` of the covariance, for many intervals to one reference."""
+        return covariance_root(self.cov)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the file also holds images (``arr_0``), as guided-diffusion's do."""
+        return self.path is not None and is_npz(self.path) and "arr_0" in npz_keys(self.path)
 
     @property
     def fingerprint(self) -> str:
@@ -88,14 +96,19 @@ class Reference:
         differing = [f"{key} {self.provenance[key]!r} instead of {value!r}" for key, value in expected.items()
                      if key in self.provenance and self.provenance[key] != value]
         if differing and not self.forced:
+            other = self.provenance.get("preprocess") if "preprocess" in expected else None
+            way = f", give --preprocess {other}" if other != expected.get("preprocess") else ""
             raise UserError(f"reference {self.name} was made with {', '.join(differing)}; make the right one with "
-                            "fid.py ref, or insist with --force")
+                            f"fid.py ref{way}, or insist with --force")
         if differing:
             log.warning("reference %s was made with %s: the FID has no usual meaning", self.name, ", ".join(differing))
 
     def save(self, path: str | Path) -> None:
-        """Write pytorch-fid's npz (``mu``, ``sigma``) with the provenance, and the features if there are any."""
+        """Write pytorch-fid's npz (``mu``, ``sigma``) with the provenance, guided-diffusion's statistics of sFID
+        (``mu_s``, ``sigma_s``) and the features, as far as there are any."""
         arrays = {"mu": self.mean, "sigma": self.cov, "provenance": np.array(json.dumps(self.provenance))}
+        if self.spatial is not None:
+            arrays["mu_s"], arrays["sigma_s"] = self.spatial
         if self.features is not None:
             arrays["features"] = self.features
         atomic_write(path, lambda file: np.savez(file, **arrays))
@@ -109,8 +122,14 @@ def config_provenance(config: Config) -> dict:
 
 
 def default_name(config: Config, preprocess: str = "pytorch-fid") -> str:
-    """SA-DPM's file name for a data set, else ``dataset-HxW.npz``; other preprocessing is part of the name."""
+    """SA-DPM's file name for a data set, else ``dataset-HxW.npz``; other preprocessing is part of the name.
+
+    Raises:
+        UserError: ``data.category``, which becomes part of the name, is no name.
+    """
     data = config.data
+    if data.category:
+        safe_name("data.category", data.category)
     plain = "-".join([data.dataset.lower(), *([data.category] if data.category else []), f"{data.height}x{data.width}"])
     if preprocess != "pytorch-fid":
         return f"{plain}-{preprocess}.npz"
@@ -143,8 +162,9 @@ def find_reference(config: Config | None = None, stats: str | Path | None = None
     if not given and config is None:
         raise UserError("no FID reference given: name a file of statistics")
     wanted = Path(given or default_name(config, preprocess))
-    candidates = [wanted, FOLDER / wanted, FOLDER / wanted.with_suffix(".npz")] if given else \
-        [FOLDER / wanted, FOLDER / wanted.with_suffix(".npz")]
+    candidates = [FOLDER / wanted, FOLDER / wanted.with_suffix(".npz")]
+    if given:                                              # a .npy that is absent may have been made again as .npz
+        candidates = [wanted, wanted.with_suffix(".npz"), *candidates]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         where = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
@@ -153,9 +173,10 @@ def find_reference(config: Config | None = None, stats: str | Path | None = None
             f"{reference_command(config, wanted, config_name, preprocess)}")
     reference = load_reference(path)
     reference.forced = force
-    if not reference.provenance:
-        log.warning("reference %s does not say how it was made: data set, transform and preprocessing (%s here) cannot "
-                    "be compared", reference.name, preprocess)
+    if "weights" not in reference.provenance:
+        unknown = "" if "preprocess" in reference.provenance else f" and preprocessing ({preprocess} here)"
+        log.warning("reference %s does not say how it was made: data set, transform%s cannot be compared",
+                    reference.name, unknown)
     reference.require(preprocess=preprocess, **(config_provenance(config) if config else {}))
     return reference
 
@@ -169,58 +190,23 @@ def reference_command(config: Config | None, wanted: Path, config_name: str | No
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Read an npz with mu and sigma (pytorch-fid, EDM, guided-diffusion, ours) or a pickled dict (SA-DPM's .npy).
+    """Read a file of statistics; ``statistics_files.read_statistics`` says which formats there are.
 
     Raises:
         DataError: Broken, of another dimension, not finite, or asking for code.
     """
     path = Path(path)
-    values = _read_npz(path) if zipfile.is_zipfile(path) else _read_pickle(path)
-    mean = next((values[key] for key in MEAN_KEYS if key in values), None)
-    cov = next((values[key] for key in COV_KEYS if key in values), None)
-    if mean is None or cov is None:
-        hint = f"; it holds images: python fid.py ref --images {path} --out FILE.npz" if "arr_0" in values else ""
-        raise DataError(f"{path}: no statistics: keys {MEAN_KEYS[0]} and {COV_KEYS[0]} expected, "
-                        f"found {', '.join(sorted(values)) or 'none'}{hint}")
+    found = read_statistics(path, DIM)
+    return Reference(found["mean"], found["cov"], found["count"], path.name, found["provenance"], path)
+
+
+def check_target(path: str | Path, flag: str, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> None:
+    """Refuse to write a reference over an input, or over a file that is no reference of ours; see ``check_output``."""
+    check_output(path, flag, inputs=inputs, ours=_is_ours, overwrite=overwrite)
+
+
+def _is_ours(path: Path) -> bool:
     try:
-        mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
-        provenance = json.loads(str(values.get("provenance", "{}")))
-    except (TypeError, ValueError):
-        raise DataError(f"{path}: mu, sigma or provenance are not what they should be") from None
-    _check(path, mean, cov)
-    return Reference(mean, cov, provenance.get("count"), path.name, provenance, path)
-
-
-def holds_images(path: str | Path) -> bool:
-    """Whether a path is a set of images (folder, zip, array) rather than statistics."""
-    path = Path(path)
-    if path.suffix == ".npz" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return not {f"{key}.npy" for key in MEAN_KEYS} & set(archive.namelist())
-    return path.is_dir() or path.suffix == ".zip"
-
-
-def _check(path: Path, mean: np.ndarray, cov: np.ndarray) -> None:
-    if mean.shape != (DIM,) or cov.shape != (DIM, DIM):
-        raise DataError(f"{path}: mu {mean.shape} and sigma {cov.shape} given, ({DIM},) and ({DIM}, {DIM}) expected: "
-                        f"statistics of another network or layer")
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise DataError(f"{path}: mu or sigma hold values that are not finite")
-    if not np.allclose(cov, cov.T, rtol=1e-3, atol=1e-6 * np.abs(cov).max()) or (np.diagonal(cov) < 0).any():
-        raise DataError(f"{path}: sigma is no covariance: not symmetric, or with a negative variance")
-
-
-def _read_npz(path: Path) -> dict:
-    """Arrays by key; images and features stay unread."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: None if key in ("arr_0", "features") else archive[key] for key in archive.files}
-    except Exception as error:                    # numpy raises ValueError, BadZipFile, EOFError, zlib.error, ...
-        raise DataError(f"{path}: not readable as npz: {error}") from None
-
-
-def _read_pickle(path: Path) -> dict:
-    values = load_pickle(path)
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: a dictionary with mu and sigma expected, found {type(values).__name__}")
-    return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in values.items()}
+        return {"mu", "sigma", "provenance"} <= {*npz_keys(path)}
+    except DataError:
+        return False

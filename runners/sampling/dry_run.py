@@ -5,6 +5,7 @@ import time
 import torch
 
 from functions.rng import SeededNoise
+from models import about_weights
 from runners import distributed
 from runners.diffusion import Diffusion
 from runners.sampling.prompts import prompts_of
@@ -18,7 +19,8 @@ def dry_run_sampling(job, device: torch.device) -> None:
     if weights:
         diffusion.load(weights, job.args.model_ema)
     diffusion.prompts = prompts_of(job, device)
-    sampler, noise = diffusion.sampler(settings.model_copy(update={"guidance": None})), SeededNoise([0], device)
+    sampler = diffusion.sampler(settings.model_copy(update={"guidance": None, "classifier_scale": None}))
+    noise = SeededNoise([0], device)
     for turn in range(distributed.world_size() if device.type == "cpu" else 1):
         if device.type != "cpu" or turn == distributed.rank():
             x = noise.randn((1, *diffusion.codec.shape))
@@ -39,5 +41,6 @@ def dry_run_sampling(job, device: torch.device) -> None:
         "sampler": str(settings),
         "network calls": f"{calls} for each of {num_images:,} images",
         "time": f"{seconds:.2f} s for one call with one image; at that rate {hours:.1f} h (batches are faster)",
+        **(about_weights(weights) if weights else {}),
         "absent": ", ".join(job.absent) or "nothing",
     })

@@ -1,4 +1,4 @@
-"""Chains by name: this program's samplers, and every scheduler of diffusers that can walk the same chain.
+"""Chains of diffusers: every scheduler of that library that can walk the chain of a network here.
 
 A scheduler sees the noise that the denoiser predicts (guided, and divided by epsilon scaling); of networks that predict
 something else it sees v, which exists where the chain starts from pure noise too. Some schedulers move y = x / alpha:
@@ -13,30 +13,12 @@ from torch import Tensor
 
 from configs.sampling import FOREIGN, SamplerSettings
 from functions.chain import Chain
-from functions.denoising import SAMPLERS, network_calls
 from functions.prediction import PREDICTIONS
-from functions.timesteps import sampling_times
 from utils.errors import UserError
 from utils.hub import needs_package
 
 SPACINGS = {None: None, "uniform": "leading", "leading": "leading", "linspace": "linspace", "trailing": "trailing"}
 GIVEN_TO_STEP = {"self", "model_output", "timestep", "sample"}
-
-
-class OwnChain:
-    """A sampler of this program."""
-
-    def __init__(self, settings: SamplerSettings, schedule, prediction=None):
-        self.name = settings.sample_type
-        self.times = sampling_times(schedule, settings.timesteps, settings.skip_type)
-
-    def calls(self) -> int:
-        """Network calls for each image, without guidance."""
-        return network_calls(self.name, len(self.times))
-
-    def __call__(self, denoiser, x: Tensor, times, noise, **options) -> Tensor:
-        """The sample from ``x`` at the last of ``times``; ``noise`` (SeededNoise) gives the draws of its steps."""
-        return SAMPLERS[self.name](denoiser, x, times, noise_fn=lambda index: noise.randn(x.shape), **options)
 
 
 class SchedulerChain:
@@ -100,12 +82,16 @@ class SchedulerChain:
         return sorted({int(t) for t in visited})
 
     def calls(self) -> int:
+        """Network calls for each image, without guidance."""
         return len(self._scheduler().timesteps)
 
     @torch.no_grad()
     def __call__(self, denoiser, x: Tensor, times, noise, *, eps_scaler=None, clip_denoised: bool = False,
                  callback=None, eta: float = 0.0) -> Tensor:
-        """As ``OwnChain``; epsilon scaling and clipping happen before the scheduler sees the output."""
+        """The sample from ``x`` at the last of ``times``; ``noise`` (SeededNoise) gives the draws of its steps.
+
+        Epsilon scaling and clipping happen before the scheduler sees the network's output.
+        """
         if list(times) != self.times:
             raise UserError(f"--sample_type {FOREIGN}{self.name}: diffusers' schedulers cannot be entered half-way; "
                             "measure with a sampler of this program")
@@ -129,12 +115,6 @@ class SchedulerChain:
         if self.takes_eps:
             return estimate.eps
         return self.schedule.alpha(t) * estimate.eps - self.schedule.sigma(t) * estimate.x0
-
-
-def chain_of(settings: SamplerSettings, schedule, prediction=None) -> OwnChain | SchedulerChain:
-    """What ``--sample_type`` names. UserError, ValueError: settings that it cannot have."""
-    made = SchedulerChain if settings.sample_type.startswith(FOREIGN) else OwnChain
-    return made(settings, schedule, prediction)
 
 
 def scheduler_class(name: str) -> type:

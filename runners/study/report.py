@@ -10,7 +10,8 @@ from runners.study.runner import StudyJob
 from utils.atomic import atomic_path, write_text
 from utils.errors import UserError
 
-COMPANIONS = {"precision": "precision", "recall": "recall", "kid": "KID", "inception_score": "Inception Score"}
+COMPANIONS = {"precision": "precision", "recall": "recall", "kid": "KID", "inception_score": "Inception Score",
+              "sfid": "sFID", "digits_fd": "digits FD", "digits_unsure": "unsure digits"}
 IN_COLUMNS = {"loss.num_consecutive_steps", "loss.lamda", "loss.input_perturbation"}
 
 
@@ -30,7 +31,7 @@ class Findings:
             self.values.setdefault(key, {}).setdefault(cell.run, []).append((cell, entry))
 
     def fid(self, key: tuple, run: str) -> tuple[float, float, float] | None:
-        """Mean over seeds of training, and an interval: their range, or the bootstrap's where there is one seed."""
+        """Mean over seeds of training, and an interval: their range, or that of the images where there is one seed."""
         entries = [entry for _, entry in self.values[key].get(run, [])]
         if not entries:
             return None
@@ -58,7 +59,7 @@ def write_report(job: StudyJob) -> list[Path]:
 def introduction(findings: Findings) -> list:
     job, (_, entry) = findings.job, findings.cells[0]
     spread = "the range over them" if len(job.study.seeds) > 1 else \
-        f"the 95% interval of {job.study.bootstrap} bootstrap resamples of the images, the weights held fixed"
+        "the 95% interval for so many images of the same weights"
     reference = f"{entry['reference_count']:,} " if entry.get("reference_count") else ""
     seeds = ", ".join(map(str, job.study.seeds))
     return [Text(

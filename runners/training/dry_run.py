@@ -16,7 +16,8 @@ from functions.timesteps import TimeSampler
 from models import load_weights
 from runners import distributed
 from runners.diffusion import Diffusion
-from runners.network import Network, resolve_amp
+from runners.network import Network, explain_amp, resolve_amp
+from runners.training.loggers import check_loggers
 from runners.training.plan import Plan, split_batch
 from utils.errors import DataError, UserError
 from utils.live_bytes import LiveBytes
@@ -33,6 +34,7 @@ def check_training(config: Config, args) -> int:
     world = distributed.detect()
     processes = world.size if world else args.num_process_per_node * args.num_proc_node
     split_batch(config.training, processes)
+    check_loggers(config.training.loggers)
     resolve_amp(config.training.amp, distributed.pick_device(args.device, distributed.World()))
     return processes
 
@@ -57,7 +59,7 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
     memory, fixed, further = training_memory(diffusion, images, plan)
     print_table({
         "configuration": " ".join(f"{key}={value}" for key, value in config.loss),
-        "device": f"{plan.world_size} x {device.type}, amp {resolve_amp(config.training.amp, device) or 'off'}",
+        "device": f"{plan.world_size} x {device.type}, amp {explain_amp(config.training.amp, device)}",
         "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
         "batch": f"{plan.global_batch} = {plan.world_size} processes x {plan.accumulate} network calls x "
                  f"{plan.micro_batch} images",

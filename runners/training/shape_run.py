@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.pipelines import takes_sizes, takes_text, unet_settings, vae_factor, vae_settings
 from configs.shapes import FACTOR, SHAPES, TOKENS
 from models.pretrained import shape_of_pretrained
+from runners.training.optimizer import MOMENTS
 from utils.errors import UserError
 from utils.hub import local_folder
 from utils.live_bytes import LiveBytes
@@ -96,19 +97,9 @@ def _shapes(config, absent: list[str]) -> tuple[dict, tuple[int, int], int]:
 def fixed_bytes(model: nn.Module, config) -> int:
     """Float32 weights; of what is trained gradients, the optimizer's moments and the averages."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    return 4 * (sum(p.numel() for p in model.parameters()) + count * (1 + len(config.training.ema))
-                + sum(MOMENTS[config.optim.optimizer](p.shape, count) for p in trained))
-
-
-def _factored(shape: tuple[int, ...], count: int) -> int:
-    return prod(shape[:-1]) + prod(shape[:-2]) * shape[-1] if len(shape) > 1 else prod(shape)
-
-
-# Numbers that an optimizer keeps for a weight of this shape.
-MOMENTS = {"Adam": lambda shape, count: 2 * prod(shape), "AdamW": lambda shape, count: 2 * prod(shape),
-           "Adafactor": _factored, "RMSProp": lambda shape, count: prod(shape),
-           "SGD": lambda shape, count: prod(shape)}
+    moments = [shape for p in trained for shape in MOMENTS[config.optim.optimizer](config.optim, p.shape).values()]
+    return 4 * (sum(p.numel() for p in model.parameters()) + sum(prod(shape) for shape in moments if shape)
+                + (1 + len(config.training.ema)) * sum(p.numel() for p in trained))
 
 
 def recompute(model: nn.Module, amp: bool) -> None:

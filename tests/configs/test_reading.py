@@ -170,7 +170,7 @@ def bomb(levels: int, merge: bool = False) -> str:
 
 @pytest.mark.parametrize(("text", "message"), [
     (bomb(9), "aliases write out to more than 50,000 values"),
-    (bomb(9, merge=True), "more than 50,000 keys|a0: unknown key"),              # newer PyYAML merges each key once
+    (bomb(9, merge=True), "more than 50,000 keys|a0: unknown key"),                # newer PyYAML merges each key once
     ("a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 101) + "]}", "line 2: .* more than 100 mappings merged"),
     ("data: &a [*a]", "or to themselves"),
     ("data: {image_size: " + "9" * 60_000 + "}", "a number of more than 100 digits"),

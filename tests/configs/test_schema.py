@@ -57,7 +57,8 @@ def test_non_square_round_trip(tmp_path):
     # unknown keys
     (dict(training__batchsize=3), "training.batchsize: unknown key; did you mean training.batch_size?"),
     (dict(optim__dropout=0.1), "optim.dropout: unknown key; did you mean model.dropout?"),
-    (dict(loss__interval=3), "loss.interval: unknown key; known: loss.num_consecutive_steps, loss.lamda"),
+    (dict(sampling__interval=3), "sampling.interval: unknown key; known: sampling.batch_size, sampling.ckpt_id, "
+                                 "sampling.fid_stats"),
     (dict(datas__x=1), "datas: unknown key; did you mean data?"),
     # types
     (dict(optim__lr="fast"), "optim.lr: input should be a valid number, given 'fast'"),

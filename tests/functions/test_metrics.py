@@ -6,13 +6,16 @@ import torch
 
 from functions.frechet import FeatureStats, frechet_distance
 from functions.metrics import (
-    _distance_of_rows,
-    bootstrap_interval,
+    _radii,
     inception_score,
+    inception_score_of_blocks,
     kernel_distance,
     kid,
     precision_recall,
 )
+from tests.conftest import REPOSITORY
+
+GOLDEN = REPOSITORY / "tests" / "golden" / "evaluator.pt"
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +41,43 @@ def test_kid_of_whole_sets_and_its_error(sets):
     real, fake = sets
     whole = kid(real[:200], fake[:200], subsets=3, subset_size=1000)           # every subset is the whole set
     assert whole.mean == pytest.approx(kernel_distance(real[:200], fake[:200]), rel=1e-12)
-    assert whole.std < 1e-12
+    assert whole.std == whole.std_error > 1e-3
     some = kid(real, fake, subsets=20, subset_size=50)
-    assert some.std_error == pytest.approx(some.std / np.sqrt(260 // 50))
-    assert abs(some.mean - kernel_distance(real, fake)) < 3 * some.std_error
-    with pytest.raises(ValueError, match="at least 2"):
-        kid(real[:1], fake)
+    assert some.std_error < some.std and abs(some.mean - kernel_distance(real, fake)) < 3 * some.std
+    for few in ((real[:1], fake), (real, fake[:3])):
+        with pytest.raises(ValueError, match="at least 2 real and 4 fake"):
+            kid(*few)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])                                  # alike, where pairs decide; different
+@pytest.mark.parametrize("subsets, size", [(5, 1000), (40, 60)])               # whole sets, and subsets of them
+def test_error_of_kid_is_the_spread_over_fresh_sets(shift, subsets, size):
+    generator, scales = torch.Generator().manual_seed(1), torch.logspace(0, -1, 16)
+    real = torch.randn(1000, 16, generator=generator) * scales
+    found = [kid(real, torch.randn(200, 16, generator=generator) * scales + shift, subsets=subsets, subset_size=size)
+             for _ in range(60)]
+    spread = np.std([each.mean for each in found])
+    assert 0.8 < np.mean([each.std_error for each in found]) / spread < 1.25
+
+
+def test_published_evaluator_on_made_up_features():
+    """Precision, recall, radii, statistics, distance, and an Inception Score over blocks, of guided-diffusion."""
+    cases = {case["kind"]: case for case in torch.load(GOLDEN, weights_only=True)}
+    case = cases["evaluator"]
+    real, fake = case["reference"], case["sample"]
+    assert precision_recall(real, fake, k=case["nearest"]) == (case["precision"], case["recall"])
+    assert _radii(fake, case["nearest"], 64).numpy() == pytest.approx(case["squared_radii_sample"].numpy(), rel=1e-5)
+    moments = []
+    for name, features in (("reference", real), ("sample", fake)):
+        stats = FeatureStats(features.shape[1])
+        stats.update(features)
+        assert stats.mean == pytest.approx(case[f"mu_{name}"].numpy(), rel=1e-5, abs=1e-6)
+        assert stats.cov == pytest.approx(case[f"sigma_{name}"].numpy(), rel=1e-5, abs=1e-6)
+        moments += [stats.mean, stats.cov]
+    assert frechet_distance(*moments) == pytest.approx(case["frechet_distance"], rel=1e-6)
+    case = cases["inception_score"]
+    score = inception_score_of_blocks(case["logits"], block=case["split_size"])
+    assert score.mean == pytest.approx(case["inception_score"], rel=1e-6)
 
 
 @pytest.mark.parametrize("block", [7, 64, 4096])
@@ -73,29 +107,6 @@ def test_inception_score_of_certain_and_of_constant_answers():
     assert inception_score(torch.zeros(100, 10)) == pytest.approx((1, 0))
     with pytest.raises(ValueError, match="at least as many"):
         inception_score(torch.zeros(9, 10))
-
-
-def test_bootstrap_interval_holds_the_distance_and_shrinks(sets):
-    real, fake = sets
-    mu, sigma = real.double().mean(0), real.double().T.cov()
-    stats = FeatureStats(16)
-    stats.update(fake)
-    low, high = bootstrap_interval(fake, mu, sigma, resamples=40)
-    assert low < frechet_distance(mu, sigma, stats.mean, stats.cov) < high
-    assert bootstrap_interval(fake, mu, sigma, resamples=40) == (low, high)
-    few = bootstrap_interval(fake[:50], mu, sigma, resamples=40)
-    assert few[1] - few[0] > high - low
-
-
-@pytest.mark.parametrize("count", [10, 40])               # below and above the 16 dimensions
-def test_resamples_have_the_distance_of_their_statistics(sets, count):
-    real, fake = sets[0], sets[1][:count]
-    mu, sigma = real.double().mean(0), real.double().T.cov()
-    rows = np.arange(count) % (count - 2)
-    stats = FeatureStats(16)
-    stats.update(fake[rows])
-    expected = frechet_distance(mu, sigma, stats.mean, stats.cov)
-    assert _distance_of_rows(fake, mu, sigma)(rows) == pytest.approx(expected, rel=1e-6)
 
 
 def test_torch_fidelity_on_the_same_features(sets):

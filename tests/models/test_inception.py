@@ -73,6 +73,25 @@ def test_features_are_those_of_pytorch_fid(net, state, images, monkeypatch):
     torch.testing.assert_close(logits, features.double() @ state["fc.weight"].double().T)
 
 
+@torch.inference_mode()
+def test_spatial_features_are_seven_channels_of_mixed_6d_from_the_same_pass(net, state, images):
+    """Against the layer's own convolution and normalisation, unfolded, on what enters Mixed_6d."""
+    entering = []
+    hook = net.network.Mixed_6d.register_forward_hook(lambda block, inputs, output: entering.append(inputs[0]))
+    pool, spatial = net.with_spatial(images)
+    hook.remove()
+    assert len(entering) == 1 and torch.equal(pool, net(images))
+    assert spatial.shape == (2, net.spatial_dim) and spatial.dtype == torch.float32 and net.spatial_dim == 2023
+    name = "Mixed_6d.branch1x1"
+    x = torch.nn.functional.conv2d(entering[0], state[f"{name}.conv.weight"])
+    x = torch.nn.functional.batch_norm(x, state[f"{name}.bn.running_mean"], state[f"{name}.bn.running_var"],
+                                       state[f"{name}.bn.weight"], state[f"{name}.bn.bias"], eps=0.001).relu()
+    expected = torch.stack([x[:, channel, row, column] for row in range(17) for column in range(17)
+                            for channel in range(7)], 1)
+    assert (spatial - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not net.network.Mixed_6d.branch1x1._forward_hooks                           # nothing stays behind
+
+
 @needs_weights
 def test_the_package_is_found_and_has_the_fingerprint_of_the_same_weights(net, no_hub):
     generator_state = torch.get_rng_state()

@@ -38,10 +38,10 @@ def test_pairs_and_errors(trained, originals, tmp_path, capsys, sampler):
     assert line["indices"] == [0, 2, 3, 4, 5] and line["network_calls"] == {"generalized": 6, "heun": 8}[sampler]
     assert line["mse"] == pytest.approx(np.mean(line["mse_of_each"])) and len(line["mse_of_each"]) == 5
     picture = np.asarray(Image.open(tmp_path / "out_reconstruction.png"))
-    side = 17 * 8                                                          # enlarged until the sheet is 640 pixels wide
+    side = 20 * 8                                                          # enlarged until the sheet is 640 pixels wide
     assert picture.shape == (2 * (side + 2) - 2, 4 * (side + 2) - 2)       # two full rows of two pairs
     first = np.asarray(Image.open(originals / "0.png"))[1:9]               # the middle square
-    assert np.array_equal(picture[:side:17, :side:17], first)
+    assert np.array_equal(picture[:side:20, :side:20], first)
 
 
 def test_a_network_that_knows_the_way_reconstructs_exactly(trained, originals, tmp_path):

@@ -6,9 +6,11 @@ import torch
 from configs.sampling import SamplerSettings
 from configs.schema import Config
 from functions.denoiser import Denoiser
+from functions.denoising import SAMPLERS
 from functions.rng import SeededNoise
 from functions.schedule import make_schedule
-from runners.sampling.schedulers import chain_of
+from functions.timesteps import sampling_times
+from runners.sampling.schedulers import SchedulerChain
 from utils.errors import UserError
 
 
@@ -20,12 +22,14 @@ def denoiser(golden_unet):
 
 def sample(denoiser, name, seeds=(0, 1), **settings):
     options = {key: settings.pop(key) for key in ("eps_scaler", "callback") if key in settings}
-    wanted = SamplerSettings(sample_type=name, **settings)
-    chain = chain_of(wanted, denoiser.schedule, denoiser.prediction)
-    noise = SeededNoise(list(seeds))
+    wanted, noise = SamplerSettings(sample_type=name, **settings), SeededNoise(list(seeds))
     x = noise.randn((len(seeds), 3, 16, 16))
-    more = {"eta": wanted.eta} if wanted.eta else {}
-    return chain(denoiser, x, chain.times, noise, **options, **more), chain.times
+    options |= {"eta": wanted.eta} if wanted.eta else {}
+    if name in SAMPLERS:
+        times = sampling_times(denoiser.schedule, wanted.timesteps, wanted.skip_type)
+        return SAMPLERS[name](denoiser, x, times, noise_fn=lambda index: noise.randn(x.shape), **options), times
+    chain = SchedulerChain(wanted, denoiser.schedule, denoiser.prediction)
+    return chain(denoiser, x, chain.times, noise, **options), chain.times
 
 
 def close(a, b):
@@ -78,7 +82,7 @@ def test_an_image_depends_on_its_seed_only(denoiser):
 
 def test_a_second_order_scheduler_calls_the_network_twice(denoiser):
     settings = SamplerSettings(sample_type="diffusers:HeunDiscreteScheduler", timesteps=4, skip_type="leading")
-    chain = chain_of(settings, denoiser.schedule, denoiser.prediction)
+    chain = SchedulerChain(settings, denoiser.schedule, denoiser.prediction)
     assert len(chain.times) == 4 and chain.calls() == 7
     assert torch.isfinite(sample(denoiser, settings.sample_type, timesteps=4, skip_type="leading")[0]).all()
 
@@ -104,4 +108,4 @@ def test_continuous_schedules_are_refused():
         "data": {"dataset": "ZIP", "image_size": 8}, "model": {},
         "diffusion": {"schedule": "flow", "prediction": "flow"}}).diffusion)
     with pytest.raises(UserError, match="discrete schedules"):
-        chain_of(SamplerSettings(sample_type="diffusers:DDIMScheduler", timesteps=4), schedule)
+        SchedulerChain(SamplerSettings(sample_type="diffusers:DDIMScheduler", timesteps=4), schedule)
