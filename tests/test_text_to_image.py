@@ -39,7 +39,8 @@ def tuned(tmp_path_factory, sdxl, captioned):
     """An exp/ folder with 30 steps of all weights (gamma 0.1) and 30 of LoRA (K = 2)."""
     exp = tmp_path_factory.mktemp("tuned")
     assert train_ddp.main([*flags(exp, sdxl, captioned), "--doc", "whole", "--max_steps", "30",
-                           "--optim.optimizer", "Adafactor", "--optim.weight_decay", "0.01"]) == 0
+                           "--optim.optimizer", "Adafactor", "--optim.weight_decay", "0.01", "--training.sample_num",
+                           "2", "--training.sample_timesteps", "2"]) == 0
     assert train_ddp.main([*flags(exp, sdxl, captioned), "--doc", "lora", "--max_steps", "30", "--model.lora_rank", "4",
                            "--model.lora_alpha", "8", "--optim.optimizer", "AdamW", "--optim.lr", "0.03",
                            "--loss.num_consecutive_steps", "2", "--loss.lamda", "1.0"]) == 0
@@ -49,6 +50,7 @@ def tuned(tmp_path_factory, sdxl, captioned):
 def test_the_loss_falls(tuned):
     whole, lora = losses(tuned, "whole"), losses(tuned, "lora")
     assert len(whole) == len(lora) == 6
+    assert list((tuned / "logs" / "whole" / "samples").glob("*.png"))
     assert whole[-1] < 0.8 * whole[0] and min(lora[-2:]) < lora[0]
 
 
@@ -137,7 +139,7 @@ def test_another_prompt_is_refused_for_the_same_folder(sdxl, tmp_path, capsys):
             "--timesteps", "2", "--seeds", "0", "--grid", "0"]
     assert generate.main([*base, "--prompt", PROMPT]) == 0
     assert generate.main([*base, "--prompt", "a green square"]) == 2
-    assert "prompts ['a red square'], now ['a green square']" in capsys.readouterr().err
+    assert "prompts was ['a red square'], is ['a green square']" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_another_copy_of_its_base(tuned, sdxl, tmp_path):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from functions.pixels import to_uint8
@@ -15,7 +16,8 @@ from runners.conditioning import PROMPT_STRIDE
 from runners.evaluation.metrics import Evaluation
 from runners.sampling.sampler import Sampler
 from runners.sampling.writers import NoWriter
-from utils.png import captioned, save_png, tile
+from utils.captions import captioned
+from utils.png import save_png, tile
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +98,9 @@ def sheet_of_prompts(images: Tensor, seeds: Sequence[int], texts: Sequence[str],
     rows = {}
     for image, number in zip(images, seeds, strict=False):
         rows.setdefault(number // PROMPT_STRIDE, []).append(image)
-    return captioned([(texts[p], torch.stack(row[:most])) for p, row in sorted(rows.items())])
+    sheets = [captioned(tile(torch.stack(row[:most]), most), texts[p]) for p, row in sorted(rows.items())]
+    width = max(sheet.shape[2] for sheet in sheets)
+    return torch.cat([pad(sheet, (0, width - sheet.shape[2]), value=255) for sheet in sheets], 1)
 
 
 def tile_by_class(images: Tensor, labels: list[int], most: int = 16) -> Tensor:

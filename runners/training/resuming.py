@@ -228,7 +228,7 @@ def _moments(stored: dict, shapes: dict, optional, name: str, dtype: torch.dtype
     for key, value in stored.items():
         if key not in shapes:
             yield f"{_short(key)} of {name} is no moment of this optimizer"
-        elif key == "step" and type(value) is int:                      # Adafactor counts in a plain number
+        elif key == "step" and "RMS" in shapes and type(value) is int:   # Adafactor counts in a plain number
             yield from [f"step of {name} is negative"] * (value < 0)
         elif not (value is None and key in optional):
             flaw = _flaw(value, shapes[key], torch.float32 if key == "step" else dtype)
