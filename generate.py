@@ -204,11 +204,13 @@ def open_evaluation(job, device):
 
 def report(job, diffusion, sampler, results, seconds):
     from runners.evaluation.metrics import append_log, summary
+    from runners.sampling.folder import gamma_fingerprint
 
     weights = diffusion.weights
     details = {
         "weights": str(job.weights), "weights_fingerprint": weights.fingerprint, "weights_kind": weights.kind,
-        "step": weights.step, "epoch": weights.epoch, "sampler": job.settings.model_dump(mode="json"),
+        "step": weights.step, "epoch": weights.epoch,
+        "sampler": {**job.settings.model_dump(mode="json"), **gamma_fingerprint(job.settings)},
         "network_calls": sampler.calls, "seeds": job.seed_text, "batch_size": job.batch_size,
         "guide": diffusion.guide and diffusion.guide.weights.fingerprint, "ema_length": job.args.ema_length,
         "classifier": diffusion.classifier and diffusion.classifier.fingerprint,

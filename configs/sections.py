@@ -105,8 +105,7 @@ class DiffusionSection(Section):
     sigma_min: Positive | None = None
     """Lowest level of the sigma schedule; none: 0.002, or what the prediction knows if that is more."""
     sigma_max: Positive | None = None
-    """Highest level of the sigma schedule, where its chains start; none: 80, or what the prediction knows if that is
-    less."""
+    """Highest level of the sigma schedule, where its chains start; none: 80."""
     rho: Positive = 7.0
     """The levels of the sigma schedule are even in sigma^(1/rho)."""
     rungs: Annotated[int, Field(ge=2)] = 1000
@@ -152,6 +151,19 @@ class DiffusionSection(Section):
         return self
 
 
+class ScheduledSampling(Section):
+    """In place of noised images, what the network's own steps make of noisier ones (Deng et al., ICLR 2023)."""
+
+    steps: Count = 1
+    """m: network calls without gradient, from the m-th time above t down to t."""
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Of each image to take part, at the end of the ramp."""
+    ramp: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the run over which the probability rises from 0; 0: it is the same from the beginning."""
+    min_level: NonNegative = 0.05
+    """Noise level sigma/alpha below which the plain input is used: the target grows without bound there."""
+
+
 class Loss(Section):
     num_consecutive_steps: Natural = 2
     """K of the sequence-aware loss, the base step included; 0 or 1 with lamda 0 is the plain DDPM loss."""
@@ -162,6 +174,13 @@ class Loss(Section):
     perturbation_target: Literal["noise", "unperturbed"] | None = None
     """What the network means at a perturbed input, beyond epsilon: the noise n, or what it would mean without
     perturbation; none: noise for epsilon, unperturbed for v_prediction, sample and flow."""
+    input_perturbation_probability: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the images that are perturbed; CIOP's is 0.8."""
+    scheduled_sampling: ScheduledSampling | None = None
+    """Train on the network's own steps: {steps: 1, probability: 0.8, ramp: 1, min_level: 0.05}; none: never."""
+    slow_flow: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """gamma of MixFlow: inputs are of a noisier time than the network is told, in [(1 - gamma) tau, tau] with tau 0 at
+    pure noise and 1 at the image; published with 0.8, for velocities, after training; 0: none."""
     weight: Literal["none", "min_snr"] = "none"
     """Weight of a time: min_snr is min(SNR, 5) on the error of the image (2303.09556)."""
     reduce: Literal["sum", "mean"] = "sum"
@@ -177,6 +196,14 @@ class Loss(Section):
                 f"num_consecutive_steps {self.num_consecutive_steps} with lamda {self.lamda} is not possible; "
                 "use lamda 0 for the plain loss, or at least 1 consecutive step"
             )
+        if self.input_perturbation_probability < 1 and self.input_perturbation == 0:
+            raise ValueError(f"input_perturbation_probability {self.input_perturbation_probability:g} needs "
+                             "input_perturbation, such as 0.1")
+        if self.scheduled_sampling and self.slow_flow:
+            raise ValueError("scheduled_sampling and slow_flow both decide on the input of a time; use one of them")
+        if self.slow_flow and self.variational != "none":
+            raise ValueError(f"slow_flow shows inputs of other times, of which variational {self.variational} knows "
+                             "nothing; use one of them")
         if self.variational != "none" and self.reduce != "mean":
             raise ValueError(f"variational {self.variational} is a mean over pixels; set loss.reduce to mean")
         if "kl" in self.variational and self.lamda > 0:
@@ -234,11 +261,11 @@ class Training(Section):
     """Images to train on, such as 200M, in place of n_epochs; k, M, G and Ki, Mi, Gi are understood."""
     max_steps: Count | None = None
     """Optimizer steps after which training ends, if that comes first."""
-    time_sampler: Literal["antithetic", "uniform", "lognormal", "vp", "ve", "logit_normal", "loss_second_moment"] = \
-        "antithetic"
+    time_sampler: Literal["antithetic", "uniform", "lognormal", "vp", "ve", "logit_normal", "beta",
+                          "loss_second_moment"] = "antithetic"
     """How the times of a batch are drawn: antithetic pairs (DDIM), independently, with a normal logarithm of the level
-    (EDM), as EDM's baselines vp and ve, with a normal logit of the rank (flow models), or where the latest losses are
-    large (guided-diffusion)."""
+    (EDM), as EDM's baselines vp and ve, with a normal logit of the rank (flow models), with 1 - rank from Beta(2, 1)
+    (MixFlow), or where the latest losses are large (guided-diffusion)."""
     time_mean: float | None = None
     """Mean of that normal draw; none: -1.2 for lognormal, 0 for logit_normal."""
     time_std: Positive | None = None

@@ -108,6 +108,12 @@ class Denoiser:
         other._watch = callback
         return other
 
+    def calling(self, network) -> "Denoiser":
+        """The same with another network, which takes and gives what this one does."""
+        other = copy(self)
+        other.network = network
+        return other
+
     def guided(self, by: "Denoiser", scale: float, interval: tuple[float, float] | None = None) -> "Denoiser":
         """by + scale (self - by), for x0 and eps each.
 

@@ -77,6 +77,10 @@ class Schedule:
         """The k-th training time below t, and whether there is one, each (B,); k = 0 gives t itself, always."""
         raise NotImplementedError
 
+    def above(self, t: Tensor, k: int) -> Tensor:
+        """The k-th training time above t, or the highest where there are not so many, (B,)."""
+        raise NotImplementedError
+
     def respaced(self, times: Sequence[int]) -> "Schedule":
         """The shorter chain that consists of these times."""
         raise ValueError(f"{type(self).__name__} has no steps to leave out; respacing is for discrete schedules")
@@ -175,6 +179,9 @@ class DiscreteSchedule(Schedule):
     def below(self, t, k):
         return (t - k).clamp(min=0), t >= k
 
+    def above(self, t, k):
+        return (t + k).clamp(max=self.start)
+
     def respaced(self, times):
         """Index k stands for ``times[k]``: betas 1 - abar_k/abar_{k-1}, and the network is told ``times[k]``."""
         self.check_times(times)
@@ -240,6 +247,10 @@ class SigmaSchedule(Schedule):
         rung = t.double() ** (1 / self.rho) - k * (self.high - self.low) / (self.rungs - 1)
         return (rung.clamp(min=self.low) ** self.rho).to(t.dtype), rung >= self.low
 
+    def above(self, t, k):
+        rung = t.double() ** (1 / self.rho) + k * (self.high - self.low) / (self.rungs - 1)
+        return (rung.clamp(max=self.high) ** self.rho).to(t.dtype)
+
 
 class FlowSchedule(Schedule):
     """Rectified flow (2209.03003, 2210.02747): alpha = 1 - t, sigma = t for t in (0, 1].
@@ -286,6 +297,9 @@ class FlowSchedule(Schedule):
         lower = t - k / self.rungs
         return lower.clamp(min=1 / self.rungs), lower >= 1 / self.rungs
 
+    def above(self, t, k):
+        return (t + k / self.rungs).clamp(max=1.0)
+
     def check_times(self, times):
         super().check_times(times)
         if times[-1] > 1:
@@ -306,8 +320,7 @@ def _sigma(diffusion) -> SigmaSchedule:
     """EDM's range, as far as the prediction knows it, unless another is given."""
     prediction, (low, high) = make_prediction(diffusion), RANGES["edm"]
     low = diffusion.sigma_min or max(low, getattr(prediction, "sigma_min", low))
-    high = diffusion.sigma_max or min(high, getattr(prediction, "sigma_max", high))
-    return SigmaSchedule(low, high, diffusion.rho, diffusion.rungs)
+    return SigmaSchedule(low, diffusion.sigma_max or high, diffusion.rho, diffusion.rungs)
 
 
 SCHEDULES = {"discrete": _discrete, "sigma": _sigma,

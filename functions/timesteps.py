@@ -55,10 +55,15 @@ def logit_normal_times(schedule, batch_size: int, generator=None, mean: float = 
     return schedule.at(torch.sigmoid(mean + std * _normal(batch_size, generator).double()))
 
 
+def beta_times(schedule, batch_size: int, generator=None) -> Tensor:
+    """1 - rank ~ Beta(2, 1): more draws near the image (MixFlow, 2512.19311)."""
+    return schedule.at(1 - _unit(batch_size, generator).sqrt())
+
+
 # (schedule, batch size, generator) -> times (B,) on the generator's device; some take constants beside.
 TIME_SAMPLERS: dict[str, Callable] = {"antithetic": antithetic_times, "uniform": uniform_times,
                                       "lognormal": lognormal_times, "vp": vp_times, "ve": ve_times,
-                                      "logit_normal": logit_normal_times}
+                                      "logit_normal": logit_normal_times, "beta": beta_times}
 
 # Their constants: name there -> (section, key) of the configuration.
 CONSTANTS = {

@@ -20,10 +20,12 @@ from functions.losses import sequence_aware_loss
 from functions.pixels import random_flip
 from functions.rng import seeded, shard_generator
 from functions.schedule import make_schedule
+from functions.training_remedies import Rollout, ramp_up, scheduled_noise, slowed_times
 from functions.variational import Transitions, with_bound
 from models import build_model, load_profile, load_weights, make_codec
 from runners import distributed
 from runners.network import Network, explain_out_of_memory, memory_format
+from runners.sampling.gamma import read_gamma
 from runners.sampling.sampler import Sampler
 from runners.sampling.weights import local_weights, stored_config
 from runners.training.checkpoint import RunFolder, prepared
@@ -239,7 +241,8 @@ class Diffusion:
         seen = []                                    # (t, loss) of every image, for samplers of times that learn
         for shard in plan.shards():
             batch = self.draw(*next(session.batches), state.times,
-                              shard_generator(plan.seed, session.step, shard, self.device))
+                              shard_generator(plan.seed, session.step, shard, self.device),
+                              session.step / plan.total_steps)
             with network.gradient_sync(now=shard == plan.shards()[-1]):
                 terms = self.loss(denoiser, batch)
                 if state.times.learns:
@@ -256,11 +259,18 @@ class Diffusion:
 
     def loss(self, denoiser: Denoiser, batch: "Draw"):
         """LossTerms of a shard as the configuration weighs them; the importance of its times is not in them."""
-        loss, given = self.config.loss, denoiser.given(batch.condition)
+        loss, given, noise, shown = self.config.loss, denoiser.given(batch.condition), batch.noise, None
+        if batch.rollout is not None:
+            alone = given.calling(given.network.alone()) if isinstance(given.network, Network) else given
+            noise = scheduled_noise(alone, batch.x0, batch.t, noise, batch.rollout, loss.scheduled_sampling.min_level)
+        if batch.slow is not None:
+            def shown(times):
+                u = batch.slow.repeat(len(times) // len(batch.slow))
+                return slowed_times(self.schedule, times, u, loss.slow_flow)
         terms = sequence_aware_loss(
-            given, batch.x0, batch.t, batch.noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
+            given, batch.x0, batch.t, noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
             input_perturbation=loss.input_perturbation, perturbation_noise=batch.xi,
-            perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce)
+            perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce, shown=shown)
         if loss.variational == "none":
             return terms
         return with_bound(terms, loss.variational, given, self.transitions, batch.x0, batch.t)
@@ -270,13 +280,15 @@ class Diffusion:
         """Of all steps of the schedule, for the variational bound."""
         return Transitions(self.schedule, range(self.schedule.num_timesteps)).to(self.device)
 
-    def draw(self, images: Tensor, labels: Tensor | None, times, generator: torch.Generator) -> "Draw":
+    def draw(self, images: Tensor, labels: Tensor | None, times, generator: torch.Generator,
+             progress: float = 1.0) -> "Draw":
         """All randomness of a shard but dropout; what is optional comes last, so that without it nothing changes.
 
         Args:
             images: uint8 (B, C, H, W).
             labels: Long (B,), or None.
             times: What draws the times of a batch: ``draw(size, generator) -> (t, importance)``.
+            progress: Share of the run that is done, in [0, 1].
         """
         config, loss = self.config, self.config.loss
         if config.data.random_flip:
@@ -292,7 +304,24 @@ class Diffusion:
         condition = {} if labels is None else {"labels": labels}
         if config.data.augment:
             x0, condition["augment"] = augment(x0, config.data.augment, Draws(generator))
-        return Draw(x0, condition, t, importance, noise, xi)
+        return Draw(x0, condition, t, importance, noise, *self._draw_remedies(noise, xi, generator, progress))
+
+    def _draw_remedies(self, noise: Tensor, xi: Tensor | None, generator, progress: float) -> tuple:
+        """(xi, rollout, slow) of a ``Draw``."""
+        loss, rollout, slow = self.config.loss, None, None
+
+        def uniform():
+            return torch.rand(noise.shape[1], generator=generator, device=self.device)         # (B,)
+
+        if loss.input_perturbation_probability < 1:
+            xi = xi * (uniform() < loss.input_perturbation_probability).view(-1, 1, 1, 1)
+        if scheduled := loss.scheduled_sampling:
+            chosen = uniform() < ramp_up(scheduled.probability, scheduled.ramp, progress)
+            shape = (scheduled.steps, *noise.shape)
+            rollout = Rollout(chosen, torch.randn(shape, generator=generator, device=self.device))
+        if loss.slow_flow:
+            slow = uniform().double()
+        return xi, rollout, slow
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -317,10 +346,13 @@ class Diffusion:
 
     def sampler(self, settings: SamplerSettings) -> Sampler:
         """The network with these settings applied to it. UserError: settings that are not possible."""
-        guide = self.guide
+        guide, gamma = self.guide, settings.gamma and read_gamma(settings.gamma)
+        if gamma and self.weights and gamma.weights != self.weights.fingerprint:
+            raise UserError(f"--gamma {settings.gamma} was measured on other weights ({gamma.weights}, these are "
+                            f"{self.weights.fingerprint}); run diagnose.py gamma with these")
         return Sampler(self.denoiser(), self.codec, settings, self.config, self.device,
                        guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels),
-                       classifier=self.classifier)
+                       classifier=self.classifier, gamma=gamma)
 
     def denoiser(self, schedule=None) -> Denoiser:
         """The network as sampling calls it, on its own schedule or on that of the network which it guides."""
@@ -340,3 +372,5 @@ class Draw(NamedTuple):
     importance: Tensor | None           # (B,), None: 1
     noise: Tensor                       # (K, B, C, H, W)
     xi: Tensor | None                   # of that shape
+    rollout: Rollout | None = None      # of scheduled sampling
+    slow: Tensor | None = None          # float64 (B,) in [0, 1)

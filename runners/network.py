@@ -3,6 +3,7 @@
 import logging
 import warnings
 from contextlib import contextmanager, nullcontext
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +164,13 @@ class Network:
             self.module = torch.compile(module) if self.compiled else module
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             return self.module(x, t, **condition).float()
+
+    def alone(self) -> "Network":
+        """The same without DDP, for calls that are not differentiated: those must not count among its passes."""
+        other = copy(self)
+        if isinstance(self.module, DistributedDataParallel):
+            other.module = self.module.module
+        return other
 
     def gradient_sync(self, now: bool):
         """Context of a backward pass: average the gradients over ranks at its end, or only accumulate them."""

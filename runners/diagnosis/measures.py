@@ -131,7 +131,10 @@ class Diagnosis:
         return norm_rows(self.steps, self.training_norms(), self.sampling_norms())
 
     def exposure(self, starts: Sequence[float | None]) -> list[dict]:
-        """delta_s below each start: a time of the list, or None for pure noise; the last s is the sample itself."""
+        """delta_s below each start: a time of the list, or None for pure noise; the last s is the sample itself.
+
+        Where churn or a time shift moves a step, it counts as one of its time in the list.
+        """
         data = Moments()
         for _, x0 in self.real_images("variance"):
             data.add("x0", x0)
@@ -146,12 +149,12 @@ class Diagnosis:
                 for start in starts for s in visited if (start, s) in bias.share.sums]
 
     def _record_chain(self, bias: ExposureBias, start: int | None, places: list[int], real: Tensor) -> None:
-        last = None
+        last, steps = None, self.steps if start is None else self.steps[:self.steps.index(start) + 1]
 
         def visit(index, t, x, x0, eps):
             nonlocal last
             if index or start is None:                     # where it starts it is q itself, unless that is pure noise
-                bias.add(start, t, x, real)
+                bias.add(start, steps[-1 - index], x, real)
             last = x0
 
         begin = self.latent(places) if start is None else self.diffused(real, places, start)
@@ -166,7 +169,7 @@ class Diagnosis:
         gaps, highest = Moments(), self.steps[-1]
         for places, real in self.real_images("gap"):
             self.sampler.run(*self.diffused(real, places, highest), lambda index, t, x, x0, eps, real=real: gaps.add(
-                t, estimation_gap(self.schedule, x, eps, real, t)), highest)
+                self.steps[-1 - index], estimation_gap(self.schedule, x, eps, real, t)), highest)
         gaps = gathered(gaps.cpu())
         mean = {t: gaps.mean(t) for t in self.steps}
         total = accumulated_gaps(self.schedule, self.steps, mean)
@@ -188,13 +191,21 @@ class Diagnosis:
             return first
 
         fit = fit_scaler(norms_of, training, model)
-        ends = fit.b, fit.b + fit.k * (len(self.steps) - 1)
-        if distributed.rank() == 0 and max(abs(end - 1) for end in ends) > 0.1:
+        if distributed.rank() == 0 and self.is_no_correction(fit):
             log.warning("lambda from %.3f to %.3f is no correction of a few percent: long steps or an unfinished "
-                        "network bend the norms of this chain more than exposure bias does; try more steps", *ends)
+                        "network bend the norms of this chain more than exposure bias does; try more steps",
+                        *self.ends(fit))
         both = {0: known[0.0, 1.0], 1: known[fit.k, fit.b]}
         return fit, [{"scaled": scaled, **row} for scaled in both
                      for row in norm_rows(self.steps, training, both[scaled])]
+
+    def ends(self, fit: Fit) -> tuple[float, float]:
+        """lambda at the lowest and the highest noise."""
+        return fit.b, fit.b + fit.k * (len(self.steps) - 1)
+
+    def is_no_correction(self, fit: Fit) -> bool:
+        """Whether it changes eps by more than a tenth somewhere, or brings the norms no nearer."""
+        return max(abs(end - 1) for end in self.ends(fit)) > 0.1 or fit.mismatch >= fit.before
 
     def scaled(self, scaler: tuple[float, float]) -> Sampler:
         """This object's sampler with another epsilon scaling."""

@@ -18,10 +18,18 @@ def add_sampler_flags(parser: argparse.ArgumentParser, timesteps: str) -> None:
         group.add_argument(f"--{name}", type=float, metavar="LEVEL", help=f"{what} noise level of edm, vp, ve, iddpm")
     group.add_argument("--rho", type=float, help="of edm: even steps in sigma^(1/rho) (default: 7)")
     group.add_argument("--var_type", default="fixedlarge", help="variance of ddpm_noisy: fixedlarge, fixedsmall, or "
-                       "learned by the network")
+                       "learned by the network; analytic (also for generalized) with --gamma")
+    group.add_argument("--gamma", metavar="FILE", help="of diagnose.py gamma, for --var_type analytic")
     group.add_argument("--eps_scaler", metavar="B or K,B", help="divide the predicted noise by B, or by K i + B")
     group.add_argument("--churn", metavar="S[,MIN,MAX,NOISE]", help="EDM's S_churn, S_min, S_max and S_noise, for heun "
                                                                     "and euler")
+    group.add_argument("--dcw", metavar="LOW[,HIGH]", help="move each step away from its estimate of the image, by LOW "
+                       "in the low band and HIGH in the others of a Haar transform; LOW,pixel: without transform")
+    group.add_argument("--time_shift", metavar="W,CUTOFF[,code[,V0]]", help="while the time is above CUTOFF, take an "
+                       "image for one of the time within W/2 that its variance tells; paper (default) or code; V0: "
+                       "variance of the data, published as 0")
+    group.add_argument("--restart", metavar="N,K,MIN,MAX[,NOISE][;...]", help="at level MIN, K times add noise up to "
+                       "MAX and return in N - 1 steps; for generalized, heun and euler")
     group.add_argument("--ode_time", default="linear", help="heun and euler: make steps in the time linear, ve or vp "
                        "of EDM's ablation")
     group.add_argument("--ode_scale", default="none", help="heun and euler: in the scale none or vp")
@@ -66,7 +74,9 @@ def numbers(name: str, text: str) -> float | tuple[float, ...]:
     return found[0] if len(found) == 1 and name == "eps_scaler" else found
 
 
-EXAMPLES = {"eps_scaler": "1.017 or 0.0005,1.01", "churn": "40 or 40,0.05,50,1.003", "guidance_interval": "0.2,5"}
+EXAMPLES = {"eps_scaler": "1.017 or 0.0005,1.01", "churn": "40 or 40,0.05,50,1.003", "guidance_interval": "0.2,5",
+            "dcw": "0.05, 0.05,0.01 or 0.05,pixel", "time_shift": "40,300 or 40,300,code",
+            "restart": "3,2,0.14,0.3 or 3,2,0.14,0.3,1.003;3,1,5,9"}
 
 
 def one_line(error) -> str:
@@ -78,3 +88,11 @@ def one_line(error) -> str:
     example = EXAMPLES.get(problem["loc"][0]) if problem["loc"] else None
     return f"{flag}{problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}" + (
         f"; such as {example}" if example else "")
+
+
+def flag_text(value) -> str:
+    """What follows a flag: numbers by commas, intervals by semicolons."""
+    if not isinstance(value, (tuple, list)):
+        return str(value)
+    nested = any(isinstance(part, (tuple, list)) for part in value)
+    return (";" if nested else ",").join(map(flag_text, value))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.sampling import SamplerSettings
+from runners.sampling.gamma import read_gamma
 from utils.atomic import remove_leftovers, write_json
 from utils.errors import DataError, UserError
 
@@ -57,6 +58,11 @@ class ImageFolder:
                             f"{min(foreign).name}; choose another --image_folder")
 
 
+def gamma_fingerprint(settings: SamplerSettings) -> dict:
+    """Which numbers analytic variances are made of, wherever their file lies; empty without."""
+    return {"gamma": read_gamma(settings.gamma).fingerprint} if settings.gamma else {}
+
+
 def changes(stored: dict, given: dict, path: str = "") -> list[str]:
     """What differs between two nested dictionaries, each value by its dotted key; absent is None."""
     found = []
@@ -71,9 +77,10 @@ def changes(stored: dict, given: dict, path: str = "") -> list[str]:
 
 def manifest_of(diffusion, settings: SamplerSettings) -> dict:
     """What determines the images of a ``Diffusion`` beside the seed, as plain values."""
-    config = diffusion.config
+    config, gamma = diffusion.config, gamma_fingerprint(settings)
     manifest = {
-        "weights": diffusion.weights.fingerprint, "amp": str(diffusion.amp or "off"), "sampler": settings.given(),
+        "weights": diffusion.weights.fingerprint, "amp": str(diffusion.amp or "off"),
+        "sampler": {**settings.given(), **gamma},
         "model": {"arch": config.model.arch}, "diffusion": config.diffusion.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json", include={"image_size", "channels", "rescaled", "logit_transform"}),
     }

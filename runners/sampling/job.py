@@ -13,8 +13,9 @@ from runners.evaluation.references import MissingReference, find_reference
 from runners.sampling.classifier import Classifier
 from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
+from runners.sampling.gamma import read_gamma
 from runners.sampling.pictures import open_originals
-from runners.sampling.sampler import check_settings
+from runners.sampling.sampler import check_gamma, check_settings
 from runners.sampling.weights import configuration_of, local_weights, stored_config
 from runners.training.checkpoint import RunFolder
 from utils.errors import UserError
@@ -90,6 +91,8 @@ class SamplingJob:
         schedule = make_schedule(config.diffusion)
         self.times = check_settings(settings, config, make_codec(config), has_guide=bool(self.guide),
                                     num_classes=self.classifier.num_classes if self.classifier else 0)
+        if settings.gamma:
+            check_gamma(read_gamma(settings.gamma), self.times)
         if args.reconstruct:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
@@ -114,8 +117,10 @@ class SamplingJob:
 
     def _check_reconstruction(self) -> None:
         args = self.args
-        if self.settings.sample_type == "ddpm_noisy" or self.settings.eta or self.settings.churn:
-            raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, not ddpm_noisy")
+        settings = self.settings
+        if settings.sample_type == "ddpm_noisy" or settings.eta or settings.churn or settings.restart or settings.gamma:
+            raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, --restart or "
+                            "analytic variance, not ddpm_noisy")
         found = len(open_originals(args.reconstruct, self.config))
         if max(self.seeds) >= found:
             raise UserError(f"--reconstruct {args.reconstruct} has {found} images; lower --num_samples")

@@ -14,12 +14,15 @@ from functions.guidance import classifier_gradient
 from functions.levels import LEVELS
 from functions.ode import check_churn
 from functions.prediction import make_prediction
+from functions.remedies import REMEDIES, Remedy
 from functions.rng import SeededNoise, derive_seed, parse_seeds
 from functions.schedule import make_schedule
 from functions.timesteps import chain_range, sampling_times
+from runners.sampling.gamma import GammaFile
 from utils.errors import DivergedError, UserError
 
 LABELS = 1                                                 # stream of an image's own label, beside its noise
+OPTIONS = {"generalized": ["eta"], "ddpm_noisy": ["var_type"], "heun": ["churn"], "euler": ["churn"], "dpmpp_2m": []}
 
 
 def check_settings(settings: SamplerSettings, config, codec, *, has_guide: bool = False, num_classes: int = 0) -> list:
@@ -42,11 +45,16 @@ def check_settings(settings: SamplerSettings, config, codec, *, has_guide: bool 
         scales_of(settings.eps_scaler, len(times))
         check_churn(settings.churn)
         form_of(settings, schedule, prediction, times)
+        for remedy in remedies_of(settings):
+            remedy.on(schedule, times, prediction.round)
     except ValueError as error:
         raise UserError(f"--{error}") from None
     if settings.clip_denoised and not codec.bounded:
         raise UserError("--clip_denoised: what is diffused here does not lie in [-1, 1] (logits or latents), so that "
                         "there is nothing to clip to; leave it out")
+    if settings.dcw and settings.dcw[1] != "pixel" and any(side % 2 for side in codec.shape[1:]):
+        raise UserError(f"--dcw: a Haar transform halves the sides of {codec.shape[1]} x {codec.shape[2]}, which are "
+                        "not even; use LOW,pixel")
     if settings.var_type == "learned" and not model.learns_variance:
         raise UserError("--var_type learned: this network has learned no variances; use fixedlarge or fixedsmall")
     num_labels = model.num_labels
@@ -76,6 +84,23 @@ def form_of(settings: SamplerSettings, schedule, prediction, times: list) -> Flo
     return FlowForm.of(settings.ode_time, settings.ode_scale, settings.alpha, levels)
 
 
+def remedies_of(settings: SamplerSettings) -> list[Remedy]:
+    """What the chain is corrected by, in the order in which it acts."""
+    makers = {
+        "dcw": lambda low, high: REMEDIES["dcw"](low, pixel=True) if high == "pixel" else REMEDIES["dcw"](low, high),
+        "time_shift": REMEDIES["time_shift"],
+        "restart": lambda *intervals: REMEDIES["restart"](intervals, corrector=settings.sample_type == "heun"),
+    }
+    return [makers[name](*getattr(settings, name)) for name in REMEDIES if getattr(settings, name)]
+
+
+def calls_of(settings: SamplerSettings, schedule, prediction, times: list) -> int:
+    """Network calls for each image."""
+    extra = sum(remedy.on(schedule, times, prediction.round).calls for remedy in remedies_of(settings))
+    guided = settings.guidance not in (None, 1)
+    return (network_calls(settings.sample_type, len(times)) + extra) * (1 + guided)
+
+
 def classes_of(text: str | None, num_labels: int) -> list[int] | None:
     """The classes that are gone through by seed; None: random. -1 is no label.
 
@@ -95,6 +120,15 @@ def classes_of(text: str | None, num_labels: int) -> list[int] | None:
     return classes
 
 
+def check_gamma(file: GammaFile, times: list):
+    """Its Gamma. UserError: it was not measured at these times."""
+    try:
+        file.gamma.check(times)
+    except ValueError as error:
+        raise UserError(f"--gamma: {error}") from None
+    return file.gamma
+
+
 class Sampler:
     """A network with settings applied to it.
 
@@ -107,29 +141,32 @@ class Sampler:
         guide: Denoiser of a worse network, for autoguidance; None: guidance is classifier-free.
         guide_labels: Whether the guide takes labels.
         classifier: ``runners.sampling.classifier.Classifier`` to guide by, or None.
+        gamma: GammaFile of ``settings.gamma``.
 
     Raises:
         UserError: Settings that are not possible with this network.
     """
 
     def __init__(self, denoiser: Denoiser, codec, settings: SamplerSettings, config, device,
-                 guide: Denoiser | None = None, guide_labels: bool = False, *, classifier=None):
+                 guide: Denoiser | None = None, guide_labels: bool = False, *, classifier=None,
+                 gamma: GammaFile | None = None):
         self.denoiser, self.codec, self.settings, self.device = denoiser, codec, settings, device
         self.num_labels, self.guide, self.guide_labels = config.model.num_labels, guide, guide_labels
         self.classifier, self.num_classes = classifier, classifier.num_classes if classifier else self.num_labels
         self.times = check_settings(settings, config, codec, has_guide=guide is not None,
                                     num_classes=self.num_classes if classifier else 0)
         self.classes = classes_of(settings.classes, self.num_classes)
-        self._options = {key: getattr(settings, key) for key in ("eta", "var_type", "churn")
-                         if key in SAMPLE_TYPES[settings.sample_type]}
+        self.remedies = remedies_of(settings)
+        self._options = {key: getattr(settings, key) for key in OPTIONS[settings.sample_type]}
         if "ode_time" in SAMPLE_TYPES[settings.sample_type]:
             self._options["form"] = form_of(settings, denoiser.schedule, denoiser.prediction, self.times)
+        if gamma:
+            self._options["gamma"] = check_gamma(gamma, self.times)
 
     @property
     def calls(self) -> int:
         """Network calls for each image."""
-        guided = self.settings.guidance not in (None, 1)
-        return network_calls(self.settings.sample_type, len(self.times)) * (1 + guided)
+        return calls_of(self.settings, self.denoiser.schedule, self.denoiser.prediction, self.times)
 
     def labels(self, seeds: Sequence[int]) -> Tensor | None:
         """The label of each image, which its seed decides, long (B,); None where there are none to be told."""
@@ -172,7 +209,8 @@ class Sampler:
             denoiser = denoiser.watched(watch)
         x = SAMPLERS[self.settings.sample_type](
             denoiser, x, times, eps_scaler=self.settings.eps_scaler, clip_denoised=clip,
-            noise_fn=lambda index: noise.randn(x.shape), callback=callback, **self._options, **self._gradient(labels))
+            noise_fn=lambda index: noise.randn(x.shape), callback=callback, remedies=self.remedies, **self._options,
+            **self._gradient(labels))
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():
             seeds = [seed for seed, is_bad in zip(noise.seeds, bad.tolist(), strict=True) if is_bad]

@@ -127,7 +127,7 @@ class Session:
         """``amp: auto`` goes on with what the run began with, also where this device would have chosen otherwise."""
         device, network = self.diffusion.device, self.network
         began = stored.get("amp", "off" if device.type == "cpu" else None)    # an older file's auto
-        if self.training.amp != "auto" or began in (None, amp_name(network.amp)):
+        if self.training.amp != "auto" or began not in AMP or began == amp_name(network.amp):
             return
         if began == "fp16" and device.type == "cpu":
             log.warning("amp auto: the run began with fp16, which a CPU has not; it goes on with %s",
