@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from runners.diagnosis.curves import write_panel
 from runners.diagnosis.panels import PANELS
 from runners.diagnosis.summary import SUMMARIES
-from runners.study.page import Gallery, Heading, Table, Text, to_html
+from runners.study.page import Gallery, Heading, Text, to_html
 from utils.atomic import write_text
 
 # What a plot shows, and how to read it.
@@ -37,8 +37,6 @@ def write_page(path: Path, title: str, found: dict[str, dict], verdicts: dict[st
     blocks = [Text(title)]
     for name, sentences in verdicts.items():
         blocks += [Heading(f"Verdict: {name}"), *(Text(sentence) for sentence in sentences)]
-    blocks += [Heading("Main figures"), Table(["measure", "run", "figures"], [
-        [measure, name, SUMMARIES[measure](rows)] for measure, runs in found.items() for name, rows in runs.items()])]
     with TemporaryDirectory() as folder:
         for measure, runs in found.items():
             heading, caption = CAPTIONS[measure]
@@ -47,13 +45,14 @@ def write_page(path: Path, title: str, found: dict[str, dict], verdicts: dict[st
                 picture = Path(folder) / f"{measure}-{number}.png"
                 write_panel(panel, picture, log_time)
                 pictures.append((f"{measure}, {number + 1}", picture))
-            blocks += [Heading(heading), Gallery(caption, pictures)]
+            figures = [Text(f"{name}: {SUMMARIES[measure](rows)}.") for name, rows in runs.items()]
+            blocks += [Heading(heading), Gallery(caption, pictures), *figures]
         write_text(path, to_html("Exposure bias along the chain", blocks, STYLE))
 
 
-# Plots beside one another where there is room for two, else below; sentences of a table may break.
+# Plots beside one another where there is room for two, else below.
 STYLE = """
 .gallery { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .gallery img { image-rendering: auto; } .gallery figcaption { display: none; }
-td:last-child { white-space: normal; min-width: 16rem; } p { overflow-wrap: break-word; }
+p { overflow-wrap: break-word; }
 """
