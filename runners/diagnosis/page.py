@@ -16,11 +16,12 @@ CAPTIONS = {
     "exposure": ("Variance of the chain", "Variance of what the network gets along the chain minus that of noised "
                  "images, averaged over pixels, and its root with sign."),
     "gap": ("Gap to the true noise", "Mean of predicted minus true noise along chains that start from noised images; "
-            "the dotted line is what chance alone gives. Right: what accumulates."),
+            "the dotted line is what chance alone gives. Second: what accumulates."),
     "spectrum": ("Frequencies", "Energy in the bands of a Haar transform (ll: low; lh, hl, hh: high), chain against "
                  "training, of the network's input and of its estimate; the power spectrum of the final images."),
     "snr": ("Effective time", "The time at which training would make the network predict noise of the size that it "
-            "predicts along the chain. Above 0: the chain's inputs look noisier than the network is told."),
+            "predicts along the chain. Above 0: the chain's inputs look noisier than the network is told. Times at "
+            "which the size hardly depends on the noise are left out."),
     "gamma": ("Gamma", "Mean square of the predicted noise for each pixel: 1 where there is nothing but noise."),
     "energy": ("Energy of the estimate", "Mean square of the estimated image for each pixel, which rises to that of "
                "the data. A chain that stays below it fades."),
