@@ -41,7 +41,13 @@ FLAG_KEYS = {"num_consecutive_steps": "loss.num_consecutive_steps", "lamda": "lo
 
 
 def configure(args):
-    """The configuration that the file, the overrides and the flags describe; flags win."""
+    """The configuration that file, overrides and flags describe, flags win, and the run folder; read once."""
+    if "configured" not in args:
+        args.configured = read_configuration(args)
+    return args.configured
+
+
+def read_configuration(args):
     from configs.schema import load_config
     from runners.training.checkpoint import RunFolder
     from utils.errors import UserError

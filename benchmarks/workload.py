@@ -49,7 +49,7 @@ class Training:
         run = RunFolder(folder / "run", folder / "datasets")
         images = self.diffusion.open_training_images(run)
         self.plan = Plan.make(config.training, images.num_images, 1)
-        self.session = Session(self.diffusion, run, self.plan, images, Signals(), resume=False)
+        self.session = Session(self.diffusion, run, self.plan, images, Signals(), None)
 
     def __call__(self) -> int:
         self.diffusion.train_step(self.session)

@@ -105,8 +105,7 @@ class DiffusionSection(Section):
     sigma_min: Positive | None = None
     """Lowest level of the sigma schedule; none: 0.002, or what the prediction knows if that is more."""
     sigma_max: Positive | None = None
-    """Highest level of the sigma schedule, where its chains start; none: 80, or what the prediction knows if that is
-    less."""
+    """Highest level of the sigma schedule, where its chains start; none: 80."""
     rho: Positive = 7.0
     """The levels of the sigma schedule are even in sigma^(1/rho)."""
     rungs: Annotated[int, Field(ge=2)] = 1000
@@ -286,10 +285,14 @@ class Training(Section):
     """Held-out images for it, at most."""
     log_freq: Count = 50
     """Optimizer steps between two lines of metrics.jsonl."""
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], AsTuple] = ("tensorboard",)
+    """Where curves and grids go beside metrics.jsonl and samples/; wandb has to be installed."""
     sample_num: Natural = 36
-    """Images of the EMA sample grid drawn with each snapshot; 0: no grid."""
+    """Images of each part of the sheet of samples drawn with each snapshot; 0: no sheet."""
+    first_grid_minutes: NonNegative = 1.0
+    """A run draws its first sheet after so many minutes, before the first snapshot; 0: not."""
     sample_timesteps: Count = 50
-    """DDIM steps for that grid."""
+    """DDIM steps for that sheet."""
     checkpoint_minutes: NonNegative = 30.0
     """ckpt.pth is rewritten when it is older than this; 0: only with snapshots."""
     keep_last: Count | None = None

@@ -320,8 +320,7 @@ def _sigma(diffusion) -> SigmaSchedule:
     """EDM's range, as far as the prediction knows it, unless another is given."""
     prediction, (low, high) = make_prediction(diffusion), RANGES["edm"]
     low = diffusion.sigma_min or max(low, getattr(prediction, "sigma_min", low))
-    high = diffusion.sigma_max or min(high, getattr(prediction, "sigma_max", high))
-    return SigmaSchedule(low, high, diffusion.rho, diffusion.rungs)
+    return SigmaSchedule(low, diffusion.sigma_max or high, diffusion.rho, diffusion.rungs)
 
 
 SCHEDULES = {"discrete": _discrete, "sigma": _sigma,

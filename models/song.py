@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.edm_blocks import BlockStyle, EDMUNet, FusedDownConv, Resample, geometric_frequencies, group_norm
+from models.edm_blocks import BlockStyle, EDMUNet, geometric_frequencies, group_norm
+from models.resampling import FusedDownConv, Resample
 
 
 class Positional(nn.Module):

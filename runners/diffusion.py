@@ -185,6 +185,13 @@ class Diffusion:
                          max_steps)
         with (log_to_file(run), nullcontext(signals) if signals else distributed.Signals().listening() as signals,
               explain_out_of_memory(), Session(self, run, plan, images, signals, judge) as session):
+            if session.finished:
+                log.info("already finished: step %d of %d; to go on give more %s", session.step, plan.last_step,
+                         "training.n_epochs or training.max_steps" if plan.last_step == plan.total_steps else
+                         "--max_steps")
+                return TrainResult(session.step, session.step // plan.steps_per_epoch, None, run.path / "ckpt.pth")
+            plan.say_where_it_ends(self.config.training, max_steps)
+            session.open()
             while session.goes_on:
                 self.train_step(session)
                 session.report()

@@ -68,9 +68,14 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def launched() -> bool:
+    """True in a rank that our own ``launch`` has started."""
+    return LAUNCHER in os.environ
+
+
 def follow_launcher() -> None:
     """In a rank of our own launcher: save and end, as after SIGTERM, should the launcher be killed."""
-    if LAUNCHER in os.environ:
+    if launched():
         signal_when_orphaned(int(os.environ[LAUNCHER]), signal.SIGTERM)
 
 

@@ -1,9 +1,12 @@
-"""The benchmarks compare like with like: the reference procedure computes what this project computes."""
+"""The benchmarks compare like with like: the reference procedure computes what this project computes. And what they
+find out without a GPU: their steps run, and no step waits for the device."""
 
 import pytest
 import torch
 
 from benchmarks import reference
+from benchmarks.trace import profile_steps
+from benchmarks.workload import Training, make_config, write_pictures
 from configs.schema import Config
 from configs.sections import Average
 from functions.denoiser import Denoiser
@@ -61,3 +64,29 @@ def test_same_picture_from_the_same_noise(networks, tmp_path):
     reference.sample_and_save(networks[1], reference.make_betas(CONFIG, "cpu"), x, steps, tmp_path)
     written = torch.stack([(image + 1) / 2 * 255 for image in reference.Pictures(tmp_path, flip=False)]).round()
     assert (written - to_uint8(((ours + 1) / 2).clamp(0, 1))).abs().max() <= 1
+
+
+SMALL = {"model.ch": 32, "model.ch_mult": [1], "model.num_res_blocks": 1, "model.attn_resolutions": [],
+         "data.image_size": 8, "training.log_freq": 1000}
+
+
+def test_both_procedures_take_steps_on_the_same_pictures(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 8, 8)
+    config = make_config(pictures, 4, **SMALL)
+    for step in (Training(config, tmp_path, "cpu"), reference.ReferenceTraining(config, pictures, "cpu", workers=0)):
+        before = [p.detach().clone() for p in model_of(step).parameters()]
+        assert step() == 4 and step() == 4
+        assert not all(torch.equal(a, b) for a, b in zip(before, model_of(step).parameters(), strict=True))
+
+
+def model_of(step):
+    return step.diffusion.model if isinstance(step, Training) else step.network
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_reads_nothing_from_the_device_between_logging_points(tmp_path, precision):
+    """Operators that would make the host wait are the same on a CPU, where a profiler sees them, too."""
+    config = make_config(write_pictures(tmp_path / "pictures", 8, 8), 4, precision, **SMALL, **{"optim.grad_clip": 1.0})
+    step = Training(config, tmp_path, "cpu")
+    step()
+    assert not profile_steps(step, 2, torch.device("cpu")).waits

@@ -153,7 +153,10 @@ def test_a_snapshot_needs_no_configuration(tmp_path):
 def test_a_snapshot_samples_as_its_parts_do():
     diffusion = Diffusion.from_weights(SNAPSHOT, "cpu")
     assert (diffusion.weights.format, diffusion.weights.kind) == ("edm", "ema")
-    (batch,) = diffusion.sample([3, 4], sample_type="heun", timesteps=5, classes="2")
+    types = set()
+    (batch,) = diffusion.sample([3, 4], sample_type="heun", timesteps=5, classes="2",
+                                callback=lambda index, t, x, x0, eps: types.add(x.dtype))
+    assert types == {torch.float64} and batch.images.dtype == torch.float32
     model = build(one("networks", "snapshot"))
     model.load_state_dict(read_snapshot(SNAPSHOT).state)
     denoiser = Denoiser(model, SigmaSchedule(), PREDICTIONS["edm"], {"labels": torch.tensor([2, 2])})

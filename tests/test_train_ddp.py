@@ -29,7 +29,7 @@ def run(exp, *flags):
     (["--model.arch", "transformer"], "input should be 'unet'"),
     (["--config", "nowhere.yml"], "not found"),
     (["--doc", "../x"], "'..'"),
-    (["--doc", "/x"], "relative"),
+    (["--doc", "/x"], "relative"), (["--doc", ""], "relative"),
     (["--max_steps", "0"], "at least 1"),
     (["--num_proces_per_node", "2"], "did you mean --num_process_per_node?"),
     (["--amp", "fp16"], "needs a CUDA GPU"),

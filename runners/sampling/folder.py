@@ -37,8 +37,10 @@ class ImageFolder:
                 stored = json.loads(file.read_text())
             except ValueError:
                 raise DataError(f"{file}: not readable; remove the folder, or choose another --image_folder") from None
-            different = [f"{key} {stored.get(key)!r}, now {manifest.get(key)!r}"
-                         for key in sorted(stored.keys() | manifest.keys()) if stored.get(key) != manifest.get(key)]
+            if not isinstance(stored, dict):
+                raise DataError(f"{file}: no manifest of this program; remove the folder, or choose another "
+                                "--image_folder")
+            different = changes(stored, manifest)
             if different:
                 raise UserError(f"{self.path} holds images made with other settings ({'; '.join(different)}); "
                                 "choose another --image_folder")
@@ -59,6 +61,18 @@ class ImageFolder:
 def gamma_fingerprint(settings: SamplerSettings) -> dict:
     """Which numbers analytic variances are made of, wherever their file lies; empty without."""
     return {"gamma": read_gamma(settings.gamma).fingerprint} if settings.gamma else {}
+
+
+def changes(stored: dict, given: dict, path: str = "") -> list[str]:
+    """What differs between two nested dictionaries, each value by its dotted key; absent is None."""
+    found = []
+    for key in sorted(stored.keys() | given.keys()):
+        old, new = stored.get(key), given.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{path}{key}.")
+        elif old != new:
+            found.append(f"{path}{key} was {old!r}, is {new!r}")
+    return found
 
 
 def manifest_of(diffusion, settings: SamplerSettings) -> dict:

@@ -93,6 +93,9 @@ class RunFolder:
                 the data or the process.
         """
         self.check(config, resume=resume, overwrite=overwrite)
+        if resume and self.full_states() and self.config.exists():
+            for line in differences(load_config(self.config), config, MAY_CHANGE):
+                log.warning("resuming with another setting: %s", line)
         if overwrite and (self.full_states() or self.averages()):
             backup = self.path.with_name(f"{self.path.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(self.path, backup)
@@ -120,8 +123,6 @@ class RunFolder:
         if resume and self.full_states() and self.config.exists():
             stored = load_config(self.config)
             refuse_differences(stored, config, self.config, DECIDE_A_RUN if self._is_ours() else DECIDE_ADOPTION)
-            for line in differences(stored, config, MAY_CHANGE):
-                log.warning("resuming with another setting: %s", line)
 
     def _is_ours(self) -> bool:
         """Whether this program wrote the folder's configuration: the others keep the loss on their command line."""

@@ -17,6 +17,7 @@ from models import load_weights
 from runners import distributed
 from runners.diffusion import Diffusion
 from runners.network import Network, explain_amp, resolve_amp
+from runners.training.loggers import check_loggers
 from runners.training.plan import Plan, split_batch
 from utils.errors import DataError
 from utils.live_bytes import LiveBytes
@@ -33,6 +34,7 @@ def check_training(config: Config, args) -> int:
     world = distributed.detect()
     processes = world.size if world else args.num_process_per_node * args.num_proc_node
     split_batch(config.training, processes)
+    check_loggers(config.training.loggers)
     resolve_amp(config.training.amp, distributed.pick_device(args.device, distributed.World()))
     return processes
 

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import Config
+from functions.schedule import make_schedule
+from functions.timesteps import TimeSampler
 from models.weights import weights_fingerprint
+from runners.network import AMP
 from runners.training.adopting import adopt, is_ours
 from runners.training.optimizer import MOMENTS, OPTIONAL_MOMENTS
 from utils.errors import DataError, UserError
@@ -67,7 +70,9 @@ PLAIN: dict[str, tuple[Callable, bool]] = {
     "step": (_count, False), "epoch": (_count, False), "ema_updates": (_count, False), "bad_run": (_count, False),
     "lr_schedule": (_schedule, False), "grad_scaler": (_scaler, False), "best_fid": (_best, True),
     "metric_sums": (_sums, True), "snapshots": (_counts, True), "config": (_sections, True),
-    "data_fingerprint": (_text, True), "data_content": (_text, True), "digests": (lambda v: isinstance(v, dict), True),
+    "amp": (lambda value: isinstance(value, str) and value in AMP, True), "data_fingerprint": (_text, True),
+    "data_content": (_text, True),
+    "digests": (lambda value: isinstance(value, dict), True),
 }
 
 
@@ -170,10 +175,22 @@ def problems(state: dict, model: nn.Module, config: Config) -> Iterator[str]:
     else:
         for name, average in more.items():
             yield from _tensors(f"weight of the average {name!r},", average, own)
-    if not isinstance(state.get("times", {}), dict):
-        yield f"times is {_short(state['times'])}"
+    yield from _times(state.get("times") or {}, config)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     yield from _optimizer(state.get("optimizer"), trained, config)
+
+
+def _times(stored, config: Config) -> Iterator[str]:
+    """Of a sampler of times that learns from losses; empty where the run drew otherwise so far."""
+    own = TimeSampler.of(config, make_schedule(config.diffusion)).state_dict()
+    if not isinstance(stored, dict):
+        yield f"times is {_short(stored)}"
+    elif stored and own:
+        found = list(_tensors("entry of times", stored, own))
+        counts, length = stored.get("counts"), own["losses"].shape[1]
+        if not found and not 0 <= int(counts.min()) <= int(counts.max()) <= length:
+            found = [f"entry of times counts is not in [0, {length}]"]
+        yield from found
 
 
 def _tensors(kind: str, stored, own: dict[str, Tensor]) -> Iterator[str]:

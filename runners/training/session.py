@@ -11,12 +11,12 @@ from torch import Tensor
 
 from datasets.packed import open_images
 from functions.losses import sequence_aware_loss
-from functions.pixels import to_uint8
 from functions.timesteps import TimeSampler
 from runners import distributed
 from runners.network import AMP, Network, amp_name, explain_amp, resolve_amp, resolve_compile
 from runners.training.adopting import FORMAT_VERSION
 from runners.training.checkpoint import RunFolder
+from runners.training.grids import training_sheet
 from runners.training.monitor import Monitor
 from runners.training.periodic_fid import PeriodicFid
 from runners.training.plan import Plan
@@ -58,24 +58,36 @@ class Session:
             self.state.load_state_dict(diffusion.inherited)
         diffusion.inherited = None                   # it is as large as the state itself
         self.step, self.best = stored.get("step", 0), stored.get("best_fid")
+        self.event, self.line, self.saved_at, self.began = 0, {}, time.monotonic(), time.monotonic()
+        self.first_grid_due = self.step == 0 and training.first_grid_minutes > 0
+        self._snapshots, self._sums = stored.get("snapshots") or [], stored.get("metric_sums")
+
+    def open(self) -> None:
+        """Open what a step reports to; nothing of an earlier run is touched before."""
+        training, diffusion = self.training, self.diffusion
         self.writer = self.held.enter_context(
-            CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", [])))
-        self.monitor = Monitor(run, plan, diffusion.device, self.step, stored.get("metric_sums"),
-                               diffusion.config.loss.variational != "none")
+            CheckpointWriter(self.run, training.keep_last, training.keep_every, self._snapshots))
+        self.monitor = Monitor(self.run, self.plan, diffusion.device, self.step, self._sums,
+                               diffusion.config.loss.variational != "none", training.loggers,
+                               diffusion.config.model_dump(mode="json"))
         self.held_out = self._open_held_out()
         self.fid = PeriodicFid(diffusion.config, diffusion.device) if training.fid_freq else None
         self.batches = self._batches()
-        self.event, self.line, self.saved_at = 0, {}, time.monotonic()
 
     def __enter__(self):
         return self
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier call has done all steps of this one."""
+        return self.step >= self.plan.last_step
 
     def __exit__(self, *exception) -> None:
         self.held.close()
 
     @property
     def goes_on(self) -> bool:
-        return self.step < self.plan.last_step and self.event <= self.signals.SAVE
+        return not self.finished and self.event <= self.signals.SAVE
 
     # ---------------------------------------------------------------------------------------------------- beginning
 
@@ -115,7 +127,7 @@ class Session:
         """``amp: auto`` goes on with what the run began with, also where this device would have chosen otherwise."""
         device, network = self.diffusion.device, self.network
         began = stored.get("amp", "off" if device.type == "cpu" else None)    # an older file's auto
-        if self.training.amp != "auto" or began in (None, amp_name(network.amp)):
+        if self.training.amp != "auto" or began not in AMP or began == amp_name(network.amp):
             return
         if began == "fp16" and device.type == "cpu":
             log.warning("amp auto: the run began with fp16, which a CPU has not; it goes on with %s",
@@ -155,8 +167,11 @@ class Session:
     @torch.no_grad()
     def validate(self) -> None:
         """Plain loss of the averaged weights on held-out images, with the same noise at every call. Rank 0."""
-        if not self.held_out or self.step % self.training.validation_freq:
-            return
+        if self.held_out and not self.step % self.training.validation_freq:
+            with self.monitor.paused():
+                self.monitor.scalar("validation_loss", self._held_out_loss(), self.step)
+
+    def _held_out_loss(self) -> float:
         diffusion, config = self.diffusion, self.diffusion.config
         denoiser, generator = diffusion.denoiser(), torch.Generator(diffusion.device).manual_seed(0)
         images, labels = self.held_out, diffusion.labels_of(self.held_out)
@@ -169,17 +184,18 @@ class Session:
             noise = torch.randn((1, *x0.shape), generator=generator, device=x0.device)
             given = denoiser if labels is None else denoiser.given({"labels": labels[chosen.to(labels.device)]})
             total += float(sequence_aware_loss(given, x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())
-        self.monitor.scalar("validation_loss", total / num, self.step)
+        return total / num
 
     def measure(self) -> None:
         """FID of the averaged weights where it is due; the snapshot of the best one is kept. Collective."""
         if not self.plan.fid_due(self.step, self.training):
             return
-        results = self.fid.measure(self.diffusion)
+        with self.monitor.paused():
+            results = self.fid.measure(self.diffusion)
         if self.best is None or results["fid"] < self.best["fid"]:
             self.best = {"fid": results["fid"], "snapshot": self.snapshot, "step": self.step}
         if distributed.rank() == 0:
-            self.monitor.scalar("fid", results["fid"], self.step)
+            self.monitor.scalar("fid", results["fid"], self.step, told=True)
             log.info("%s %.4f; the best so far: %.4f at step %d", results["name"], results["fid"], self.best["fid"],
                      self.best["step"])
 
@@ -200,8 +216,12 @@ class Session:
             full = self.full_state()
             if distributed.rank() == 0:
                 self.writer.save(full, snapshot)
-            if self.event <= self.signals.SAVE and (snapshot is not None or last):
-                self.draw_grid(snapshot or self.step // self.plan.steps_per_epoch)
+        if self.event <= self.signals.SAVE and (snapshot is not None or last or self._first_grid_now()):
+            self.draw_grid()
+
+    def _first_grid_now(self) -> bool:
+        """Once, when the first minutes of a run are over and nothing has been drawn yet. Rank 0 alone draws."""
+        return self.first_grid_due and time.monotonic() - self.began > 60 * self.training.first_grid_minutes
 
     def full_state(self) -> dict:
         """All that resuming needs. Collective, because the sums of all ranks belong into it.
@@ -216,12 +236,12 @@ class Session:
         refuse_non_finite(full)
         return full
 
-    def draw_grid(self, epoch: int) -> None:
-        """A picture of samples of the averaged weights from the seeds 0, 1, ... Rank 0."""
-        training = self.training
-        if training.sample_num and distributed.rank() == 0:
-            batches = self.diffusion.sample(range(training.sample_num), timesteps=training.sample_timesteps)
-            self.monitor.grid(to_uint8(torch.cat([batch.images for batch in batches])), epoch, self.step)
+    def draw_grid(self) -> None:
+        """A sheet of real images and samples from the seeds 0, 1, ..., see ``runners.training.grids``. Rank 0."""
+        self.first_grid_due = False
+        if self.training.sample_num and distributed.rank() == 0:
+            with self.monitor.paused():
+                self.monitor.grid(training_sheet(self.diffusion, self.images), self.step)
 
     def finish(self) -> None:
         """Close the reports, wait for the last write. Collective."""

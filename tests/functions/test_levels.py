@@ -109,6 +109,15 @@ def test_range_of_the_sigma_schedule(name, given, expected):
     assert type(make_prediction(section)) is type(PREDICTIONS[name])
 
 
+def test_constants_of_a_prediction_come_from_the_configuration():
+    from configs.sections import DiffusionSection
+
+    made = [make_prediction(DiffusionSection(schedule="sigma", **given)) for given in (
+        {"prediction": "edm", "sigma_data": 0.7}, {"prediction": "vp", "beta_d": 10.0, "beta_min": 0.2},
+        {"prediction": "ve", "sigma_max": 50.0}, {"prediction": "iddpm"}, {"prediction": "edm"})]
+    assert made == [EDM(sigma_data=0.7), VP(10.0, 0.2), VE(sigma_max=50.0), IDDPM(), EDM()]
+
+
 def test_the_vp_range_that_breaks_upstream_is_a_line():
     with pytest.raises(ValueError, match=r"sigma_min 0\.5 is too high for the vp levels up to 80.*below 0\.09"):
         spaced_levels(8, "vp", 0.5, 80)

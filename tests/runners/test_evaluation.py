@@ -1,6 +1,7 @@
 """References, the pass over images and its bookkeeping, with a feature network of 16 numbers that costs nothing."""
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -444,6 +445,12 @@ def test_odd_features_are_refused_when_they_are_needed(wide, content, message):
     reference = load_reference(wide / "x.npz")
     with pytest.raises(DataError, match=message):
         _ = reference.features, reference.spatial
+
+
+def test_a_pipe_is_not_waited_for(wide):
+    os.mkfifo(wide / "x.npz")
+    with pytest.raises(DataError, match=r"x.npz: is not a file but a pipe"):
+        load_reference(wide / "x.npz")
 
 
 @pytest.mark.parametrize("values", [{"fid": {"mu": np.zeros(16)}}, {"fid": {**FINE}, "num_images": "x"}, {"fid": 3},

@@ -69,19 +69,31 @@ def test_a_run_from_before_auto_meant_bf16_stays_in_float32(cpu_has, tmp_path):
     assert same(whole, train(tmp_path / "old", *AUTO, "--training.max_steps", "4", "--resume_training"))
 
 
-@pytest.mark.parametrize("overrides", [["model.num_classes=3"], ["model.resamp_with_conv=false"]])
-def test_weights_cast_once_give_the_numbers_of_autocast(overrides):
+FAMILIES = {
+    "digits.yml": SMALL, "digits_cond.yml": SMALL, "adm/imagenet64.yml": [
+        "model.num_channels=32", "model.channel_mult=[1,2]", "model.num_res_blocks=1",
+        "model.attention_resolutions=[8]", "model.num_head_channels=16", "data.image_size=16", "model.dropout=0"]}
+FAMILIES |= {f"edm/{name}.yml": [
+    "model.model_channels=32", "model.channel_mult=[1,2]", "model.num_blocks=1", "model.attn_resolutions=[8]",
+    "data.image_size=16", "model.dropout=0"] for name in ("cifar10_ddpmpp_cond", "cifar10_ncsnpp", "imagenet64_adm")}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_cast_once_give_the_numbers_of_autocast(name):
     torch.manual_seed(0)
-    model = build_model(load_config("digits.yml", [*SMALL, *overrides])).eval()
-    x, t, condition = torch.randn(3, 1, 16, 16), torch.tensor([3.0, 500.0, 999.0]), {}
-    if "num_classes" in overrides[0]:
-        condition = {"labels": torch.tensor([0, -1, 2])}
+    config = load_config(name, FAMILIES[name])
+    model = build_model(config).eval()
+    for parameter in model.parameters():                       # families begin with zeros, which would hide much
+        torch.nn.init.normal_(parameter, std=0.05)
+    x, t = torch.randn(3, *config.data.shape), torch.tensor([3.0, 500.0, 999.0])
+    condition = {"labels": torch.tensor([0, 1, 2])} if config.model.num_labels else {}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     each, once = (Network(model, CPU, torch.bfloat16, frozen=frozen) for frozen in (False, True))
     with torch.no_grad():
         for _ in range(2):                                     # the call that casts, and one after it
             torch.testing.assert_close(once(x, t, **condition), each(x, t, **condition), rtol=0, atol=0)
-    assert all(value.dtype == torch.float32 and torch.equal(value, before[name])
+    assert any(value.dtype == torch.bfloat16 for value in once.module.state_dict().values())
+    assert all(value.dtype == before[name].dtype and torch.equal(value, before[name])
                for name, value in model.state_dict().items())
 
 

@@ -98,7 +98,8 @@ BROKEN = [                                                     # key, what it be
     ("grad_scaler", {"scale": "x"}, "grad_scaler is a dict"), ("grad_scaler", ..., "grad_scaler is missing"),
     ("bad_run", "0", "bad_run is str"), ("metric_sums", [["a"]], "metric_sums is a list"),
     ("best_fid", 3.0, "best_fid is float"), ("snapshots", 3, "snapshots is int"), ("config", [], "config is a list"),
-    ("ema_updates", True, "ema_updates is"),
+    ("ema_updates", True, "ema_updates is"), ("amp", "fp8", "amp is str 'fp8'"), ("digests", [], "digests is a list"),
+    ("times", [1], "times is a list"),
     ("model/conv_in.bias", lambda t: t + 1, "model weights have another digest"),
     ("ema/conv_in.bias", lambda t: t + 1, "ema weights have another digest"),
 ]
@@ -134,6 +135,22 @@ def test_every_optimizer_is_resumed(tmp_path, optimizer, extra):
     flags = ["--optim.optimizer", optimizer, *extra, "--optim.lr", "1e-6"]
     assert train(tmp_path, *flags, "--max_steps", "1") == 0
     assert train(tmp_path, *flags, "--max_steps", "2", "--resume_training") == 0
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("times/losses", lambda t: t[:5], "entry of times losses is 5x"),
+    ("times/counts", lambda t: t - 1, "counts is not in"), ("times/counts", lambda t: t + 99, "counts is not in"),
+    ("times/losses", half_nan, "entry of times losses is not finite")])
+def test_the_history_of_losses_is_judged_too(tmp_path, capsys, key, value, message):
+    learns = ["--training.time_sampler", "loss_second_moment"]
+    assert train(tmp_path, *learns, "--max_steps", "1") == 0
+    path = tmp_path / "logs" / "digits" / "ckpt.pth"
+    state = torch.load(path, weights_only=True)
+    put(key, value)(state)
+    torch.save(state, path)
+    assert train(tmp_path, *learns, "--max_steps", "2", "--resume_training") == 3
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
 
 
 # ------------------------------------------------------------------------------------------------------- other images

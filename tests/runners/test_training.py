@@ -119,7 +119,7 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
     present = {p.name for p in run.iterdir()}
     assert present == {"config.yml", "ckpt.pth", "ckpt_1.pth", "model_1_ema.pth", "metrics.jsonl", "stdout.txt",
                        "samples", "tensorboard"}
-    assert (run / "samples" / "1.png").exists()
+    assert [p.name for p in (run / "samples").iterdir()] == ["0000003.png"]
     first = lines(tmp_path)[0]
     assert set(first) == {"step", "epoch", "loss", "loss_base", "loss_sequence", "loss_base_q1", "loss_base_q2",
                           "loss_base_q3", "loss_base_q4", "grad_norm", "lr", "skipped_steps"}
