@@ -316,8 +316,8 @@ class Training(Section):
     """FID of the EMA weights every so many epochs, with a snapshot; 0: never."""
     fid_num: Count = 5000
     """Images for it, drawn with sample_timesteps DDIM steps."""
-    seed: Natural = 1024
-    """Seed of weights, data order and noise."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1024
+    """Seed of weights, data order and noise, below 2^32."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Autocast of the network; auto: on CUDA bf16 where the GPU has it, else fp16; on a CPU bf16 where it has
     avx512_bf16 or amx_bf16, else off. A resumed run keeps what it began with."""
