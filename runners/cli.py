@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
+from utils.text import LineFormatter
 
 log = logging.getLogger("sa-ddim")
 
@@ -210,7 +211,7 @@ def quiet():
 def setup_logging(level: str, rank: int = 0) -> None:
     """Log to standard error on rank 0; other ranks report errors only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     for old in [h for h in root.handlers if type(h) is logging.StreamHandler]:
         root.removeHandler(old)                        # of an earlier call of main() in this process

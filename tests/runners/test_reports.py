@@ -82,6 +82,21 @@ def test_the_log_of_a_run_has_one_line_for_each_message(tmp_path):
     assert text.count("\n") == 1 and "\x1b" not in text and r"\x1b[31mcolour" in text
 
 
+def test_a_comment_forges_no_line(tmp_path, capsys):
+    assert train(tmp_path, "--max_steps", "1", "--comment", "mine\n00:00:00 saved \x1b[2K", level="info") == 0
+    for text in (capsys.readouterr().err, (tmp_path / "logs" / "digits" / "stdout.txt").read_text()):
+        assert r"mine\n00:00:00 saved \x1b[2K" in text and "\x1b" not in text
+
+
+def test_a_new_folder_for_the_log_of_results_is_said(tmp_path, caplog):
+    from runners.evaluation.logs import append_log
+
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            append_log(tmp_path / "new" / "fid.txt", "run/ckpt.pth", {"fid": 1.0}, {})
+    assert caplog.text.count("new does not exist yet: it is made for fid.txt") == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------- time
 
 @pytest.fixture
