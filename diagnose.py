@@ -8,9 +8,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from runners.cli import Parser, add_common, positive, run_script, safe_name
+from runners.cli import Parser, add_common, positive, run_script
 from runners.sampling.flags import add_sampler_flags
 from utils.errors import UserError
+from utils.names import safe_name
 
 HELP = {
     "eps-norm": "norm of the predicted noise, in training and along the chain",

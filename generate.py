@@ -163,16 +163,15 @@ def draw_pictures(job, sampler):
     from runners.sampling.pictures import interpolation_grid, open_originals, reconstruct, sequence_grid
     from utils.png import save_png
 
-    seeds = list(job.seeds)
     for wanted, name, draw in ((job.args.interpolation, "interpolation", interpolation_grid),
                                (job.args.sequence, "sequence", sequence_grid)):
         if wanted:
             path = job.folder.path.with_name(f"{job.folder.path.name}_{name}.png")
-            save_png(draw(sampler, seeds), path)
+            save_png(draw(sampler, job.seeds), path)
             print(path)
     if job.args.reconstruct:
         originals = open_originals(job.args.reconstruct, job.config)
-        reconstruct(sampler, job.args.reconstruct, originals, seeds, job.batch_size, job.folder.path)
+        reconstruct(sampler, job.args.reconstruct, originals, job.seeds, job.batch_size, job.folder.path)
 
 
 def produce(job, diffusion, sampler):

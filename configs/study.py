@@ -9,9 +9,10 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from configs.base import AsTuple, Count, Counts, Natural, Positive, Section
 from configs.messages import describe
-from configs.reading import CONFIG_FOLDER, parse_yaml
+from configs.reading import CONFIG_FOLDER, SIZE_LIMIT, parse_yaml
 from configs.sampling import SamplerSettings
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError
+from utils.files import read_regular
 
 STUDIES = CONFIG_FOLDER / "studies"
 
@@ -98,8 +99,10 @@ def load_study(path: str | Path) -> Study:
     """
     path = _find(Path(path))
     try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        raw = parse_yaml(read_regular(path, 4 * SIZE_LIMIT, "study").decode(), str(path))
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold the keys of a study: {', '.join(Study.model_fields)}")
@@ -118,7 +121,7 @@ def study_yaml(study: Study) -> str:
 
 def _find(path: Path) -> Path:
     for candidate in (path, STUDIES / path, STUDIES / f"{path}.yml"):
-        if candidate.is_file():
+        if candidate.exists() and not candidate.is_dir():            # a pipe is refused as one
             return candidate
     known = ", ".join(sorted(p.name for p in STUDIES.glob("*.yml")))
     raise ConfigError(f"study {str(path)!r} not found; give a path, or one of configs/studies/: {known}")

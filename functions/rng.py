@@ -2,10 +2,11 @@
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain, pairwise
-from operator import eq
+from operator import eq, index
 
 import numpy as np
 import torch
@@ -82,6 +83,28 @@ def parse_seeds(text: str) -> Seeds:
     if twice := [b.start for a, b in pairwise(ascending) if b.start < a.stop]:
         raise ValueError(f"seeds {shown!r}: {twice[0]} is given twice")
     return Seeds(_joined(ranges))
+
+
+def check_seeds(seeds: Sequence[int]) -> Sequence[int]:
+    """``seeds`` as whole numbers of Python; ranges stay ranges.
+
+    Raises:
+        ValueError: One is no whole number, negative, above 2^32 - 1, or there twice.
+    """
+    if isinstance(seeds, Seeds):
+        return seeds
+    if not isinstance(seeds, range):
+        try:
+            seeds = [index(seed) for seed in seeds]
+        except TypeError:
+            raise ValueError(f"seeds {str(seeds)[:80]} must be whole numbers") from None
+    ends = (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds
+    if wrong := next((seed for seed in ends if not 0 <= seed <= LAST_SEED), None):
+        raise ValueError(f"seed {wrong}: seeds are 0 to {LAST_SEED}")
+    if not isinstance(seeds, range) and len(set(seeds)) < len(seeds):
+        twice = next(seed for seed, times in Counter(seeds).items() if times > 1)
+        raise ValueError(f"seed {twice} is given twice")
+    return seeds
 
 
 def _joined(ranges: list[range]) -> list[range]:

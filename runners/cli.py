@@ -12,7 +12,8 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
-from utils.text import LineFormatter
+from utils.names import safe_name
+from utils.text import LineFormatter, escape_control
 
 log = logging.getLogger("sa-ddim")
 
@@ -112,13 +113,6 @@ def port(text: str) -> int:
 positive.__name__ = natural.__name__ = port.__name__ = "whole number"             # argparse puts it into its messages
 
 
-def safe_name(flag: str, name: str) -> str:
-    """A relative path that stays below the folder it is joined to."""
-    if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"{flag} {name!r} must be a relative name without '..'")
-    return name
-
-
 def run_folder(args) -> Path:
     """exp/logs/DOC; DOC defaults to the stem of --config."""
     if args.doc is None and not args.config:
@@ -148,7 +142,7 @@ def guarded(script: str, job: Callable, is_told: Callable = lambda error: False)
 
 def _complain(script: str, problem) -> None:
     with suppress(OSError):                        # standard error may lie on the full disk, too
-        print(f"{Path(script).name}: {' '.join(str(problem).splitlines())}", file=sys.stderr)
+        print(f"{Path(script).name}: {escape_control(' '.join(str(problem).splitlines()))}", file=sys.stderr)
 
 
 def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: Callable, work: Callable) -> int:

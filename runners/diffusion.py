@@ -20,7 +20,7 @@ from functions.augment import Draws, augment
 from functions.denoiser import Denoiser
 from functions.losses import sequence_aware_loss
 from functions.pixels import random_flip
-from functions.rng import seeded, shard_generator
+from functions.rng import check_seeds, seeded, shard_generator
 from functions.schedule import make_schedule
 from functions.training_remedies import Rollout, ramp_up, scheduled_noise, slowed_times
 from functions.variational import Transitions, with_bound
@@ -370,14 +370,19 @@ class Diffusion:
         """Generate one image for each seed, batch by batch.
 
         Args:
-            seeds: Image s depends on the weights, s and the settings, not on the batch it is made in.
+            seeds: From 0 to 2^32 - 1, each once. Image s depends on the weights, s and the settings, not on the batch
+                it is made in.
             settings: SamplerSettings; or its fields as keywords, such as ``timesteps=50, eta=1``.
             batch_size: Images at a time; default: sampling.batch_size.
             callback: See ``functions.chain.Chain``.
 
         Raises:
-            UserError: Settings that are not possible. DivergedError: Images that are not finite.
+            UserError: Seeds or settings that are not possible. DivergedError: Images that are not finite.
         """
+        try:
+            seeds = check_seeds(seeds)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         sampler = self.sampler(settings or SamplerSettings(**keywords))
         size = batch_size or self.config.sampling.batch_size
         for start in range(0, len(seeds), size):

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -231,10 +231,13 @@ def on_rank_zero(function: Callable):
     return result
 
 
-def deal(seeds: Sequence[int], batch_size: int) -> list[tuple[int, list[int]]]:
-    """This rank's batches: every world_size-th consecutive chunk, each with the position of its first seed."""
+def deal(seeds: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """This rank's batches: every world_size-th consecutive chunk, each with the position of its first seed.
+
+    Each is listed when its turn comes: there may be billions.
+    """
     starts = range(0, len(seeds), batch_size)[rank()::world_size()]
-    return [(start, list(seeds[start:start + batch_size])) for start in starts]
+    return ((start, list(seeds[start:start + batch_size])) for start in starts)
 
 
 class Signals:

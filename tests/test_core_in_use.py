@@ -92,7 +92,8 @@ def test_a_grid_has_a_row_for_each_class():
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--classes", "8-12"], "classes 0 to 9"), (["--classes", "x"], "neither random, none, nor a list"),
+    (["--classes", "8-12"], "classes 0 to 9"), (["--classes", "0-4294967295"], "classes 0 to 9"),
+    (["--classes", "x"], "neither random, none, nor a list"),
     (["--guidance_interval", "1,2"], "guidance_interval needs guidance"),
     (["--guidance", "2", "--guidance_interval", "2,1"], "is empty"), (["--guidance", "strong"], "--guidance"),
     (["--guide_weights", "absent.pth", "--guidance", "2"], "no such file"), (["--ema_length", "0.05"], "has kept no"),

@@ -202,7 +202,8 @@ def test_counting_steps_and_reading_logs(tmp_path):
     assert [count_steps(spec) for spec in (50, "50", "ddim50", "10,15,20", None)] == [50, 50, 50, 45, None]
     for line, message in (("[]", "not a JSON object"), ("{", "not a JSON object"), ("[" * 10 ** 5, "not a JSON object"),
                           ('{"fid": NaN}', "no finite number"), ('{"fid": true}', "no finite number"),
-                          ('{"fid": "3"}', "no finite number"), ('{"fid": 3, "sampler": 7}', "sampler is not an obj")):
+                          ('{"fid": "3"}', "no finite number"), ('{"fid": 1' + "0" * 400 + "}", "no finite number"),
+                          ('{"fid": 3, "sampler": 7}', "sampler is not an obj")):
         (tmp_path / "bad.jsonl").write_text('{"fid": 1}\n' + line + "\n")
         with pytest.raises(DataError, match=f"line 2: .*{message}"):
             read_logs([tmp_path / "bad.jsonl"])

@@ -212,6 +212,18 @@ def test_without_any_run_the_message_says_what_to_do(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_seeds_from_python_are_checked(exp):
+    diffusion = Diffusion.from_run(exp / "logs" / "digits", device="cpu")
+    for seeds, message in (([-1], "seed -1"), ([5, 5], "5 is given twice"), (range(10**11), "0 to 4294967295")):
+        with pytest.raises(UserError, match=message):
+            next(diffusion.sample(seeds, timesteps=2))
+    assert next(diffusion.sample(range(2**32), timesteps=1, batch_size=2)).seeds == [0, 1]        # none is listed
+
+
+def test_batches_of_billions_of_seeds_are_not_listed():
+    assert next(distributed.deal(range(2**32), 64)) == (0, list(range(64)))
+
+
 def test_dealing_is_complete_and_disjoint(monkeypatch):
     seeds, parts = list(range(100, 123)), []
     monkeypatch.setattr(distributed, "world_size", lambda: 3)

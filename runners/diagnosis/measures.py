@@ -62,7 +62,7 @@ class Diagnosis:
         self.steps = self.sampler.times
         self.chosen = choose_subset(images.num_images, num_images, seed, images.name)
         self.batch_size = batch_size
-        self.share = distributed.deal(range(num_images), batch_size)
+        self.share = list(distributed.deal(range(num_images), batch_size))
 
     # ------------------------------------------------------------------------------------- images, noise and chains
 

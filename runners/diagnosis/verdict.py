@@ -7,6 +7,7 @@ from math import prod, sqrt
 from pathlib import Path
 
 from runners.diagnosis.summary import first_calls, largest
+from utils.files import open_regular
 
 FEW_STEPS = 50_000                   # published networks take 100,000 steps and more, small data sets somewhat fewer
 COLD = 0.01                          # share of the first weights in an average
@@ -17,7 +18,9 @@ def read_lines(metrics: Path) -> list[dict]:
     """The lines of a metrics.jsonl; half a line that a killed process left is passed over."""
     lines = []
     if metrics.exists():
-        for text in metrics.read_text(errors="replace").splitlines():
+        with open_regular(metrics) as file:
+            texts = file.read().decode(errors="replace").splitlines()
+        for text in texts:
             with suppress(ValueError):
                 line = json.loads(text)
                 if isinstance(line, dict):

@@ -1,8 +1,8 @@
 """Logged results side by side: a Markdown table and FID against the number of sampling steps."""
 
 import json
-import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def _parse(line: str, where: str) -> dict:
     if not isinstance(entry, dict):
         raise DataError(f"{where}: not a JSON object")
     fid = entry.get("fid", 0.0)
-    if isinstance(fid, bool) or not isinstance(fid, int | float) or not math.isfinite(fid):
+    if isinstance(fid, bool) or not isinstance(fid, int | float) or not abs(fid) <= sys.float_info.max:
         raise DataError(f"{where}: fid is {str(fid)[:40]!r}, no finite number")
     if not isinstance(entry.get("sampler") or {}, dict):
         raise DataError(f"{where}: sampler is not an object")

@@ -129,7 +129,7 @@ def default_name(config: Config, preprocess: str = "pytorch-fid") -> str:
     """
     data = config.data
     if data.category:
-        safe_name("data.category", data.category)
+        safe_name("data.category", data.category, one_part=True)
     plain = "-".join([data.dataset.lower(), *([data.category] if data.category else []), f"{data.height}x{data.width}"])
     if preprocess != "pytorch-fid":
         return f"{plain}-{preprocess}.npz"
@@ -165,7 +165,7 @@ def find_reference(config: Config | None = None, stats: str | Path | None = None
     candidates = [FOLDER / wanted, FOLDER / wanted.with_suffix(".npz")]
     if given:                                              # a .npy that is absent may have been made again as .npz
         candidates = [wanted, wanted.with_suffix(".npz"), *candidates]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    path = next((each for each in candidates if each.exists() and not each.is_dir()), None)       # a pipe is told so
     if path is None:
         where = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
         raise MissingReference(

@@ -11,9 +11,11 @@ from runners.conditioning import PROMPT_STRIDE
 from runners.sampling.gamma import read_gamma
 from utils.atomic import remove_leftovers, write_json
 from utils.errors import DataError, UserError
+from utils.files import MIB, read_regular
 from utils.hub import local_folder
 
 MANIFEST = "manifest.json"
+LARGEST = 16 * MIB                            # of a manifest
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class ImageFolder:
         self._refuse_foreign()
         if file.exists():
             try:
-                stored = json.loads(file.read_text())
-            except ValueError:
+                stored = json.loads(read_regular(file, LARGEST, "manifest"))
+            except (ValueError, RecursionError):
                 raise DataError(f"{file}: not readable; remove the folder, or choose another --image_folder") from None
             if not isinstance(stored, dict):
                 raise DataError(f"{file}: no manifest of this program; remove the folder, or choose another "

@@ -1,14 +1,15 @@
 """A request to generate.py, checked: what to load, which images, how to sample, where to write."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from configs.pipelines import is_pipeline, takes_text, unet_settings
 from configs.schema import load_config
-from functions.rng import parse_seeds
+from functions.rng import LAST_SEED, parse_seeds
 from functions.schedule import make_schedule
 from models import make_codec
-from runners.cli import run_folder, safe_name
+from runners.cli import run_folder
 from runners.conditioning import numbered
 from runners.evaluation.logs import json_log
 from runners.evaluation.references import MissingReference, find_reference
@@ -23,6 +24,9 @@ from runners.sampling.weights import configuration_of, local_weights, stored_con
 from runners.training.checkpoint import RunFolder
 from utils.errors import UserError
 from utils.hub import local_folder
+from utils.names import safe_name
+
+MOST_ROWS = 256                                              # of a picture
 
 
 class SamplingJob:
@@ -109,8 +113,10 @@ class SamplingJob:
             raise UserError("this network makes images of text: give --prompt or --prompt_file")
         return args.prompt or read_prompts(args.prompt_file)
 
-    def _seeds(self) -> list[int]:
+    def _seeds(self) -> Sequence[int]:
         args = self.args
+        if (args.num_samples or 0) > LAST_SEED + 1:
+            raise UserError(f"--num_samples {str(args.num_samples)[:40]}: at most {LAST_SEED + 1}, the number of seeds")
         default = 8 if self.pictures else SEEDS_OF_A_PROMPT if self.prompts else 50000
         try:
             seeds = parse_seeds(args.seeds) if args.seeds else range(args.num_samples or default)
@@ -147,6 +153,9 @@ class SamplingJob:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
             raise UserError("--interpolation needs at least two seeds")
+        if (args.interpolation or args.sequence) and len(self.seeds) > MOST_ROWS:
+            raise UserError(f"--interpolation and --sequence draw a row for each seed: {len(self.seeds):,} asked for, "
+                            f"at most {MOST_ROWS}")
         if args.save == "none" and not self.wants_fid and not self.grid:
             raise UserError("--save none with --no-fid and --grid 0 leaves nothing to do")
         if str(args.timesteps).isdigit() and len(self.times) != int(args.timesteps):
@@ -171,7 +180,7 @@ class SamplingJob:
             raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, --restart or "
                             "analytic variance, not ddpm_noisy")
         found = len(open_originals(args.reconstruct, self.config))
-        if max(self.seeds) >= found:
+        if len(self.seeds) > found or max(self.seeds) >= found:
             raise UserError(f"--reconstruct {args.reconstruct} has {found} images; lower --num_samples")
 
     @property

@@ -1,6 +1,7 @@
 """Pictures of what the chain does to single images: paths between latents, estimates along the chain, inversion."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from utils.errors import UserError
 from utils.png import save_png, tile
 
 
-def interpolation_grid(sampler: Sampler, seeds: list[int], columns: int = 11) -> Tensor:
+def interpolation_grid(sampler: Sampler, seeds: Sequence[int], columns: int = 11) -> Tensor:
     """DDIM's interpolation: each row runs from one seed's latent to the next one's along the sphere.
 
     Returns:
@@ -33,7 +34,7 @@ def interpolation_grid(sampler: Sampler, seeds: list[int], columns: int = 11) ->
     return tile(torch.cat(rows), columns)
 
 
-def sequence_grid(sampler: Sampler, seeds: list[int], columns: int = 10) -> Tensor:
+def sequence_grid(sampler: Sampler, seeds: Sequence[int], columns: int = 10) -> Tensor:
     """DDIM's sequence: each row shows the estimates of x0 of one image along the chain, and the sample last.
 
     Returns:

@@ -130,12 +130,12 @@ def classes_of(text: str | None, num_labels: int) -> list[int] | None:
     if text == "none":
         return [-1]
     try:
-        classes = list(parse_seeds(text))
+        classes = parse_seeds(text)
     except ValueError as error:
         raise UserError(f"--classes {text!r} is neither random, none, nor a list such as 3 or 0-9 ({error})") from None
-    if max(classes) >= num_labels:
+    if len(classes) > num_labels or max(classes) >= num_labels:
         raise UserError(f"--classes {text}: this network has classes 0 to {num_labels - 1}")
-    return classes
+    return list(classes)
 
 
 def check_gamma(file: GammaFile, times: list):

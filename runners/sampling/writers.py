@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.images import decode
+from datasets.arrays import npz_array
+from datasets.images import BYTE_LIMIT, decode
 from runners import distributed
 from runners.sampling.folder import ImageFolder
 from utils.atomic import atomic_path, atomic_write
 from utils.errors import DataError
+from utils.files import read_regular
 from utils.png import save_png
+from utils.safe_load import map_npy
 
 
 class PngWriter:
@@ -41,7 +44,7 @@ class PngWriter:
 
     def _decode(self, path: Path) -> np.ndarray:
         try:
-            pixels = decode(path.read_bytes(), str(path), self.shape[0], strict=True)
+            pixels = decode(read_regular(path, BYTE_LIMIT, "picture"), str(path), self.shape[0], strict=True)
         except DataError as error:
             raise DataError(f"{error}; remove it, and it will be made again") from None
         if pixels.shape[:2] != self.shape[1:]:
@@ -68,11 +71,18 @@ class NpzWriter:
         self.rows, self.flags = folder / f".{self.target.stem}.npy", folder / f".{self.target.stem}.done.npy"
         self.finished = distributed.on_rank_zero(lambda: self._prepare((count, h, w, c)))
         if self.finished:
-            with np.load(self.target) as file:
-                self.array = file["arr_0"]
+            self.array = self._checked(self.target, npz_array(self.target, "arr_0"), (count, h, w, c))
             return
-        self.array = np.load(self.rows, mmap_mode="r+")
-        self.done = np.load(self.flags, mmap_mode="r+")
+        self._checked(self.rows, map_npy(self.rows), (count, h, w, c))
+        self._checked(self.flags, map_npy(self.flags), (count,))
+        self.array, self.done = (np.load(path, mmap_mode="r+") for path in (self.rows, self.flags))
+
+    @staticmethod
+    def _checked(path: Path, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        if array.shape != shape or array.dtype != np.uint8:
+            raise DataError(f"{path}: {array.dtype} {array.shape}, not uint8 {shape}; remove it, and it will be made "
+                            "again")
+        return array
 
     def _prepare(self, shape: tuple[int, ...]) -> bool:
         """Whether the file is there already; else the rows are allocated, for a full disk would kill whoever maps them.

@@ -20,7 +20,6 @@ from functions.schedule import make_schedule
 from models import make_codec
 from models.inception import load_inception
 from runners import distributed
-from runners.cli import safe_name
 from runners.diagnosis.measures import Diagnosis
 from runners.diagnosis.trajectories import Trajectories
 from runners.diffusion import Diffusion
@@ -35,6 +34,7 @@ from runners.training.checkpoint import RunFolder, differences
 from runners.training.plan import Plan
 from utils.atomic import write_text
 from utils.errors import Interrupted, UserError
+from utils.names import safe_name
 
 log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from runners import distributed
 from runners.training.checkpoint import RunFolder
 from runners.training.loggers import LOGGERS
 from utils.atomic import write_text
+from utils.files import open_regular
 from utils.png import save_png
 from utils.text import LineFormatter
 
@@ -211,7 +212,9 @@ def keep_lines_before(metrics: Path, step: int) -> list[dict]:
     if not metrics.exists():
         return []
     kept = []
-    for text in metrics.read_text(errors="replace").splitlines():
+    with open_regular(metrics) as file:
+        texts = file.read().decode(errors="replace").splitlines()
+    for text in texts:
         with suppress(ValueError):                   # the last line of a killed process may be cut
             line = json.loads(text)
             if isinstance(line, dict) and line.get("step", math.inf) <= step:

@@ -80,6 +80,13 @@ CASES = [
     ("picture that never ends", f"{FOLDER}/zero", 3, "is not a file"),
     ("array that claims 80 TB", f"{FOLDER}/claim.npz", 3, "it claims"),
     ("seeds beyond the last", f"{GENERATE} --seeds 0-99999999999", 2, "the last seed, 4294967295"),
+    ("more images than seeds", f"{GENERATE} --num_samples 99999999999", 2, "at most 4294967296"),
+    ("picture of billions of rows", f"{GENERATE} --sequence --seeds 0-4294967295", 2, "at most 256"),
+    ("log that never ends", "fid.py compare {tmp}/zero/0.png", 3, "is not a file but a device"),
+    ("statistics that never end", "fid.py calc --images {tmp}/images --ref {tmp}/zero/0.png", 3,
+     "is not a file but a device"),
+    ("study that never ends", "study.py --study {tmp}/zero/0.png", 2, "is not a file but a device"),
+    ("study that is a pipe", "study.py --study {tmp}/pipe/0.png", 2, "is not a file but a pipe"),
     ("folder without pictures, converted", "dataset_tool.py convert --source {tmp}/exp --dest {tmp}/o.zip", 3,
      "1 x .yml"),
     # broken files
@@ -166,7 +173,7 @@ def argv(command: str, tmp: Path) -> tuple[str, list[str]]:
                                         *words[len(first):]]
 
 
-WITHOUT_COMMAND = ("train_ddp.py", "generate.py")
+WITHOUT_COMMAND = ("train_ddp.py", "generate.py", "study.py")
 
 
 def table() -> str:

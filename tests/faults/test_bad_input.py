@@ -52,18 +52,20 @@ def test_the_documentation_shows_this_list():
 
 # ------------------------------------------------------------------------------------------------------- hypothesis
 
-SCRIPTS = {"train_ddp": "configure", "generate": "check", "fid": "check", "dataset_tool": None, "diagnose": "check"}
+SCRIPTS = {"train_ddp": "configure", "generate": "check", "fid": "check", "dataset_tool": None, "diagnose": "check",
+           "study": "check"}
 COMMANDS = {"fid": ["ref", "calc", "compare"], "dataset_tool": ["convert", "verify", "info"],
-            "diagnose": ["eps-norm", "exposure", "gap", "fit-eps-scaler"]}
+            "diagnose": ["eps-norm", "exposure", "gap", "spectrum", "snr", "gamma", "energy", "fit-eps-scaler", "nll",
+                         "all"]}
 FLAGS = ["--config", "--doc", "--exp", "--num_consecutive_steps", "--lamda", "--input_perturbation", "--seed", "--amp",
     "--compile", "--max_steps", "--resume_training", "--overwrite", "--init_from", "--device",
     "--num_process_per_node", "--node_rank", "--ckpt_id", "--weights", "-i", "--seeds", "--num_samples", "--save",
     "--timesteps", "--eta", "--sample_type", "--skip_type", "--eps_scaler", "--churn", "--batch_size", "--fid_stats",
     "--metrics", "--images", "--out", "--ref", "--num", "--source", "--dest", "--resolution", "--transform",
-    "--start_t", "--num_images", "--no-fid"]
+    "--start_t", "--num_images", "--no-fid", "--study", "--name", "--only", "--dry_run", "--report_only", "--comment"]
 VALUES = ["", "0", "1", "-1", "2", "1e400", "nan", "5-1", "1,1", "a", "..", "../x", "/nowhere/x", "digits.yml",
           "digits", "ddim50", "8x8", "png", "heun", "quad", "[", "{", "!!python/object:os.system", "\n", "\x00", "é",
-          "off", "null"]
+          "off", "null", "cifar10_tiny", "/dev/zero"]
 
 
 def words():

@@ -1,5 +1,6 @@
 """Image folders are resumed only with what belongs into them."""
 
+import io
 import math
 import os
 import shutil
@@ -63,12 +64,57 @@ def test_other_settings_are_told_one_by_one(run, capsys):
     assert "made with other settings (sampler.eta was 0.5, is 0.25); choose" in error and "{" not in error
 
 
-def test_a_manifest_of_another_form_is_one_line(run, tmp_path, capsys):
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda file: file.write_text("[1]"), "no manifest of this program"),
+    (lambda file: file.write_text("[" * 10**5), "not readable"),
+    (lambda file: file.symlink_to("/dev/zero"), "is not a file but a device"),
+    (lambda file: os.mkfifo(file), "is not a file but a pipe")], ids=["list", "deep", "endless", "pipe"])
+def test_a_manifest_of_another_form_is_one_line(run, tmp_path, capsys, spoil, message):
     assert run("--num_samples", "1") == 0
-    (tmp_path / "image_samples" / "digits" / "manifest.json").write_text("[1]")
+    file = tmp_path / "image_samples" / "digits" / "manifest.json"
+    file.unlink()
+    spoil(file)
     assert run("--num_samples", "1") == 3
     error = capsys.readouterr().err
-    assert "no manifest of this program" in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file.symlink_to("/dev/zero"), os.mkfifo], ids=["endless", "pipe"])
+def test_a_picture_that_is_no_file_is_not_waited_for(run, tmp_path, capsys, spoil):
+    assert run("--num_samples", "1") == 0
+    image = tmp_path / "image_samples" / "digits" / "000000.png"
+    image.unlink()
+    spoil(image)
+    assert run("--num_samples", "1") == 3
+    assert "000000.png: is not a file but a" in capsys.readouterr().err
+
+
+def saved(save, *arrays, **named) -> bytes:
+    file = io.BytesIO()
+    save(file, *arrays, **named)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["samples_2x8x8x1.npz", ".samples_2x8x8x1.npy", ".samples_2x8x8x1.done.npy"])
+@pytest.mark.parametrize("spoil", [
+    lambda file: file.write_bytes(b"PK no archive"), lambda file: file.write_bytes(saved(np.save, np.zeros(3))),
+    lambda file: file.write_bytes(saved(np.savez, arr_0=np.zeros((2, 4, 4, 1), np.uint8))), os.mkfifo],
+    ids=["text", "numbers", "smaller", "pipe"])
+def test_damaged_rows_are_one_line(run, tmp_path, capsys, name, spoil):
+    assert run("--num_samples", "2", "--save", "npz") == 0
+    folder = tmp_path / "image_samples" / "digits"
+    made = folder / "samples_2x8x8x1.npz"
+    if name != made.name:                                    # as a killed job leaves them
+        with np.load(made) as rows:
+            np.save(folder / ".samples_2x8x8x1.npy", rows["arr_0"])
+        np.save(folder / ".samples_2x8x8x1.done.npy", np.ones(2, np.uint8))
+        made.unlink()
+    (folder / name).unlink()
+    spoil(folder / name)
+    capsys.readouterr()
+    assert run("--num_samples", "2", "--save", "npz") == 3
+    error = capsys.readouterr().err
+    assert name in error and error.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------ --save npz

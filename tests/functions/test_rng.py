@@ -1,11 +1,12 @@
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functions.rng import SeededNoise, derive_seed, parse_seeds, seeded, shard_generator, slerp
+from functions.rng import SeededNoise, check_seeds, derive_seed, parse_seeds, seeded, shard_generator, slerp
 
 
 @pytest.mark.parametrize(("text", "seeds"), [
@@ -44,6 +45,21 @@ def test_seeds_that_meet_are_given_twice():
 def test_parse_seeds_refuses(text):
     with pytest.raises(ValueError, match="seeds"):
         parse_seeds(text)
+
+
+@pytest.mark.parametrize(("seeds", "message"), [
+    ([-1], "seed -1: seeds are 0 to 4294967295"), ([3, 1, 3], "seed 3 is given twice"), ([2**32], "seed 4294967296: "),
+    (range(10**12), "seed 999999999999: "), (range(4, -2, -1), "seed -1: "), ([0.5], "whole numbers"),
+    (["1"], "whole numbers"), (torch.tensor([1, 1]), "seed 1 is given twice")])
+def test_seeds_from_python_are_checked(seeds, message):
+    with pytest.raises(ValueError, match=message):
+        check_seeds(seeds)
+
+
+def test_seeds_from_python_stay_what_they_are():
+    for seeds in (range(2**32), range(9, -1, -3), range(0), [], [7, 0], parse_seeds("5,6000-4000000")):
+        assert check_seeds(seeds) == seeds and type(check_seeds(seeds)) is type(seeds)
+    assert check_seeds(np.array([4, 2])) == check_seeds(torch.tensor([4, 2])) == [4, 2]
 
 
 @given(st.lists(st.integers(0, 50), unique=True, min_size=1))

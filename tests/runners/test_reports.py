@@ -82,10 +82,28 @@ def test_the_log_of_a_run_has_one_line_for_each_message(tmp_path):
     assert text.count("\n") == 1 and "\x1b" not in text and r"\x1b[31mcolour" in text
 
 
-def test_a_comment_forges_no_line(tmp_path, capsys):
-    assert train(tmp_path, "--max_steps", "1", "--comment", "mine\n00:00:00 saved \x1b[2K", level="info") == 0
-    for text in (capsys.readouterr().err, (tmp_path / "logs" / "digits" / "stdout.txt").read_text()):
-        assert r"mine\n00:00:00 saved \x1b[2K" in text and "\x1b" not in text
+def test_a_comment_or_a_file_name_cannot_forge_a_line(tmp_path, capsys):
+    forged = "mine\n12:00:00 step 7/7  epoch 1  loss 0.001"
+    assert train(tmp_path, "--max_steps", "1", "--comment", forged, level="info") == 0
+    told = capsys.readouterr().err, (tmp_path / "logs" / "digits" / "stdout.txt").read_text()
+    for text in told:
+        assert text.count(r"comment: mine\n12:00:00 step 7/7") == 1
+        assert not any(line.startswith("12:00:00 step 7/7") for line in text.splitlines())
+    assert train(tmp_path, "--config", "no\nsuch\x1b[2J.yml") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "\x1b" not in error
+
+
+def test_metrics_that_never_end_are_refused(tmp_path, capsys):
+    """In a stranger's run folder."""
+    assert train(tmp_path, "--max_steps", "1") == 0
+    metrics = tmp_path / "logs" / "digits" / "metrics.jsonl"
+    metrics.unlink()
+    metrics.symlink_to("/dev/zero")
+    capsys.readouterr()
+    assert train(tmp_path, "--max_steps", "2", "--resume_training") == 3
+    error = capsys.readouterr().err
+    assert "metrics.jsonl: is not a file but a device" in error and error.count("\n") == 1
 
 
 def test_a_new_folder_for_the_log_of_results_is_said(tmp_path, caplog):
