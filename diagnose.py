@@ -120,6 +120,8 @@ class Job:
                 raise UserError(f"--weights {self.file}: no such file")
             return config, self.file
         ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
+        if config.model.arch == "diffusers" and not run.path.exists():
+            return config, None                                     # the pipeline as it is
         return config, run.weights(ckpt_id, self.args.model_ema)
 
     def _starts(self) -> list[float | None]:
@@ -174,7 +176,7 @@ class Job:
     @property
     def file_label(self) -> str:
         """The sampler and the weights in few words, for file names: a run may be measured at several epochs."""
-        files = sorted({weights.stem for _, weights in self.runs.values()})
+        files = sorted({weights.stem if weights else "pretrained" for _, weights in self.runs.values()})
         return re.sub(r"[^A-Za-z0-9.+_-]+", "-", f"{self.settings} {'+'.join(files)}").strip("-")
 
     def command(self, name: str, **changes: str) -> str:
@@ -198,7 +200,6 @@ def check(args):
 
 
 def work(args, device):
-    from datasets.packed import open_images
     from runners.diagnosis.commands import MEASURES, Measured, measure
     from runners.diagnosis.measures import Diagnosis
     from runners.diagnosis.verdict import read_lines, verdict
@@ -212,8 +213,8 @@ def work(args, device):
         diffusion = Diffusion(config, device)
         diffusion.load(weights, args.model_ema)
         run = Measured(job, name, Diagnosis(
-            diffusion, open_images(config, job.datasets, "train", device), job.settings, num_images=args.num_images,
-            seed=args.seed, batch_size=args.batch_size or config.sampling.batch_size))
+            diffusion, diffusion.open_images(job.datasets), job.settings, num_images=args.num_images, seed=args.seed,
+            batch_size=args.batch_size or config.sampling.batch_size))
         for command, (rows, details) in found.items():
             rows[name], more = measure(command, run)
             details[name] = {"weights": str(weights), **asdict(diffusion.weights), **more}

@@ -53,15 +53,21 @@ def parts(titles: dict, outcomes: dict) -> str:
 def table(figures: list[dict]) -> str:
     if not figures:
         return "None.\n"
+    if figures[0]["device"] == "cpu":                # ratios would be taken for what they are not
+        return markdown(["figure", "on a CPU"], [[figure["what"], shown(figure)] for figure in figures]) + "\n"
     rows = []
     for figure in figures:
         ratio, target = figure["ratio"], figure["target"]
         wanted = "" if target is None else f"{'at most' if figure['at_most'] else 'at least'} {target:g}"
-        met = "" if figure["met"] is None or figure["device"] == "cpu" else "yes" if figure["met"] else "**no**"
-        rows.append([figure["what"], f"{figure['value']:,.4g} {figure['unit']}".strip(),
+        met = "" if figure["met"] is None else "yes" if figure["met"] else "**no**"
+        rows.append([figure["what"], shown(figure),
                      "" if ratio is None else f"{figure['reference']:,.4g}", "" if ratio is None else f"{ratio:.2f}",
                      wanted, met])
     return markdown(["figure", "here", "reference", "ratio", "target", "met"], rows) + "\n"
+
+
+def shown(figure: dict) -> str:
+    return f"{figure['value']:,.4g} {figure['unit']}".strip()
 
 
 def limits(figures: list[dict]) -> str:

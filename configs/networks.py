@@ -21,6 +21,11 @@ class Network(Section):
         raise NotImplementedError
 
     @property
+    def conditional(self) -> bool:
+        """Whether it may be conditioned on anything, so that conditions can be dropped."""
+        return self.num_labels > 0
+
+    @property
     def learns_variance(self) -> bool:
         """Whether the output has a second half that says how large the variance of a step is."""
         return False
@@ -94,6 +99,39 @@ class UNetModel(Network):
             if self.ch * mult % 32:
                 raise ValueError(f"model.ch {self.ch} * {mult} (model.ch_mult) must be a multiple of 32")
         check_halvings(data, len(self.ch_mult), "model.ch_mult")
+
+
+class DiffusersModel(Network):
+    """The U-Net of a pipeline folder, with its autoencoder and text encoders: Stable Diffusion 1, 2, XL, DDPM."""
+
+    arch: Literal["diffusers"] = "diffusers"
+    """A U-Net of diffusers: its keys are in the pipeline's own files."""
+    pretrained: str
+    """Folder of a diffusers pipeline, or the name of a model on the Hugging Face hub."""
+    lora_rank: Count | None = None
+    """Train low-rank adapters of this rank beside the frozen weights; none: all weights."""
+    lora_alpha: Positive | None = None
+    """Their output counts lora_alpha / lora_rank; none: equal to the rank."""
+    lora_targets: Annotated[tuple[str, ...], AsTuple, Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that get adapters."""
+
+    @property
+    def num_labels(self):
+        return 0
+
+    @property
+    def conditional(self):
+        return True
+
+    @property
+    def width(self):
+        return 320
+
+    def check(self, data):
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(f"model.lora_alpha {self.lora_alpha} needs model.lora_rank")
+        if data.logit_transform:
+            raise ValueError("data.logit_transform is for the unet of this program, not for model.arch diffusers")
 
 
 # guided-diffusion's widths by image size; 32 is DDPM-IP's.
@@ -259,4 +297,4 @@ class DhariwalUNetModel(EDMNetwork):
 
 
 NETWORKS: dict[str, type[Network]] = {"unet": UNetModel, "adm": ADMModel, "songunet": SongUNetModel,
-                                      "dhariwal": DhariwalUNetModel}
+                                      "dhariwal": DhariwalUNetModel, "diffusers": DiffusersModel}

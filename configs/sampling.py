@@ -1,5 +1,6 @@
 """How images are sampled: one checked, hashable, printable object for scripts, Python, studies, manifests and logs."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -11,8 +12,21 @@ SAMPLE_TYPES = {"generalized": {"eta", "var_type", "restart", "classifier_scale"
                 "ddpm_noisy": {"var_type", "classifier_scale"},
                 "heun": {"churn", "restart", "ode_time", "ode_scale", "alpha"},
                 "euler": {"churn", "restart", "ode_time", "ode_scale"}, "dpmpp_2m": set()}
+FOREIGN = "diffusers:"                                     # before the name of a scheduler class of diffusers
 VAR_TYPES = ("fixedlarge", "fixedsmall", "learned", "analytic")
 SHORT = {"generalized": "DDIM", "ddpm_noisy": "ancestral", "heun": "Heun", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
+
+
+def read_by(sample_type: str) -> set[str]:
+    """Which of eta, var_type and churn a sampler reads."""
+    return {"eta"} if sample_type.startswith(FOREIGN) else SAMPLE_TYPES[sample_type]
+
+
+def _sample_type(value: str) -> str:
+    if not re.fullmatch(rf"{FOREIGN}[A-Za-z]\w*", value) and value not in SAMPLE_TYPES:
+        raise ValueError(f"sample_type {value!r} is unknown; known: {', '.join(sorted(SAMPLE_TYPES))}, and "
+                         f"{FOREIGN}NAME for a scheduler of diffusers such as {FOREIGN}UniPCMultistepScheduler")
+    return value
 
 
 def _one_of(known, what: str):
@@ -73,8 +87,9 @@ Restart = Annotated[tuple[Interval, ...] | None, BeforeValidator(_intervals)]
 
 
 class SamplerSettings(Section):
-    sample_type: Annotated[str, _one_of(SAMPLE_TYPES, "sample_type")] = "generalized"
-    """generalized (DDIM), ddpm_noisy (ancestral), heun or euler (EDM), dpmpp_2m (DPM-Solver++)."""
+    sample_type: Annotated[str, AfterValidator(_sample_type)] = "generalized"
+    """generalized (DDIM), ddpm_noisy (ancestral), heun or euler (EDM), dpmpp_2m (DPM-Solver++); or
+    diffusers:UniPCMultistepScheduler and such."""
     timesteps: Count | str = 100
     """Number of steps; or of a discrete chain a respacing, ddimN or 10,15,20."""
     skip_type: str | None = None
@@ -127,7 +142,7 @@ class SamplerSettings(Section):
     def _nothing_is_ignored(self):
         defaults = {"eta": 0.0, "var_type": "fixedlarge", "churn": None, "ode_time": "linear", "ode_scale": "none",
                     "alpha": 1.0, "classifier_scale": None, "restart": None}
-        for key in sorted(defaults.keys() - SAMPLE_TYPES[self.sample_type]):
+        for key in sorted(defaults.keys() - read_by(self.sample_type)):
             if getattr(self, key) != defaults[key]:
                 readers = " and ".join(name for name, keys in SAMPLE_TYPES.items() if key in keys)
                 raise ValueError(f"{key} is for {readers}, not for {self.sample_type}")
@@ -160,7 +175,8 @@ class SamplerSettings(Section):
     @property
     def label(self) -> str:
         """The sampler in few words, without its number of steps."""
-        parts = [SHORT[self.sample_type], f"eta {self.eta:g}" if self.eta else "",
+        name = SHORT.get(self.sample_type) or self.sample_type.removeprefix(FOREIGN).removesuffix("Scheduler")
+        parts = [name, f"eta {self.eta:g}" if self.eta else "",
                  self.var_type if self.sample_type == "ddpm_noisy" or self.gamma else "", self.skip_type or "",
                  *(f"{key} {getattr(self, key):g}" for key in ("sigma_min", "sigma_max", "rho") if getattr(self, key)),
                  f"in {self.ode_time} time" if self.ode_time != "linear" else "",

@@ -12,10 +12,12 @@ from pydantic_core import PydanticUndefined
 from configs.base import Section
 from configs.messages import describe
 from configs.networks import NETWORKS
+from configs.pipelines import fill_in, is_pipeline, pipeline_configuration
 from configs.reading import OLD_AVERAGE, convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
 from configs.sections import Data, DiffusionSection, Loss, Optim, Sampling, Training
 from utils.atomic import write_text
 from utils.errors import ConfigError
+from utils.hub import local_folder
 
 AUGMENT_DIM = 9                              # numbers that tell of data.augment
 
@@ -75,7 +77,7 @@ class Config(Section):
         if self.training.time_sampler == "loss_second_moment" and diffusion.schedule != "discrete":
             raise ValueError("training.time_sampler loss_second_moment counts the losses of steps; "
                              f"diffusion.schedule {diffusion.schedule} has none")
-        if self.training.label_dropout and not self.model.num_labels:
+        if self.training.label_dropout and not self.model.conditional:
             raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels; set "
                              "model.num_classes, or label_dim of EDM's networks")
         if self.data.augment and getattr(self.model, "augment_dim", 0) != AUGMENT_DIM:
@@ -115,18 +117,33 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file in this project's, SA-DPM's or DDIM's form.
+    """Read a YAML file in this project's, SA-DPM's or DDIM's form, or the folder of a diffusers pipeline.
+
+    Of a network of diffusers the scheduler's file fills in the ``diffusion`` section, and must not contradict it.
 
     Args:
-        path: A file, or a name looked up in configs/.
+        path: A file, a name looked up in configs/, or a pipeline folder.
         overrides: ``"training.batch_size=64"``, values parsed as YAML; they win over the file.
 
     Raises:
         ConfigError: With the file, the dotted key, what was given and what is allowed.
     """
-    path = find_config(path)
-    raw = with_overrides(read_config_file(path), overrides)
-    return validate(convert_ddim_form(raw, path), str(path))
+    if is_pipeline(Path(path)):
+        raw = pipeline_configuration(Path(path))
+    else:
+        path = find_config(path)
+        raw = read_config_file(path)
+    raw = with_overrides(raw, overrides)
+    return validate(_with_pipeline(convert_ddim_form(raw, path)), str(path))
+
+
+def _with_pipeline(raw: dict) -> dict:
+    """The configuration and what the files of ``model.pretrained`` add, where these are on this machine."""
+    model = raw.get("model") or {}
+    if model.get("arch") != "diffusers" or not isinstance(model.get("pretrained"), str):
+        return raw
+    folder = local_folder(model["pretrained"], download=False)
+    return fill_in(raw, folder) if folder else raw
 
 
 def with_overrides(raw: dict, overrides: Sequence[str]) -> dict:

@@ -42,6 +42,13 @@ class Data(Section):
     the text before the first "_" of a file name, alphabetically (guided-diffusion)."""
     max_size: Count | None = None
     """Use so many of the images, chosen by EDM's shuffle with seed 0; none: all."""
+    random_crop: bool = False
+    """Of latents: cut the window anywhere instead of from the middle."""
+    variants: Count = 1
+    """Of latents, which cannot be cropped and mirrored while training: so many crops of each image are packed, each
+    with its mirror image where random_flip is set."""
+    latent_dtype: Literal["float16", "bfloat16"] = "float16"
+    """How latents and embeddings of prompts are stored."""
     skip_bad: Natural = 0
     """Number of unreadable images that are tolerated (and listed) before loading fails."""
 
@@ -92,6 +99,10 @@ class DiffusionSection(Section):
     """Rescale the betas so that the last step is pure noise (2305.08891); not with epsilon."""
     set_alpha_to_one: bool = True
     """The chain ends at the clean image; false: at abar_0, as some of diffusers' scheduler files have it."""
+    skip_type: Literal["uniform", "quad", "leading", "linspace", "trailing", "respace", "edm"] | None = None
+    """How the steps of a chain are spaced unless --skip_type says otherwise; none: uniform, edm on sigma schedules."""
+    steps_offset: Natural = 0
+    """Added to every step of the spacing leading, as diffusers' scheduler files may ask (1 for Stable Diffusion)."""
     rescale_timesteps: bool = False
     """The network is told t * 1000 / T, as improved-diffusion's option has it."""
     timestep_respacing: Count | Annotated[str, Field(pattern=r"^(ddim)?\d+$|^\d+(,\d+)+$")] | None = None
@@ -305,8 +316,8 @@ class Training(Section):
     """FID of the EMA weights every so many epochs, with a snapshot; 0: never."""
     fid_num: Count = 5000
     """Images for it, drawn with sample_timesteps DDIM steps."""
-    seed: Natural = 1024
-    """Seed of weights, data order and noise."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1024
+    """Seed of weights, data order and noise, below 2^32."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Autocast of the network; auto: on CUDA bf16 where the GPU has it, else fp16; on a CPU bf16 where it has
     avx512_bf16 or amx_bf16, else off. A resumed run keeps what it began with."""
@@ -326,8 +337,8 @@ class Sampling(Section):
 
 
 class Optim(Section):
-    optimizer: Literal["Adam", "AdamW", "RMSProp", "SGD"] = "Adam"
-    """Update rule."""
+    optimizer: Literal["Adam", "AdamW", "Adafactor", "RMSProp", "SGD"] = "Adam"
+    """Update rule; Adafactor is that of transformers, without scaling by parameters or relative steps."""
     lr: Positive = 2e-4
     """Learning rate after warm-up."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"

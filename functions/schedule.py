@@ -110,6 +110,7 @@ class DiscreteSchedule(Schedule):
         betas: beta_0 .. beta_{T-1}, any 1-D sequence; 0 < beta < 1, the last may be 1.
         network_times: What the network is told for each t; default: t. A respaced chain knows its original steps.
         set_alpha_to_one: False ends the chain at abar_0 instead of 1, as diffusers' scheduler files may ask.
+        steps_offset: Added to every step of the spacing ``leading``, likewise.
 
     Raises:
         ValueError: Not 1-D, empty, or a beta outside its range.
@@ -117,13 +118,14 @@ class DiscreteSchedule(Schedule):
 
     end = -1
 
-    def __init__(self, betas, network_times: Sequence[int] | None = None, set_alpha_to_one: bool = True):
+    def __init__(self, betas, network_times: Sequence[int] | None = None, set_alpha_to_one: bool = True,
+                 steps_offset: int = 0):
         betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas must be a non-empty 1-D sequence, given shape {tuple(betas.shape)}")
         if not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
             raise ValueError(f"betas must lie in (0, 1), 1 only in last place; given {betas.min()} to {betas.max()}")
-        self.num_timesteps = len(betas)
+        self.num_timesteps, self.steps_offset, self.betas = len(betas), steps_offset, betas.tolist()
         self.start = self.num_timesteps - 1
         abar = torch.cumprod(1 - betas, 0)
         first = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else abar[:1]
@@ -310,7 +312,8 @@ class FlowSchedule(Schedule):
 
 
 def _discrete(diffusion) -> DiscreteSchedule:
-    schedule = DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one)
+    schedule = DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one,
+                                steps_offset=diffusion.steps_offset)
     if diffusion.timestep_respacing is None:
         return schedule
     return schedule.respaced(sampling_times(schedule, diffusion.timestep_respacing, "respace"))
@@ -330,9 +333,11 @@ SCHEDULES = {"discrete": _discrete, "sigma": _sigma,
 def make_schedule(diffusion) -> Schedule:
     """The schedule of the ``diffusion`` section of a configuration. ConfigError: betas or steps that do not exist."""
     try:
-        return SCHEDULES[diffusion.schedule](diffusion)
+        schedule = SCHEDULES[diffusion.schedule](diffusion)
     except ValueError as error:
         raise ConfigError(f"diffusion: {error}") from None
+    schedule.skip_type = diffusion.skip_type or schedule.skip_type
+    return schedule
 
 
 def root(value):

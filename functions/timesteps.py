@@ -169,7 +169,13 @@ def _discrete_times(schedule, spec: str, skip_type: str, **levels) -> list[int]:
                          "counts the steps of equal sections of the chain")
     if skip_type in LEVELS:
         return level_times(schedule, int(spec), skip_type, **levels)
-    return sorted({int(t) for t in SKIP_TYPES[skip_type](T, int(spec))})
+    times = sorted({int(t) for t in SKIP_TYPES[skip_type](T, int(spec))})
+    if skip_type != "leading" or not schedule.steps_offset:
+        return times
+    if times[-1] + schedule.steps_offset >= T:
+        raise ValueError(f"timesteps {spec} with diffusion.steps_offset {schedule.steps_offset} would end at step "
+                         f"{times[-1] + schedule.steps_offset}; the last is {T - 1}: give fewer, or another skip type")
+    return [t + schedule.steps_offset for t in times]
 
 
 def _continuous_times(schedule, spec: str, skip_type: str, **levels) -> list[float]:

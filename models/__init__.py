@@ -10,6 +10,7 @@ from models.adm_classifier import load_classifier
 from models.codecs import make_codec
 from models.dhariwal import DhariwalUNet
 from models.ema import EMA, decay_of
+from models.pretrained import build_pretrained
 from models.song import SongUNet
 from models.unet import UNet
 from models.weights import (
@@ -45,7 +46,7 @@ def _edm(network: type[nn.Module]) -> Callable[[Config], nn.Module]:
 
 
 MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet, "adm": _adm, "songunet": _edm(SongUNet),
-                                                    "dhariwal": _edm(DhariwalUNet)}
+                                                    "dhariwal": _edm(DhariwalUNet), "diffusers": build_pretrained}
 
 
 def build_model(config: Config) -> nn.Module:

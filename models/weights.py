@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from models.ema import combination, combine
 from models.formats import FORMATS, SETTINGS, bare_name, is_snapshot
-from models.formats.common import State, is_state
+from models.formats.common import State, is_state, read_safetensors
 from models.formats.edm import read_snapshot
 from models.formats.edm_settings import about, settings_of
+from models.pretrained import LORA_FILE, is_pretrained, lora_from_file, read_unet_folder
+from models.trained import trained
 from utils.errors import DataError, UserError
 from utils.safe_load import load_torch
 
@@ -56,7 +58,10 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     path = Path(path)
     if not path.exists():
         raise UserError(f"no such weights: {path}")
-    content = None if path.is_dir() or is_snapshot(path) else load_torch(path)
+    no_pickle = path.is_dir() or path.suffix == ".safetensors"
+    if is_pretrained(model) and no_pickle:
+        return _load_pretrained(model, path)
+    content = None if no_pickle or is_snapshot(path) else load_torch(path)
     _check_digest(content, path)
     for name, (recognises, read) in FORMATS.items():
         if recognises(path, content):
@@ -66,6 +71,17 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     raise DataError(f"{path}: holds no weights in a known form; known: {', '.join(FORMATS)}")
 
 
+def _load_pretrained(model: nn.Module, path: Path) -> WeightsInfo:
+    """Files of diffusers for a U-Net of diffusers: a folder with the whole network, or adapters."""
+    lora = path / LORA_FILE if path.is_dir() else path
+    if not lora.is_file():
+        name, state = "diffusers-unet", read_unet_folder(path)
+    elif model.lora_scale is None:
+        raise UserError(f"{lora}: adapters; the configuration of this network has none, set model.lora_rank")
+    else:
+        name, state = "lora", lora_from_file(read_safetensors(lora), model.lora_scale, lora)
+    _copy_into(model, state, f"{path} ({name})")
+    return WeightsInfo(name, "unknown", None, None, weights_fingerprint(state))
 def stored_settings(path: str | Path) -> dict[str, dict] | None:
     """Sections of a configuration that a file of weights brings itself; None where it does not.
 
@@ -137,7 +153,7 @@ def _check_digest(content, path: Path) -> None:
 
 
 def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None = None) -> None:
-    own = {bare_name(name): tensor for name, tensor in model.state_dict().items()}
+    own = {bare_name(name): tensor for name, tensor in trained(model).items()}
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),

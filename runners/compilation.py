@@ -62,7 +62,8 @@ def layers_of(model: nn.Module) -> int:
 @torch.no_grad()
 def seconds_of_a_call(sampler) -> float:
     """Of a network call with one image; batches take a little less for each."""
-    denoiser, x = sampler.conditioned(sampler.labels([0])), torch.zeros(1, *sampler.codec.shape, device=sampler.device)
+    denoiser = sampler.conditioned(sampler.condition([0]))
+    x = torch.zeros(1, *sampler.codec.shape, device=sampler.device)
     seconds = []
     while len(seconds) < 2 or (len(seconds) < 4 and sum(seconds) < SHORT):       # the first also casts weights
         began = time.perf_counter()

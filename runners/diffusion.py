@@ -1,7 +1,7 @@
 """The runner: trains, resumes, loads weights and samples. Scripts and notebooks use this one class."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from configs.pipelines import SCHEDULER, contradictions
 from configs.sampling import SamplerSettings
 from configs.schema import Config, load_config
+from datasets.latents import choose_variant
 from datasets.packed import open_images
 from functions.augment import Draws, augment
 from functions.denoiser import Denoiser
@@ -22,8 +24,10 @@ from functions.rng import check_seeds, seeded, shard_generator
 from functions.schedule import make_schedule
 from functions.training_remedies import Rollout, ramp_up, scheduled_noise, slowed_times
 from functions.variational import Transitions, with_bound
-from models import build_model, load_profile, load_weights, make_codec
+from models import WeightsInfo, build_model, load_profile, load_weights, make_codec, weights_fingerprint
 from runners import distributed
+from runners.conditioning import StoredPrompts, hide
+from runners.latents import open_latent_images
 from runners.network import Network, explain_out_of_memory, memory_format
 from runners.sampling.gamma import read_gamma
 from runners.sampling.sampler import Sampler
@@ -64,6 +68,7 @@ class Diffusion:
         compiled: Whether sampling compiles the network.
         weights: WeightsInfo of the loaded file, or None.
         guide: Another Diffusion with worse weights, for autoguidance, or None.
+        prompts: Of a text-to-image network: what images are made of; see ``runners.conditioning``.
         classifier: ``runners.sampling.classifier.Classifier`` to guide by, or None.
     """
 
@@ -76,7 +81,7 @@ class Diffusion:
         self.model.checkpointing = config.training.activation_checkpointing
         self.model.to(self.device, memory_format=memory_format(self.device, config.model.width))
         self.averages, self.weights, self.amp, self.compiled = [], None, None, False
-        self.guide = self.classifier = None
+        self.guide = self.classifier = self.prompts = None
         self._images = self.inherited = None
 
     @classmethod
@@ -121,12 +126,24 @@ class Diffusion:
         diffusion.load(path)
         return diffusion
 
-    def load(self, path: str | Path, ema: bool = True) -> None:
-        """Load weights in any format that ``models.load_weights`` knows."""
+    def load(self, path: str | Path | None, ema: bool = True) -> None:
+        """Load weights in any format that ``models.load_weights`` knows; None: those of the pipeline as they are."""
+        if path is None:
+            fingerprint = weights_fingerprint(self.model.state_dict())
+            self.weights, self.averages = WeightsInfo("pretrained", "unknown", None, None, fingerprint), []
+            return
+        self._refuse_another_chain(Path(path))
         self.weights = load_weights(self.model, path, ema=ema)
         if self.config.training.snapshot_unit == "steps" and self.weights.step is None:
             self.weights = replace(self.weights, step=self.weights.epoch, epoch=None)      # the number in a file's name
         self.averages = []
+
+    def _refuse_another_chain(self, path: Path) -> None:
+        """UserError where a pipeline folder belongs to other betas or another prediction than the configuration."""
+        if (path / SCHEDULER).is_file():
+            found = contradictions(self.config.diffusion.model_dump(), path)
+            if found:
+                raise UserError(f"{path / SCHEDULER} contradicts the configuration: {'; '.join(found)}")
 
     def inherit(self, path: str | Path) -> None:
         """Begin the next ``train`` with weights, average and moments of another run, under this configuration.
@@ -208,11 +225,32 @@ class Diffusion:
     def open_training_images(self, run: RunFolder):
         """The ImageStore of ``train``, opened and packed by the first call. DataError: bad, or less than a batch."""
         if self._images is None:
-            images = open_images(self.config, run.datasets, "train", self.device)
+            images = self.open_images(run.datasets)
             Plan.make(self.config.training, images.num_images, distributed.world_size())
-            self.labels_of(images)
+            self.conditions_of(images)
             self._images = images
         return self._images
+
+    def open_images(self, root=None, split: str = "train"):
+        """The ImageStore of the configuration: of pixels, or of latents with what prompts mean."""
+        if self.codec.bounded or not hasattr(self.codec, "moments"):
+            return open_images(self.config, root, split, self.device)
+        images = open_latent_images(self.config, self.codec, root, split, self.device)
+        if images.empty and self.prompts is None:
+            self.prompts = StoredPrompts(images, self.config.data)
+        return images
+
+    def conditions_of(self, images) -> Callable[[Tensor], dict[str, Tensor]]:
+        """Image indices (B,) -> the condition of these images of a store, on the device.
+
+        Raises:
+            UserError: As ``labels_of``.
+        """
+        if hasattr(images, "condition"):
+            return images.condition
+        labels = self.labels_of(images)
+        return lambda indices: {} if labels is None else {
+            "labels": labels[indices.to(labels.device, non_blocking=True)]}
 
     def judge(self, run: RunFolder, force: bool = False) -> Judge:
         """What a full state must be for this network to go on from it with the images of ``run``."""
@@ -280,30 +318,32 @@ class Diffusion:
         """Of all steps of the schedule, for the variational bound."""
         return Transitions(self.schedule, range(self.schedule.num_timesteps)).to(self.device)
 
-    def draw(self, images: Tensor, labels: Tensor | None, times, generator: torch.Generator,
+    def draw(self, images: Tensor, condition: dict[str, Tensor], times, generator: torch.Generator,
              progress: float = 1.0) -> "Draw":
         """All randomness of a shard but dropout; what is optional comes last, so that without it nothing changes.
 
         Args:
-            images: uint8 (B, C, H, W).
-            labels: Long (B,), or None.
+            images: uint8 (B, C, H, W); or moments of latents in variants, float (B, V, 2, c, h, w).
+            condition: By name, such as ``labels`` long (B,).
             times: What draws the times of a batch: ``draw(size, generator) -> (t, importance)``.
             progress: Share of the run that is done, in [0, 1].
         """
         config, loss = self.config, self.config.loss
-        if config.data.random_flip:
+        if images.is_floating_point():
+            images, condition = choose_variant(images, condition, generator)
+        elif config.data.random_flip:
             images = random_flip(images, generator)
         x0 = self.codec.encode(images, generator)
         t, importance = times.draw(len(x0), generator)
         shape = (loss.num_consecutive_steps if loss.lamda > 0 else 1, *x0.shape)
         noise = torch.randn(shape, generator=generator, device=self.device)
         xi = torch.randn(shape, generator=generator, device=self.device) if loss.input_perturbation > 0 else None
-        if labels is not None and config.training.label_dropout:
+        if condition and config.training.label_dropout:
             hidden = torch.rand(len(x0), generator=generator, device=self.device) < config.training.label_dropout
-            labels = torch.where(hidden, -1, labels)
-        condition = {} if labels is None else {"labels": labels}
+            condition = hide(condition, hidden, self.prompts)
         if config.data.augment:
-            x0, condition["augment"] = augment(x0, config.data.augment, Draws(generator))
+            x0, told = augment(x0, config.data.augment, Draws(generator))
+            condition = {**condition, "augment": told}
         return Draw(x0, condition, t, importance, noise, *self._draw_remedies(noise, xi, generator, progress))
 
     def _draw_remedies(self, noise: Tensor, xi: Tensor | None, generator, progress: float) -> tuple:
@@ -357,7 +397,7 @@ class Diffusion:
                             f"{self.weights.fingerprint}); run diagnose.py gamma with these")
         return Sampler(self.denoiser(), self.codec, settings, self.config, self.device,
                        guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels),
-                       classifier=self.classifier, gamma=gamma)
+                       classifier=self.classifier, gamma=gamma, prompts=self.prompts)
 
     def denoiser(self, schedule=None) -> Denoiser:
         """The network as sampling calls it, on its own schedule or on that of the network which it guides."""
@@ -372,7 +412,7 @@ class Draw(NamedTuple):
     """A shard and all its randomness."""
 
     x0: Tensor                          # (B, C, H, W)
-    condition: dict[str, Tensor]        # of what the network is told: labels long (B,), -1 where hidden; augment (B, 9)
+    condition: dict[str, Tensor]        # labels long (B,), -1 where hidden; augment (B, 9); what prompts mean
     t: Tensor                           # (B,)
     importance: Tensor | None           # (B,), None: 1
     noise: Tensor                       # (K, B, C, H, W)

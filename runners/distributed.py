@@ -112,7 +112,7 @@ def process_group(world: World | None, device: torch.device, address: str | None
         return
     follow_launcher()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:        # share the cores
-        torch.set_num_threads(max(1, torch.get_num_threads() // _processes_on_this_node(world)))
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes_on_this_node(world.size)))
     if "MASTER_PORT" in os.environ and "MASTER_ADDR" in os.environ:
         init_method = "env://"
         os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
@@ -170,12 +170,13 @@ def _attempt() -> str:
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}"
 
 
-def _processes_on_this_node(world: World) -> int:
+def processes_on_this_node(size: int | None = None) -> int:
+    """As the launcher says; otherwise all, ``size`` or the size of the process group."""
     for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
         if name in os.environ:
             return int(os.environ[name])
     tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return int(tasks[0]) if tasks else world.size
+    return int(tasks[0]) if tasks else size or world_size()
 
 
 def rank() -> int:

@@ -66,7 +66,7 @@ def resolve_compile(name: str, device: torch.device, calls: int) -> bool:
     return worth_it
 
 
-def fill_device(network: "Network", shape: tuple[int, int, int], share: int) -> int:
+def fill_device(network: "Network", shape: tuple[int, int, int], share: int, condition: dict | None = None) -> int:
     """Images of one network call of sampling, for ``--batch_size auto``; says in the log why.
 
     On a GPU as many as fit, by the memory that calls with few images take. A CPU gains nothing from more than keep
@@ -76,9 +76,10 @@ def fill_device(network: "Network", shape: tuple[int, int, int], share: int) -> 
         network: As sampling calls it, not compiled.
         shape: (C, H, W).
         share: Images that this process has to make; more are never chosen.
+        condition: That of one image.
     """
     if network.device.type == "cuda":
-        each, free = memory_of_an_image(network, shape)
+        each, free = memory_of_an_image(network, shape, condition or {})
         fitting = min(GPU_BATCH, int(GPU_SHARE * free / each))
         reason = f"{each / 2**20:.0f} MiB for each image, {free / 2**30:.1f} GiB free"
     else:
@@ -94,13 +95,14 @@ def power_of_two(limit: int) -> int:
 
 
 @torch.no_grad()
-def memory_of_an_image(network: "Network", shape: tuple[int, int, int]) -> tuple[float, int]:
+def memory_of_an_image(network: "Network", shape: tuple[int, int, int], condition: dict) -> tuple[float, int]:
     """Bytes at the peak of a network call for each further image, and bytes that are free on this GPU."""
     device, peaks = network.device, []
     for count in PROBES:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        network(torch.zeros(count, *shape, device=device), torch.zeros(count, device=device))
+        rows = {name: row.expand(count, *row.shape[1:]) for name, row in condition.items()}
+        network(torch.zeros(count, *shape, device=device), torch.zeros(count, device=device), **rows)
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
     torch.cuda.empty_cache()
     each = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])

@@ -130,7 +130,10 @@ def test_the_norms_of_a_published_network_need_no_run(tmp_path, archive, capsys)
     flags = ["--exp", str(tmp_path), "--weights", str(SNAPSHOT), "--device", "cpu", "--verbose", "critical",
              "--data.root", str(archive), "--num_images", "6", "--sample_type", "euler", "--timesteps", "4"]
     assert diagnose.main(["fit-eps-scaler", *flags, "--model", "constant"]) == 0
-    assert f"python generate.py --exp {tmp_path} --weights {SNAPSHOT} --timesteps 4" in capsys.readouterr().out
+    assert "edm_snapshot_nosource  eps_scaler 1.0" in capsys.readouterr().out
+    job = diagnose.Job(diagnose.parse(["fit-eps-scaler", *flags]))
+    assert job.command("edm_snapshot_nosource", eps_scaler="1.01").startswith(
+        f"python generate.py --exp {tmp_path} --weights {SNAPSHOT} --timesteps 4")
     assert diagnose.main(["eps-norm", *flags, "--doc", "a", "b"]) == 2
     assert "is one network, --doc names 2 runs" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.sampling import SamplerSettings
+from datasets.latents import choose_variant
 from functions.exposure import (
     ExposureBias,
     Fit,
@@ -73,27 +74,32 @@ class Diagnosis:
         bar = tqdm(share, desc=title, unit="batch", leave=False, disable=distributed.rank() > 0)
         for (start, places), images in zip(bar, batches, strict=True):
             generator = torch.Generator(images.device).manual_seed(derive_seed(self.seed, PIXELS, start))
+            if images.is_floating_point():
+                images, _ = choose_variant(images, {})
             yield places, self.diffusion.codec.encode(images, generator).contiguous()
 
     def noise(self, stream: int, places: Sequence[int], *more: int) -> SeededNoise:
         return SeededNoise([derive_seed(self.seed, stream, place, *more) for place in places], self.diffusion.device)
 
-    def latent(self, places: Sequence[int]) -> tuple[Tensor, SeededNoise, Tensor | None]:
-        """What ``generate.py`` starts from: pure noise, the stream of the draws that follow, and labels."""
+    def latent(self, places: Sequence[int]) -> tuple[Tensor, SeededNoise, dict[str, Tensor]]:
+        """What ``generate.py`` starts from: pure noise, the stream of the draws that follow, and labels; of a
+        text-to-image network the captions of the real images."""
         seeds = [self.seed + place for place in places]
         noise = SeededNoise(seeds, self.diffusion.device)
-        return noise.randn((len(places), *self.diffusion.codec.shape)), noise, self.sampler.labels(seeds)
+        condition = self.condition(places) if self.sampler.prompts else self.sampler.condition(seeds)
+        return noise.randn((len(places), *self.diffusion.codec.shape)), noise, condition
 
-    def diffused(self, x0: Tensor, places: Sequence[int], t: float) -> tuple[Tensor, SeededNoise, Tensor | None]:
-        """A draw of q(x_t | x0), the stream of the draws that follow, and the images' labels."""
+    def diffused(self, x0: Tensor, places: Sequence[int], t: float) -> tuple[Tensor, SeededNoise, dict[str, Tensor]]:
+        """A draw of q(x_t | x0), the stream of the draws that follow, and what the images are conditioned on."""
         noise = self.noise(START, places, round(1e6 * t) if isinstance(t, float) else t)
         x = self.schedule.alpha(t) * x0 + self.schedule.sigma(t) * noise.randn(x0.shape)
-        return x, noise, self.labels(places)
+        return x, noise, self.condition(places)
 
-    def labels(self, places: Sequence[int]) -> Tensor | None:
-        """Of the real images, long (B,); None for networks without labels."""
-        labels = self.diffusion.labels_of(self.images)
-        return None if labels is None else labels[torch.as_tensor(self.chosen[places], device=labels.device)]
+    def condition(self, places: Sequence[int]) -> dict[str, Tensor]:
+        """Of the real images: their labels or captions."""
+        indices = torch.as_tensor(self.chosen[places])
+        condition = self.diffusion.conditions_of(self.images)(indices)
+        return choose_variant(torch.empty(len(indices), 1), condition)[1]
 
     # ----------------------------------------------------------------------------------------------------- measures
 
@@ -102,7 +108,7 @@ class Diagnosis:
         stats = FeatureStats(len(self.steps))
         for places, x0 in self.real_images("training"):
             draw = partial(self.noise(TRAINING, places).randn, x0.shape)
-            denoiser = self.sampler.conditioned(self.labels(places))
+            denoiser = self.sampler.conditioned(self.condition(places))
             norms = training_norms(denoiser, x0, self.steps, lambda _, draw=draw: draw())
             stats.update(norms.cpu())
         return gathered(stats)

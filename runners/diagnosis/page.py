@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from runners.diagnosis.curves import write_panel
 from runners.diagnosis.panels import PANELS
 from runners.diagnosis.summary import SUMMARIES
-from runners.study.page import Gallery, Heading, Table, Text, to_html
+from runners.study.page import Gallery, Heading, Text, to_html
 from utils.atomic import write_text
 
 # What a plot shows, and how to read it.
@@ -16,11 +16,12 @@ CAPTIONS = {
     "exposure": ("Variance of the chain", "Variance of what the network gets along the chain minus that of noised "
                  "images, averaged over pixels, and its root with sign."),
     "gap": ("Gap to the true noise", "Mean of predicted minus true noise along chains that start from noised images; "
-            "the dotted line is what chance alone gives. Right: what accumulates."),
+            "the dotted line is what chance alone gives. Second: what accumulates."),
     "spectrum": ("Frequencies", "Energy in the bands of a Haar transform (ll: low; lh, hl, hh: high), chain against "
                  "training, of the network's input and of its estimate; the power spectrum of the final images."),
     "snr": ("Effective time", "The time at which training would make the network predict noise of the size that it "
-            "predicts along the chain. Above 0: the chain's inputs look noisier than the network is told."),
+            "predicts along the chain. Above 0: the chain's inputs look noisier than the network is told. Times at "
+            "which the size hardly depends on the noise are left out."),
     "gamma": ("Gamma", "Mean square of the predicted noise for each pixel: 1 where there is nothing but noise."),
     "energy": ("Energy of the estimate", "Mean square of the estimated image for each pixel, which rises to that of "
                "the data. A chain that stays below it fades."),
@@ -37,8 +38,6 @@ def write_page(path: Path, title: str, found: dict[str, dict], verdicts: dict[st
     blocks = [Text(title)]
     for name, sentences in verdicts.items():
         blocks += [Heading(f"Verdict: {name}"), *(Text(sentence) for sentence in sentences)]
-    blocks += [Heading("Main figures"), Table(["measure", "run", "figures"], [
-        [measure, name, SUMMARIES[measure](rows)] for measure, runs in found.items() for name, rows in runs.items()])]
     with TemporaryDirectory() as folder:
         for measure, runs in found.items():
             heading, caption = CAPTIONS[measure]
@@ -47,13 +46,14 @@ def write_page(path: Path, title: str, found: dict[str, dict], verdicts: dict[st
                 picture = Path(folder) / f"{measure}-{number}.png"
                 write_panel(panel, picture, log_time)
                 pictures.append((f"{measure}, {number + 1}", picture))
-            blocks += [Heading(heading), Gallery(caption, pictures)]
+            figures = [Text(f"{name}: {SUMMARIES[measure](rows)}.") for name, rows in runs.items()]
+            blocks += [Heading(heading), Gallery(caption, pictures), *figures]
         write_text(path, to_html("Exposure bias along the chain", blocks, STYLE))
 
 
-# Plots beside one another where there is room for two, else below; sentences of a table may break.
+# Plots beside one another where there is room for two, else below.
 STYLE = """
 .gallery { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .gallery img { image-rendering: auto; } .gallery figcaption { display: none; }
-td:last-child { white-space: normal; min-width: 16rem; } p { overflow-wrap: break-word; }
+p { overflow-wrap: break-word; }
 """

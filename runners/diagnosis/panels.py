@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from functions.spectrum import BANDS
 from runners.diagnosis.curves import Curve, Panel, Rows
+from runners.diagnosis.summary import telling
 
 
 def column(rows: Rows, key: str, **where) -> list:
@@ -102,9 +103,9 @@ def spectrum_panels(runs: dict[str, Rows]) -> list[Panel]:
 def snr_panels(runs: dict[str, Rows]) -> list[Panel]:
     shifts, slopes = [], []
     for colour, (name, rows) in enumerate(runs.items()):
-        t = column(rows, "t")
-        shifts.append(Curve(name, t, column(rows, "shift"), column(rows, "effective_error"), colour))
-        slopes.append(Curve(name, t, column(rows, "slope"), None, colour))
+        sure = telling(rows)
+        shifts.append(Curve(name, column(sure, "t"), column(sure, "shift"), column(sure, "effective_error"), colour))
+        slopes.append(Curve(name, column(rows, "t"), column(rows, "slope"), None, colour))
     return [Panel("effective time - time", shifts, 0.0), Panel(r"$\partial M(s, t) / \partial t$ at $s$", slopes, 0.0)]
 
 

@@ -54,7 +54,14 @@ def of_spectrum(rows: Rows) -> str:
             f"data's: {rings[0]:.3f} at the lowest frequency, {rings[-1]:.3f} at the highest")
 
 
+def telling(rows: Rows) -> Rows:
+    """Those of ``snr`` whose effective time is known to a twentieth of the chain; all, where there are none."""
+    span = max(row["t"] for row in rows) - min(row["t"] for row in rows)
+    return [row for row in rows if row["effective_error"] < span / 20] or rows
+
+
 def of_snr(rows: Rows) -> str:
+    rows = telling(rows)
     worst = largest(rows, "shift", "effective_error")
     median = statistics.median(row["shift"] for row in rows)
     return (f"effective minus nominal time: median {median:+.3g}; largest {worst['shift']:+.3g} at t = "

@@ -63,7 +63,7 @@ class Trajectories:
             for radius, values in enumerate(radial_power(x0).unbind(1)):
                 moments.add(("training", "radial", radius), values)
             noise = diagnosis.noise(TRAINING, places)
-            chain = Chain(sampler.conditioned(diagnosis.labels(places)), self.steps, settings.eps_scaler,
+            chain = Chain(sampler.conditioned(diagnosis.condition(places)), self.steps, settings.eps_scaler,
                           settings.clip and sampler.codec.bounded, callback=self._record(moments, "training"))
             for link in chain.links():
                 chain.look(schedule.alpha(link.i) * x0 + schedule.sigma(link.i) * noise.randn(x0.shape), link)
@@ -125,7 +125,7 @@ class Trajectories:
         moments, diagnosis = Moments(), self.diagnosis
         around = {s: nearby_times(diagnosis.schedule, self.steps, place) for place, s in enumerate(self.steps)}
         for places, x0 in diagnosis.real_images("effective time"):
-            denoiser = diagnosis.sampler.conditioned(diagnosis.labels(places))
+            denoiser = diagnosis.sampler.conditioned(diagnosis.condition(places))
             draw = partial(diagnosis.noise(EFFECTIVE, places).randn, x0.shape)
             for s, times in around.items():
                 noise = draw()

@@ -5,13 +5,15 @@ import argparse
 from utils.errors import UserError
 
 
-def add_sampler_flags(parser: argparse.ArgumentParser, timesteps: str) -> None:
-    """Flags of ``SamplerSettings``; ``timesteps`` is the default number of steps."""
+def add_sampler_flags(parser: argparse.ArgumentParser, timesteps: str | None) -> None:
+    """Flags of ``SamplerSettings``; ``timesteps`` is the default number of steps, None: it depends on the network."""
+    told = "" if timesteps else " (default: 1000, with prompts 30)"
     group = parser.add_argument_group("sampler")
-    group.add_argument("--timesteps", default=timesteps, metavar="S", help="number of steps, ddimN, or 10,15,20")
+    group.add_argument("--timesteps", default=timesteps, metavar="S", help=f"number of steps, ddimN, or 10,15,20{told}")
     group.add_argument("--eta", type=float, default=0.0, help="0 (deterministic) to 1, for generalized")
     group.add_argument("--sample_type", default="generalized", help="generalized (DDIM), ddpm_noisy (ancestral), heun "
-                       "or euler (EDM), dpmpp_2m (DPM-Solver++)")
+                       "or euler (EDM), dpmpp_2m (DPM-Solver++); or a scheduler of diffusers: "
+                       "diffusers:UniPCMultistepScheduler")
     group.add_argument("--skip_type", help="uniform, quad, leading, linspace, trailing, respace; or noise levels as "
                        "edm, vp, ve, iddpm space them (default: uniform, or edm for continuous noise levels)")
     for name, what in (("sigma_min", "lowest"), ("sigma_max", "highest")):

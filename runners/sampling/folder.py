@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.sampling import SamplerSettings
+from models.pretrained import ENCODERS, pipeline_fingerprint
+from runners.conditioning import PROMPT_STRIDE
 from runners.sampling.gamma import read_gamma
 from utils.atomic import remove_leftovers, write_json
 from utils.errors import DataError, UserError
 from utils.files import MIB, read_regular
+from utils.hub import local_folder
 
 MANIFEST = "manifest.json"
 LARGEST = 16 * MIB                            # of a manifest
@@ -17,13 +20,16 @@ LARGEST = 16 * MIB                            # of a manifest
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Where image s lies: ``{s:06d}.png``, or in EDM's sub-folders of 1,000."""
+    """Where image s lies: ``{s:06d}.png``, or in EDM's sub-folders of 1,000; of several prompts in one for each."""
 
     path: Path
     subdirs: bool = False
+    prompts: int = 1
 
-    def image(self, seed: int) -> Path:
-        folder = self.path / f"{seed - seed % 1000:06d}" if self.subdirs else self.path
+    def image(self, number: int) -> Path:
+        prompt, seed = divmod(number, PROMPT_STRIDE)
+        folder = self.path / f"prompt_{prompt:04d}" if self.prompts > 1 else self.path
+        folder = folder / f"{seed - seed % 1000:06d}" if self.subdirs else folder
         return folder / f"{seed:06d}.png"
 
     def prepare(self, manifest: dict) -> None:
@@ -83,11 +89,22 @@ def manifest_of(diffusion, settings: SamplerSettings) -> dict:
     manifest = {
         "weights": diffusion.weights.fingerprint, "amp": str(diffusion.amp or "off"),
         "sampler": {**settings.given(), **gamma},
-        "model": {"arch": config.model.arch}, "diffusion": config.diffusion.model_dump(mode="json"),
+        "model": {"arch": config.model.arch, **_pipeline_of(config)},
+        "diffusion": config.diffusion.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json", include={"image_size", "channels", "rescaled", "logit_transform"}),
     }
     if diffusion.guide:
         manifest["guide"] = diffusion.guide.weights.fingerprint
+    if diffusion.prompts:
+        manifest["prompts"], manifest["negative_prompt"] = diffusion.prompts.texts, diffusion.prompts.negative
     if diffusion.classifier:
         manifest["classifier"] = diffusion.classifier.fingerprint
     return manifest
+
+
+def _pipeline_of(config) -> dict:
+    """What comes from a pipeline's folder: autoencoder and text encoders, and the weights beside adapters."""
+    if config.model.arch != "diffusers":
+        return {}
+    parts = ENCODERS if config.model.lora_rank is None else ("unet", *ENCODERS)
+    return {"pipeline": pipeline_fingerprint(local_folder(config.model.pretrained), parts)}

@@ -7,13 +7,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from functions.pixels import to_uint8
 from runners import distributed
+from runners.conditioning import PROMPT_STRIDE
 from runners.evaluation.metrics import Evaluation
 from runners.sampling.sampler import Sampler
 from runners.sampling.writers import NoWriter
+from utils.captions import captioned
 from utils.png import save_png, tile
 
 log = logging.getLogger(__name__)
@@ -80,11 +83,24 @@ def gathered_images(shown: dict[int, Tensor]) -> Tensor | None:
 
 
 def write_grid(shown: dict[int, Tensor], path, sampler: Sampler, seeds: Sequence[int]) -> None:
-    """Tile the images of all ranks; those of a class-conditional network by class, one row for each. Collective."""
+    """Tile the images of all ranks; those of a class-conditional network by class, of prompts by prompt. Collective."""
     images = gathered_images(shown)
     if distributed.rank() == 0:
+        texts = getattr(sampler.prompts, "texts", None)
+        if texts:
+            return save_png(sheet_of_prompts(images, seeds, texts), path)
         labels = sampler.labels(seeds[:len(images)])
         save_png(tile(images) if labels is None else tile_by_class(images, labels.tolist()), path)
+
+
+def sheet_of_prompts(images: Tensor, seeds: Sequence[int], texts: Sequence[str], most: int = 8) -> Tensor:
+    """Under each prompt its images, ``most`` of them, uint8 (3, H', W')."""
+    rows = {}
+    for image, number in zip(images, seeds, strict=False):
+        rows.setdefault(number // PROMPT_STRIDE, []).append(image)
+    sheets = [captioned(tile(torch.stack(row[:most]), most), texts[p]) for p, row in sorted(rows.items())]
+    width = max(sheet.shape[2] for sheet in sheets)
+    return torch.cat([pad(sheet, (0, width - sheet.shape[2]), value=255) for sheet in sheets], 1)
 
 
 def tile_by_class(images: Tensor, labels: list[int], most: int = 16) -> Tensor:

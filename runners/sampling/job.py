@@ -4,11 +4,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.pipelines import is_pipeline, takes_text, unet_settings
 from configs.schema import load_config
 from functions.rng import LAST_SEED, parse_seeds
 from functions.schedule import make_schedule
 from models import make_codec
 from runners.cli import run_folder
+from runners.conditioning import numbered
 from runners.evaluation.logs import json_log
 from runners.evaluation.references import MissingReference, find_reference
 from runners.sampling.classifier import Classifier
@@ -16,10 +18,12 @@ from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
 from runners.sampling.gamma import read_gamma
 from runners.sampling.pictures import open_originals
+from runners.sampling.prompts import SEEDS_OF_A_PROMPT, read_prompts
 from runners.sampling.sampler import check_gamma, check_settings
 from runners.sampling.weights import configuration_of, local_weights, stored_config
 from runners.training.checkpoint import RunFolder
 from utils.errors import UserError
+from utils.hub import local_folder
 from utils.names import safe_name
 
 MOST_ROWS = 256                                              # of a picture
@@ -31,27 +35,39 @@ class SamplingJob:
     def __init__(self, args):
         self.args, self.absent = args, []
         self.config, self.weights = self._configure()
+        self.prompts = self._prompts()
+        args.timesteps = args.timesteps or ("30" if self.prompted else "1000")
         self.settings = sampler_settings(args)
         self.guide, self.classifier = self._guide(), self._classifier()
-        self.seeds = self._seeds()
+        self.per_prompt = self._seeds()
+        self.seeds = numbered(max(1, len(self.prompts)), self.per_prompt)
         self.batch_size = args.batch_size or self.config.sampling.batch_size
-        default = args.doc or Path(args.config or self.weights or "images").stem
+        default = args.doc or Path(args.config or self.weights or args.weights or "images").stem
         name = args.image_folder or default
         folder = Path(name) if Path(name).is_absolute() else Path(args.exp) / "image_samples" / safe_name("-i", name)
-        self.folder = ImageFolder(folder, args.subdirs)
+        self.folder = ImageFolder(folder, args.subdirs, max(1, len(self.prompts)))
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
         json_log(self.fid_log)                               # refuses a name that is the JSON file's own
-        self._check_sampler()
+        self.notes = []
+        if not args.export:
+            self._check_sampler()
 
     def _configure(self):
         """The run's own configuration wins over --config, which must not contradict it."""
         args = self.args
         file = local_weights(args.weights) if args.weights else None
+        pipeline = file if file and is_pipeline(file) else None
         alone = file and not (args.doc or args.config)
         self.run = RunFolder(Path(args.exp) / "logs" / file.stem if alone else run_folder(args),
                              Path(args.exp) / "datasets")
-        config = configuration_of(self.run, args.config, args.overrides, file)
+        if pipeline:
+            stored = self.run.config if self.run.config.exists() and not alone else pipeline
+            config = load_config(args.config or stored, args.overrides)
+        else:
+            config = configuration_of(self.run, args.config, args.overrides, file)
+        if config.model.arch == "diffusers" and (pipeline or not file and not self.run.path.exists()):
+            return self._configure_pipeline(config, pipeline)
         try:
             ckpt_id = config.sampling.ckpt_id if args.ckpt_id is None else args.ckpt_id
             weights = file or self.run.weights(ckpt_id, args.model_ema)
@@ -64,11 +80,44 @@ class SamplingJob:
             weights = None
         return config, weights
 
+    def _configure_pipeline(self, config, pipeline: Path | None):
+        """A pipeline as it is (weights None), or as the base of what the run has trained."""
+        if pipeline:
+            config = config.replace("model.pretrained", str(pipeline))
+        if not self.args.doc:
+            return config, None
+        ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
+        return config, self.run.weights(ckpt_id, self.args.model_ema)
+
+    @property
+    def weights_name(self) -> str:
+        """What was loaded, for logs."""
+        return str(self.weights or getattr(self.config.model, "pretrained", None))
+
+    def _prompts(self) -> list[str]:
+        """The prompts of a text-to-image network.
+
+        Raises:
+            UserError: None given, or some for a network that takes none.
+        """
+        args, model = self.args, self.config.model
+        self.prompted = model.arch == "diffusers" and takes_text(unet_settings(local_folder(model.pretrained)))
+        given = bool(args.prompt or args.prompt_file or args.negative_prompt)
+        if given and not self.prompted:
+            raise UserError(f"--prompt: the network of {self.weights_name} takes no text")
+        if not self.prompted or args.export:
+            return []
+        if args.prompt and args.prompt_file:
+            raise UserError("--prompt and --prompt_file exclude each other")
+        if not (args.prompt or args.prompt_file):
+            raise UserError("this network makes images of text: give --prompt or --prompt_file")
+        return args.prompt or read_prompts(args.prompt_file)
+
     def _seeds(self) -> Sequence[int]:
         args = self.args
         if (args.num_samples or 0) > LAST_SEED + 1:
             raise UserError(f"--num_samples {str(args.num_samples)[:40]}: at most {LAST_SEED + 1}, the number of seeds")
-        default = 8 if self.pictures else 50000
+        default = 8 if self.pictures else SEEDS_OF_A_PROMPT if self.prompts else 50000
         try:
             seeds = parse_seeds(args.seeds) if args.seeds else range(args.num_samples or default)
         except ValueError as error:
@@ -96,7 +145,8 @@ class SamplingJob:
         args, settings, config = self.args, self.settings, self.config
         schedule = make_schedule(config.diffusion)
         self.times = check_settings(settings, config, make_codec(config), has_guide=bool(self.guide),
-                                    num_classes=self.classifier.num_classes if self.classifier else 0)
+                                    num_classes=self.classifier.num_classes if self.classifier else 0,
+                                    prompted=self.prompted)
         if settings.gamma:
             check_gamma(read_gamma(settings.gamma), self.times)
         if args.reconstruct:
@@ -106,9 +156,8 @@ class SamplingJob:
         if (args.interpolation or args.sequence) and len(self.seeds) > MOST_ROWS:
             raise UserError(f"--interpolation and --sequence draw a row for each seed: {len(self.seeds):,} asked for, "
                             f"at most {MOST_ROWS}")
-        if args.save == "none" and not args.fid and not self.grid:
+        if args.save == "none" and not self.wants_fid and not self.grid:
             raise UserError("--save none with --no-fid and --grid 0 leaves nothing to do")
-        self.notes = []
         if str(args.timesteps).isdigit() and len(self.times) != int(args.timesteps):
             self.notes.append(f"{settings.skip_type or schedule.skip_type} gives {len(self.times)} distinct steps for "
                               f"--timesteps {args.timesteps}")
@@ -147,7 +196,12 @@ class SamplingJob:
 
     @property
     def seed_text(self) -> str:
-        return self.args.seeds or f"0-{len(self.seeds) - 1}"
+        return self.args.seeds or f"0-{len(self.per_prompt) - 1}"
+
+    @property
+    def wants_fid(self) -> bool:
+        """Images of a few prompts are compared with nothing unless a reference is named."""
+        return self.args.fid and not self.args.export and bool(self.args.fid_stats or not self.prompts)
 
     @property
     def pictures(self) -> bool:
@@ -156,7 +210,7 @@ class SamplingJob:
     def reference(self):
         """The checked FID reference, or None where no FID is wanted."""
         args = self.args
-        if not args.fid or self.pictures:
+        if not self.wants_fid or self.pictures:
             return None
         try:
             return find_reference(self.config, None if args.fid_stats == "auto" else args.fid_stats, args.preprocess,

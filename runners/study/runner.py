@@ -15,7 +15,6 @@ from configs.sampling import SamplerSettings
 from configs.schema import Config, Data, Training, load_config
 from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
-from datasets.packed import open_images
 from functions.prediction import make_prediction
 from functions.schedule import make_schedule
 from models import make_codec
@@ -298,7 +297,7 @@ class StudyRunner:
         """The sampler, with a number for ``eps_scaler: fit`` and a file for ``gamma: measure``, and that fit."""
         if not (cell.fits or cell.measures_gamma):
             return diffusion.sampler(cell.sampler()), None
-        images = open_images(diffusion.config, self.job.datasets, "train", self.device)
+        images = diffusion.open_images(self.job.datasets)
 
         def diagnosis(settings):
             return Diagnosis(diffusion, images, settings, num_images=self.job.study.fit_images,

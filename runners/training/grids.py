@@ -11,6 +11,7 @@ does not.
 import torch
 from torch import Tensor
 
+from datasets.latents import choose_variant
 from functions.pixels import to_uint8
 from utils.captions import captioned
 from utils.png import GAP, columns_of, tile
@@ -51,9 +52,19 @@ def training_sheet(diffusion, images) -> Tensor:
     finally:
         diffusion.averages = averages
     indices = torch.arange(2 * columns) % images.num_images
-    real = next(images.batches([indices])).cpu().split(columns)
+    real = _pixels(diffusion, next(images.batches([indices]))).cpu().split(columns)
     rows.insert(0, _beside({"real images": real[0], "real images, continued": real[1]}, columns))
     return torch.cat(rows, 1)
+
+
+def _pixels(diffusion, images: Tensor) -> Tensor:
+    """uint8 (N, C, H, W): of packed latents what the autoencoder makes of them, which then leaves memory again."""
+    if not images.is_floating_point():
+        return images
+    codec = diffusion.codec
+    pixels = to_uint8(codec.decode(codec.encode(choose_variant(images, {})[0])))
+    codec.release()
+    return pixels
 
 
 def _samples(diffusion, num: int, eta: float) -> Tensor:

@@ -8,10 +8,12 @@ from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 
 from configs.schema import Optim
+from utils.hub import needs_package
 
 OPTIMIZERS = {
     "Adam": lambda params, o: optim.Adam(params, **_adam(o)),
     "AdamW": lambda params, o: optim.AdamW(params, **_adam(o)),
+    "Adafactor": lambda params, o: _adafactor(params, o),
     "RMSProp": lambda params, o: optim.RMSprop(params, o.lr, eps=o.eps, weight_decay=o.weight_decay),
     "SGD": lambda params, o: optim.SGD(params, o.lr, o.beta1, weight_decay=o.weight_decay),
 }
@@ -20,6 +22,7 @@ OPTIMIZERS = {
 MOMENTS = {
     "Adam": lambda o, shape: _adam_moments(o, shape),
     "AdamW": lambda o, shape: _adam_moments(o, shape),
+    "Adafactor": lambda o, shape: _adafactor_moments(shape),
     "RMSProp": lambda o, shape: {"step": (), "square_avg": shape},
     "SGD": lambda o, shape: {"momentum_buffer": shape},
 }
@@ -36,6 +39,22 @@ LR_SCHEDULES = {
 def _adam(o: Optim) -> dict:
     return {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay,
             "amsgrad": o.amsgrad, "fused": True}
+
+
+def _adafactor(params, o: Optim) -> optim.Optimizer:
+    """Adafactor (1804.04235) at a constant rate: factored second moments, no first one; decay is decoupled."""
+    try:
+        from transformers.optimization import Adafactor
+    except ImportError as error:
+        raise needs_package(error, "optim.optimizer Adafactor") from None
+    return Adafactor(params, lr=o.lr, weight_decay=o.weight_decay, scale_parameter=False, relative_step=False)
+
+
+def _adafactor_moments(shape) -> dict:
+    """Means over rows and over columns, of weights that have both."""
+    if len(shape) < 2:
+        return {"step": (), "RMS": (), "exp_avg_sq": shape}
+    return {"step": (), "RMS": (), "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": (*shape[:-2], shape[-1])}
 
 
 def _adam_moments(o: Optim, shape) -> dict:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from configs.schema import Config
 from functions.schedule import make_schedule
 from functions.timesteps import TimeSampler
+from models.trained import trained as trained_part
 from models.weights import weights_fingerprint
 from runners.network import AMP
 from runners.training.adopting import adopt, is_ours
@@ -165,7 +166,7 @@ def problems(state: dict, model: nn.Module, config: Config) -> Iterator[str]:
             yield f"{key} is missing"
         elif state.get(key) is not None and not is_right(state[key]):
             yield f"{key} is {_short(state[key])}"
-    own = model.state_dict()
+    own = trained_part(model)
     yield from _tensors("weight", state.get("model"), own)
     if state.get("ema") is not None:
         yield from _tensors("averaged weight", state["ema"], own)
@@ -227,6 +228,8 @@ def _moments(stored: dict, shapes: dict, optional, name: str, dtype: torch.dtype
     for key, value in stored.items():
         if key not in shapes:
             yield f"{_short(key)} of {name} is no moment of this optimizer"
+        elif key == "step" and "RMS" in shapes and type(value) is int:   # Adafactor counts in a plain number
+            yield from [f"step of {name} is negative"] * (value < 0)
         elif not (value is None and key in optional):
             flaw = _flaw(value, shapes[key], torch.float32 if key == "step" else dtype)
             if flaw or (key == "step" and value < 0):

@@ -9,7 +9,7 @@ from itertools import tee
 import torch
 from torch import Tensor
 
-from datasets.packed import open_images
+from datasets.latents import choose_variant
 from functions.losses import sequence_aware_loss
 from functions.timesteps import TimeSampler
 from runners import distributed
@@ -143,17 +143,16 @@ class Session:
         """ImageStore of the held-out images on rank 0, or None."""
         if not self.training.validation_freq:
             return None
-        config, opened = self.diffusion.config, []
-        distributed.on_rank_zero(
-            lambda: opened.append(open_images(config, self.run.datasets, "test", self.diffusion.device)))
+        opened = []
+        distributed.on_rank_zero(lambda: opened.append(self.diffusion.open_images(self.run.datasets, "test")))
         return opened[0] if opened else None
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(images, labels) of this rank's network calls: uint8 (b, C, H, W), long (b,) or None."""
+    def _batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """(images, condition) of this rank's network calls, b images each, as ``Diffusion.draw`` takes them."""
         fed, again = tee(self.plan.index_lists(self.step))
-        labels = self.diffusion.labels_of(self.images)
+        condition = self.diffusion.conditions_of(self.images)
         for images, indices in zip(self.images.batches(fed), again, strict=False):
-            yield images, None if labels is None else labels[indices.to(labels.device, non_blocking=True)]
+            yield images, condition(indices)
 
     # ------------------------------------------------------------------------------------------- after each step
 
@@ -176,15 +175,18 @@ class Session:
     def _held_out_loss(self) -> float:
         diffusion, config = self.diffusion, self.diffusion.config
         denoiser, generator = diffusion.denoiser(), torch.Generator(diffusion.device).manual_seed(0)
-        images, labels = self.held_out, diffusion.labels_of(self.held_out)
+        images, condition_of = self.held_out, diffusion.conditions_of(self.held_out)
         times = TimeSampler(self.diffusion.schedule) if self.state.times.learns else self.state.times
         num, total = min(self.training.validation_num, images.num_images), 0.0
         chunks = torch.arange(num).split(config.sampling.batch_size)
         for batch, chosen in zip(images.batches(chunks), chunks, strict=True):
+            condition = condition_of(chosen)
+            if batch.is_floating_point():
+                batch, condition = choose_variant(batch, condition)
             x0 = diffusion.codec.encode(batch, generator)
             t, _ = times.draw(len(x0), generator)
             noise = torch.randn((1, *x0.shape), generator=generator, device=x0.device)
-            given = denoiser if labels is None else denoiser.given({"labels": labels[chosen.to(labels.device)]})
+            given = denoiser.given(condition)
             total += float(sequence_aware_loss(given, x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())
         return total / num
 

@@ -11,6 +11,7 @@ from configs.schema import Config
 from functions.schedule import make_schedule
 from functions.timesteps import TimeSampler
 from models import EMA, decay_of
+from models.trained import load_trained, trained
 from runners.training.optimizer import make_lr_schedule, make_optimizer
 from utils.errors import DivergedError
 
@@ -36,7 +37,7 @@ class TrainingState:
     def __init__(self, model: nn.Module, config: Config, total_steps: int, global_batch: int = 1,
                  loss_scaling: bool = False):
         self.model, self.config = model, config
-        self.parameters = list(model.parameters())
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = self.parameters[0].device
         self.averages = [EMA(model, decay_of(average, global_batch)) for average in config.training.ema]
         self.times = TimeSampler.of(config, make_schedule(config.diffusion), device)
@@ -108,7 +109,7 @@ class TrainingState:
         """Tensors and plain values only, names without prefixes."""
         first, *more = self.averages or [None]
         return {
-            "model": self.model.state_dict(),
+            "model": trained(self.model),
             "ema": first.state_dict() if first else None, "ema_updates": first.updates if first else 0,
             "more_averages": {str(kind): average.state_dict()
                               for kind, average in zip(self.kinds[1:], more, strict=True)},
@@ -130,7 +131,7 @@ class TrainingState:
 
         What comes from a file has passed ``runners.training.resuming.Judge``.
         """
-        self.model.load_state_dict(state["model"])
+        load_trained(self.model, state["model"])
         kept = state.get("more_averages", {})
         for kind, average in zip(self.kinds, self.averages, strict=True):
             stored = state.get("ema") if average is self.averages[0] else kept.get(str(kind))

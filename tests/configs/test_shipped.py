@@ -31,6 +31,12 @@ PUBLISHED = {
 }
 OURS = ["digits", "digits_cond", "digits_flow", "digits_v", "cifar10_tiny", "folder64"]
 CONDITIONAL = "cifar10_cond"                                # cifar10 with labels
+# name: (side, gamma, global batch, batch of a call, epochs, optimizer, lr, decay, clip, rank, parameters)
+TEXT = {
+    "sdxl_ip": (1024, 0.1, 4, 1, 50, "Adafactor", 1e-5, 1e-2, 1.0, None, 2_567_463_684),
+    "sdxl_lora_ip": (1024, 0.1, 4, 1, 50, "AdamW", 1e-4, 1e-2, 1.0, 8, 2_567_463_684 + 11_612_160),
+    "sd15_ip": (512, 0.1, 4, 1, 50, "AdamW", 1e-5, 1e-2, 1.0, None, 859_520_964),
+}
 FID_STATS = {
     "cifar10": "cifar10_train_stat.npy", "cifar10_ip": "cifar10_train_stat.npy", "celeba": "fid_stats_celeba64.npz",
     "celebahq": "celebahq_stat.npy", "lsun_church": "lsun_church_stat.npy", "church": "lsun_church_stat.npy",
@@ -44,7 +50,7 @@ def parameter_count(config) -> int:
 
 
 def test_the_lists_above_are_complete():
-    assert sorted(f"{name}.yml" for name in [*PUBLISHED, *OURS, CONDITIONAL]) == SHIPPED
+    assert sorted(f"{name}.yml" for name in [*PUBLISHED, *OURS, *TEXT, CONDITIONAL]) == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -70,6 +76,21 @@ def test_has_the_published_values(name):
     assert (schedule.beta_schedule, schedule.beta_start, schedule.beta_end, schedule.num_diffusion_timesteps) == (
         "linear", 1e-4, 0.02, 1000)
     assert config.optim.optimizer == "Adam"
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_to_image_recipes_and_the_size_of_their_networks(name):
+    from configs.shapes import SHAPES
+    from models.pretrained import shape_of_pretrained
+
+    config = load_config(name)
+    training, optim = config.training, config.optim
+    network = shape_of_pretrained(config, SHAPES[config.model.pretrained])
+    assert TEXT[name] == (
+        config.data.image_size, config.loss.input_perturbation, training.global_batch_size, training.micro_batch_size,
+        training.n_epochs, optim.optimizer, optim.lr, optim.weight_decay, optim.grad_clip, config.model.lora_rank,
+        sum(p.numel() for p in network.parameters()))
+    assert (training.amp, config.data.random_crop, config.data.random_flip) == ("bf16", True, True)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -106,6 +106,15 @@ def test_metrics_that_never_end_are_refused(tmp_path, capsys):
     assert "metrics.jsonl: is not a file but a device" in error and error.count("\n") == 1
 
 
+def test_a_new_folder_for_the_log_of_results_is_said(tmp_path, caplog):
+    from runners.evaluation.logs import append_log
+
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            append_log(tmp_path / "new" / "fid.txt", "run/ckpt.pth", {"fid": 1.0}, {})
+    assert caplog.text.count("new does not exist yet: it is made for fid.txt") == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------- time
 
 @pytest.fixture
