@@ -202,9 +202,10 @@ def check(args):
 def work(args, device):
     from runners.diagnosis.commands import MEASURES, Measured, measure
     from runners.diagnosis.measures import Diagnosis
-    from runners.diagnosis.verdict import read_lines, verdict
+    from runners.diagnosis.verdict import verdict
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
+    from runners.training.metrics_file import read_metrics
 
     job, verdicts = Job(args), {}
     commands = list(MEASURES) if args.command == "all" else [args.command]
@@ -219,7 +220,7 @@ def work(args, device):
             rows[name], more = measure(command, run)
             details[name] = {"weights": str(weights), **asdict(diffusion.weights), **more}
         if args.command == "all":
-            lines = read_lines(Path(args.exp) / "logs" / name / "metrics.jsonl")
+            lines = read_metrics(Path(args.exp) / "logs" / name / "metrics.jsonl")
             verdicts[name] = verdict(config, lines, diffusion.weights.step, args.model_ema, found["eps-norm"][0][name])
     on_rank_zero(lambda: write(job, found, verdicts))
 

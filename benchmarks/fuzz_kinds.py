@@ -14,24 +14,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-SIDE = 8
-TINY = {"data": {"dataset": "DIGITS", "image_size": SIDE, "channels": 3, "num_workers": 0},
-        "model": {"in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": []},
-        "training": {"batch_size": 2}}
+from benchmarks.fuzz_data import DATA_KINDS, SIDE, TINY, noise, write
+
 DIM = 16                    # features of the statistics, 2,048 in earnest
-
-
-@cache
-def noise() -> np.ndarray:
-    return np.random.RandomState(7).randint(0, 256, (4, SIDE, SIDE, 3), np.uint8)
-
-
-def png(pixels: np.ndarray, kind: str = "PNG") -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
 
 
 @cache
@@ -44,13 +29,6 @@ def pickle_seeds() -> list[bytes]:
     np.save(wrapped, statistics, allow_pickle=True)
     return [wrapped.getvalue(), *(pickle.dumps(value, protocol) for value in (statistics, batch)
                                   for protocol in range(6))]
-
-
-def write(folder: Path, files: dict[str, bytes | str]) -> list[str]:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list(files)
 
 
 # ------------------------------------------------------------------------------------------------- pickles and weights
@@ -125,17 +103,21 @@ def read_diffusers(folder: Path, rng) -> None:
 
 
 def make_run(folder: Path, rng) -> list[str]:
-    metrics = "".join(json.dumps({"step": i, "loss": 1.0, "lr": 1e-4, "epoch": 1}) + "\n" for i in range(3))
+    metrics = "".join(json.dumps({"step": i, "loss": 1.0, "loss_base": 1.0, "validation_loss": 1.0}) + "\n"
+                      for i in range(30))
     return write(folder, {"config.yml": yaml.safe_dump(TINY), "ckpt.pth": weight_seeds()["ckpt.pth"],
                           "ckpt_1.pth": weight_seeds()["ckpt.pth"], "metrics.jsonl": metrics})
 
 
 def read_run(folder: Path, rng) -> None:
     from configs.schema import load_config
+    from runners.diagnosis.verdict import verdict
     from runners.training.checkpoint import RunFolder
+    from runners.training.metrics_file import read_metrics
 
     run = RunFolder(folder)
-    load_config(run.config)
+    norms = [{"evaluation": "first", "t": float(t), "ratio": 1.01, "ratio_error": 0.001} for t in range(4)]
+    verdict(load_config(run.config), read_metrics(run.metrics), None, True, norms)
     run.weights()
     run.load_newest()
 
@@ -189,6 +171,39 @@ def read_manifest(folder: Path, rng) -> None:
     ImageFolder(folder / "images").prepare(MANIFEST)
 
 
+def make_gamma(folder: Path, rng) -> list[str]:
+    return write(folder, {"g.json": json.dumps({"format": "gamma 1", "times": [0, 10, 20], "gamma": [0.5, 0.8, 0.9],
+                                                "pixels": 2, "weights": "0" * 16})})
+
+
+def read_gamma(folder: Path, rng) -> None:
+    from runners.sampling.gamma import read_gamma
+    from runners.sampling.sampler import check_gamma
+
+    check_gamma(read_gamma(folder / "g.json"), [0, 10])
+
+
+def make_samples(folder: Path, rng) -> list[str]:
+    """An archive of samples, or the rows that a killed job has left."""
+    contents = {name: io.BytesIO() for name in ("rows", "done", "npz")}
+    np.save(contents["rows"], noise())
+    np.save(contents["done"], np.ones(4, np.uint8))
+    np.savez(contents["npz"], arr_0=noise())
+    names = {"rows": f".samples_4x{SIDE}x{SIDE}x3.npy", "done": f".samples_4x{SIDE}x{SIDE}x3.done.npy",
+             "npz": f"samples_4x{SIDE}x{SIDE}x3.npz"}
+    chosen = rng.choice((("rows", "done"), ("npz",)))
+    return write(folder, {f"images/{names[key]}": contents[key].getvalue() for key in chosen})
+
+
+def read_samples(folder: Path, rng) -> None:
+    from runners.sampling.writers import NpzWriter
+
+    writer = NpzWriter(folder / "images", 4, (3, SIDE, SIDE))
+    writer.has(0, [0, 1])
+    writer.read(0, [0, 1, 2, 3])
+    writer.close()
+
+
 def make_statistics(folder: Path, rng) -> list[str]:
     arrays = {"mu": np.zeros(DIM), "sigma": np.eye(DIM), "features": np.zeros((4, DIM), np.float32),
               "provenance": np.array(json.dumps({"count": 4, "preprocess": "pytorch-fid"}))}
@@ -208,125 +223,6 @@ def read_statistics(folder: Path, rng) -> None:
         reference = references.load_reference(path)
         if reference.features is not None:
             reference.features.mean()
-
-
-# ----------------------------------------------------------------------------------------------------------- data sets
-
-def make_tree(folder: Path, rng) -> list[str]:
-    files = {f"tree/{'ab'[i % 2]}/{i}.{kind.lower()}": png(image, kind) for i, (image, kind) in
-             enumerate(zip(noise(), ("PNG", "JPEG", "BMP", "GIF"), strict=True))}
-    labels = {"labels": [[name.removeprefix("tree/"), i] for i, name in enumerate(files)]}
-    return write(folder, files | {"tree/dataset.json": json.dumps(labels)})
-
-
-def make_zip(folder: Path, rng) -> list[str]:
-    import zipfile
-
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
-        for i, image in enumerate(noise()):
-            archive.writestr(f"{i}.png", png(image))
-        archive.writestr("dataset.json", json.dumps({"labels": [[f"{i}.png", i] for i in range(4)]}))
-    return write(folder, {"x.zip": file.getvalue()})
-
-
-def make_npz(folder: Path, rng) -> list[str]:
-    file = io.BytesIO()
-    rng.choice((np.savez, np.savez_compressed))(file, noise(), np.arange(4))
-    return write(folder, {"x.npz": file.getvalue()})
-
-
-def make_npy(folder: Path, rng) -> list[str]:
-    file = io.BytesIO()
-    np.save(file, noise())
-    return write(folder, {"x.npy": file.getvalue()})
-
-
-def make_lmdb(folder: Path, rng) -> list[str]:
-    import lmdb
-
-    raw = rng.random() < 0.5
-    (folder / "x.lmdb").mkdir()
-    with lmdb.open(str(folder / "x.lmdb"), map_size=1 << 22) as environment, environment.begin(write=True) as put:
-        for i in range(60):
-            image = noise()[i % 4]
-            large = bytes(6000 * (i == 7))                # behind the picture, which then takes pages of its own
-            put.put(b"%d" % i, image.tobytes() if raw else png(image) + large)
-    return ["x.lmdb/data.mdb"]
-
-
-def make_ffhq(folder: Path, rng) -> list[str]:
-    import lmdb
-
-    (folder / "FFHQ").mkdir()
-    with lmdb.open(str(folder / "FFHQ"), map_size=1 << 22) as environment, environment.begin(write=True) as put:
-        for i in range(20):
-            put.put(b"%d-%05d" % (SIDE, i), png(noise()[i % 4]))
-        put.put(b"length", b"20")
-    return ["FFHQ/data.mdb"]
-
-
-def make_cifar(folder: Path, rng) -> list[str]:
-    images = np.zeros((2, 3072), np.uint8)
-    return write(folder, {f"cifar10/cifar-10-batches-py/data_batch_{i}":
-                          pickle.dumps({b"data": images, b"labels": [0, 1]}, 2) for i in range(1, 6)})
-
-
-def make_imagenet(folder: Path, rng) -> list[str]:
-    files = {}
-    for i in range(1, 3):
-        file = io.BytesIO()
-        rng.choice((np.savez, np.savez_compressed))(file, data=noise().reshape(4, -1), labels=np.arange(1, 5))
-        files[f"imagenet32/train_data_batch_{i}.npz"] = file.getvalue()
-    return write(folder, files)
-
-
-def make_celeba(folder: Path, rng) -> list[str]:
-    face = np.zeros((218, 178, 3), np.uint8)
-    return write(folder, {**{f"celeba/img_align_celeba/00000{i}.jpg": png(face, "JPEG") for i in (1, 2)},
-                          "celeba/list_eval_partition.txt": "000001.jpg 0\n000002.jpg 2\n"})
-
-
-def make_pack(folder: Path, rng) -> list[str]:
-    """A sound zip with its pack, which is damaged."""
-    make_zip(folder, rng)
-    read_dataset("ZIP", "x.zip", cache="mmap")(folder, rng)
-    return [f"packs/.packed/{path.name}" for path in (folder / "packs/.packed").iterdir() if path.suffix != ".lock"]
-
-
-def read_dataset(name: str, root: str | None = None, cache: str | None = None, side: int = SIDE):
-    """Open as training does, through a pack or (by chance) without one, and take every image."""
-    def read(folder: Path, rng: random.Random) -> None:
-        import torch
-
-        from configs.schema import Config
-        from datasets.packed import open_images
-
-        data = {**TINY["data"], "dataset": name, "image_size": side, "cache": cache or rng.choice(("mmap", "off")),
-                "skip_bad": rng.choice((0, 2)), "root": str(folder / root) if root else None}
-        config = Config.model_validate({**TINY, "data": data})
-        store = open_images(config, folder / "packs" if root else folder)
-        for _ in store.batches([torch.arange(store.num_images)]):
-            pass
-
-    return read
-
-
-def read_by_tool(folder: Path, rng: random.Random) -> None:
-    """``dataset_tool.py`` on whatever source lies there."""
-    import dataset_tool
-
-    source = next(folder.iterdir(), folder / "missing")
-    flags = rng.choice(([], ["--resolution", "4x4"], ["--resolution", "4x4", "--transform", "center-crop"]))
-    dest = folder / f"made{rng.choice(('.zip', '', '.npy', '.lmdb'))}"
-    for argv in (["info", "--source", str(source)],
-                 ["convert", "--source", str(source), "--dest", str(dest), "--workers", "0", *flags]):
-        args = dataset_tool.parse(argv)
-        args.run(args)
-
-
-def make_any(folder: Path, rng: random.Random) -> list[str]:
-    return rng.choice((make_tree, make_zip, make_npz, make_npy, make_lmdb))(folder, rng)
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -376,11 +272,7 @@ KINDS = {
     "pickles": (lambda folder, rng: write(folder, {"x.npy": rng.choice(pickle_seeds())}), read_pickle),
     "weights": (make_weights, read_weights), "diffusers": (make_diffusers, read_diffusers), "run": (make_run, read_run),
     "yaml": (make_yaml, read_yaml), "study": (make_study, read_study), "log": (make_log, read_log),
+    "gamma": (make_gamma, read_gamma), "samples": (make_samples, read_samples),
     "manifest": (make_manifest, read_manifest), "statistics": (make_statistics, read_statistics),
-    "tree": (make_tree, read_dataset("FOLDER", "tree")), "zip": (make_zip, read_dataset("ZIP", "x.zip")),
-    "npz": (make_npz, read_dataset("FOLDER", "x.npz")), "npy": (make_npy, read_dataset("FOLDER", "x.npy")),
-    "lmdb": (make_lmdb, read_dataset("FOLDER", "x.lmdb")), "ffhq": (make_ffhq, read_dataset("FFHQ")),
-    "cifar": (make_cifar, read_dataset("CIFAR10", side=32)), "imagenet": (make_imagenet, read_dataset("IMAGENET32")),
-    "celeba": (make_celeba, read_dataset("CELEBA")), "pack": (make_pack, read_dataset("ZIP", "x.zip", "mmap")),
-    "tool": (make_any, read_by_tool), "arguments": (lambda folder, rng: [], read_arguments),
+    **DATA_KINDS, "arguments": (lambda folder, rng: [], read_arguments),
 }

@@ -1,31 +1,13 @@
 """Five lines in words about a run: was it trained long enough, and does its chain drift?"""
 
-import json
 import statistics
-from contextlib import suppress
-from math import prod, sqrt
-from pathlib import Path
+from math import inf, prod, sqrt
 
 from runners.diagnosis.summary import first_calls, largest
-from utils.files import open_regular
 
 FEW_STEPS = 50_000                   # published networks take 100,000 steps and more, small data sets somewhat fewer
 COLD = 0.01                          # share of the first weights in an average
 TAIL = 10                            # lines that are compared, at least
-
-
-def read_lines(metrics: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; half a line that a killed process left is passed over."""
-    lines = []
-    if metrics.exists():
-        with open_regular(metrics) as file:
-            texts = file.read().decode(errors="replace").splitlines()
-        for text in texts:
-            with suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict):
-                    lines.append(line)
-    return lines
 
 
 def verdict(config, lines: list[dict], step: int | None, ema: bool, norms: list[dict]) -> list[str]:
@@ -38,8 +20,9 @@ def verdict(config, lines: list[dict], step: int | None, ema: bool, norms: list[
         ema: Whether the averaged weights are measured.
         norms: Rows of ``eps-norm``.
     """
-    regular = [line for line in lines if line.get("loss_base") is not None and (step is None or line["step"] <= step)]
-    held_out = [line for line in lines if "validation_loss" in line and (step is None or line["step"] <= step)]
+    lines = [line for line in lines if step is None or line["step"] <= step]
+    regular = [line for line in lines if 0 < (line.get("loss_base") or 0) < inf]
+    held_out = [line for line in lines if line.get("validation_loss") is not None]
     step = step or (regular[-1]["step"] if regular else None)
     return [_length(step), _average(config, step, ema), _falling(regular), _held_out(regular, held_out),
             _drift(norms)]

@@ -8,8 +8,10 @@ from typing import NamedTuple
 from functions.analytic import Gamma
 from utils.atomic import write_json
 from utils.errors import DataError, UserError
+from utils.files import MIB, read_regular
 
 FORMAT = "gamma 1"
+LARGEST = 16 * MIB
 MADE_BY = "it is written by diagnose.py gamma"
 
 
@@ -41,9 +43,9 @@ def read_gamma(path: str | Path) -> GammaFile:
     """
     path = Path(path)
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"--gamma {path}: cannot be read ({error.strerror}); {MADE_BY}") from None
+        text = read_regular(path, LARGEST, "file of Gamma")
+    except DataError as error:
+        raise UserError(f"--gamma {error}; {MADE_BY}") from None
     try:
         stored = json.loads(text)
         if stored["format"] != FORMAT:
@@ -52,5 +54,5 @@ def read_gamma(path: str | Path) -> GammaFile:
         gamma = Gamma(numbers["times"], numbers["gamma"], numbers["pixels"])
         fingerprint = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
         return GammaFile(gamma, str(stored["weights"]), fingerprint)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise DataError(f"--gamma {path}: not a file of Gamma ({error}); {MADE_BY}") from None

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import statistics
 import sys
 import time
@@ -19,8 +18,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from runners import distributed
 from runners.training.checkpoint import RunFolder
 from runners.training.loggers import LOGGERS
+from runners.training.metrics_file import read_metrics
 from utils.atomic import write_text
-from utils.files import open_regular
 from utils.png import save_png
 from utils.text import LineFormatter
 
@@ -211,14 +210,7 @@ def keep_lines_before(metrics: Path, step: int) -> list[dict]:
     """Drop lines after ``step``, which a killed run wrote without saving its weights; returns the regular ones."""
     if not metrics.exists():
         return []
-    kept = []
-    with open_regular(metrics) as file:
-        texts = file.read().decode(errors="replace").splitlines()
-    for text in texts:
-        with suppress(ValueError):                   # the last line of a killed process may be cut
-            line = json.loads(text)
-            if isinstance(line, dict) and line.get("step", math.inf) <= step:
-                kept.append(line)
+    kept = [line for line in read_metrics(metrics) if line["step"] <= step]
     write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
     return [line for line in kept if "loss" in line]
 

@@ -5,7 +5,8 @@ import pytest
 from configs.schema import Config
 from functions.schedule import FlowSchedule, SigmaSchedule
 from runners.diagnosis.trajectories import inverted, nearby_times
-from runners.diagnosis.verdict import first_share, read_lines, verdict
+from runners.diagnosis.verdict import first_share, verdict
+from runners.training.metrics_file import read_metrics
 from tests.functions.gaussian import SCHEDULE
 
 
@@ -59,7 +60,7 @@ def test_share_of_the_first_weights_in_an_average():
 
 def test_half_a_line_is_passed_over(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"step": 1, "loss_base": 2}\n{"step": 2, "lo')
-    assert read_lines(tmp_path / "m.jsonl") == [{"step": 1, "loss_base": 2}] and read_lines(tmp_path / "none") == []
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1, "loss_base": 2}] and read_metrics(tmp_path / "none") == []
 
 
 def test_the_effective_time_is_where_the_curve_has_the_value():
