@@ -86,6 +86,19 @@ def read_weights(folder: Path, rng) -> None:
         load_weights(tiny_model(), path)
 
 
+def make_snapshot(folder: Path, rng) -> list[str]:
+    golden = Path(__file__).parents[1] / "tests/golden/edm_snapshot_nosource.pkl"
+    return write(folder, {"network-snapshot-1.pkl": golden.read_bytes()})
+
+
+def read_snapshot(folder: Path, rng) -> None:
+    from models.weights import about_weights, stored_settings
+
+    path = folder / "network-snapshot-1.pkl"
+    stored_settings(path)
+    about_weights(path)
+
+
 def make_diffusers(folder: Path, rng) -> list[str]:
     from safetensors.torch import save
 
@@ -270,7 +283,8 @@ def read_arguments(folder: Path, rng: random.Random) -> None:
 
 KINDS = {
     "pickles": (lambda folder, rng: write(folder, {"x.npy": rng.choice(pickle_seeds())}), read_pickle),
-    "weights": (make_weights, read_weights), "diffusers": (make_diffusers, read_diffusers), "run": (make_run, read_run),
+    "weights": (make_weights, read_weights), "snapshot": (make_snapshot, read_snapshot),
+    "diffusers": (make_diffusers, read_diffusers), "run": (make_run, read_run),
     "yaml": (make_yaml, read_yaml), "study": (make_study, read_study), "log": (make_log, read_log),
     "gamma": (make_gamma, read_gamma), "samples": (make_samples, read_samples),
     "manifest": (make_manifest, read_manifest), "statistics": (make_statistics, read_statistics),

@@ -11,7 +11,7 @@ too. The last step draws none; on the one before, sqrt(v) is at most ``pixels`` 
 """
 
 from collections.abc import Sequence
-from math import inf, log, pi
+from math import inf, isfinite, log, pi
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Gamma:
     def __init__(self, times: Sequence[float], values: Sequence[float], pixels: float | None = None):
         if not times or len(times) != len(values) or not all(0 < value < inf for value in values):
             raise ValueError(f"Gamma needs a positive number for each time; given {len(values)} for {len(times)} times")
-        if not all(isinstance(number, int | float) and abs(number) < inf for number in (*times, pixels or 0)):
+        if not all(isinstance(number, int | float) and isfinite(number) for number in (*times, pixels or 0)):
             raise ValueError("Gamma needs a number for each time")
         self.times, self.values, self.pixels = list(times), list(values), pixels
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from utils.atomic import atomic_write
 from utils.errors import DataError, UserError
+from utils.files import open_regular
 from utils.safe_load import load_torch
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def check_hash(path: Path, given: bool) -> None:
     """Files that we found must be the published ones; a file that the user names may be another, and is noted."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1 << 22):
                 digest.update(block)
     except OSError as error:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import diagnose
 import generate
+from utils.errors import DataError, UserError
 
 FLAGS = ["--device", "cpu", "--timesteps", "4", "--num_images", "12", "--batch_size", "5", "--verbose", "critical"]
 
@@ -175,6 +176,26 @@ def test_gamma_is_what_eps_norms_are_made_of_and_generate_takes_its_file(exp, ca
     assert generate.main([*words, "--no-fid", "--num_samples", "2", "--device", "cpu", "-i", "other",
                           "--no-model_ema"]) == 2
     assert "was measured on other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [
+    {"times": ["a", 1]}, {"times": [10**400, 1]}, {"times": {"a": 1}}, {"gamma": [[], 1]}, {"pixels": "2"},
+    {"gamma": 3}, {"format": []}])
+def test_an_odd_file_of_gamma_is_one_line(tmp_path, change):
+    from runners.sampling.gamma import read_gamma
+
+    sound = {"format": "gamma 1", "times": [0, 10], "gamma": [0.5, 0.8], "pixels": 2, "weights": "0"}
+    (tmp_path / "g.json").write_text(json.dumps(sound))
+    assert read_gamma(tmp_path / "g.json").gamma.times == [0, 10]
+    (tmp_path / "g.json").write_text(json.dumps(sound | change))
+    with pytest.raises(DataError, match="not a file of Gamma"):
+        read_gamma(tmp_path / "g.json")
+    (tmp_path / "g.json").write_text("[" * 10**5)
+    with pytest.raises(DataError, match="not a file of Gamma"):
+        read_gamma(tmp_path / "g.json")
+    (tmp_path / "endless.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is not a file but a device"):
+        read_gamma(tmp_path / "endless.json")
 
 
 @pytest.mark.parametrize("measure", ["energy", "snr", "spectrum"])

@@ -63,14 +63,14 @@ class Snapshot:
 def is_snapshot(path: Path) -> bool:
     """Whether a file looks like one of EDM's: a bare pickle, or a torch file that asks for EDM's objects."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if path.suffix == ".pkl":
                 return file.read(1) == b"\x80"
             if not re.fullmatch(r"training-state-\d+\.pt", path.name) or not zipfile.is_zipfile(file):
                 return False
             with zipfile.ZipFile(file) as archive, archive.open(f"{_folder(archive)}/data.pkl") as pickle:
                 return b"torch_utils.persistence" in pickle.read(4096)
-    except (OSError, KeyError, zipfile.BadZipFile):
+    except (OSError, KeyError, zipfile.BadZipFile, DataError):         # DataError: a folder, a pipe
         return False
 
 

@@ -94,6 +94,16 @@ def test_a_comment_or_a_file_name_cannot_forge_a_line(tmp_path, capsys):
     assert error.count("\n") == 1 and "\x1b" not in error
 
 
+@pytest.mark.parametrize("line", ['{"step": "7", "loss": 1}', '{"step": null}', '{"step": 1, "loss": "low"}',
+                                  "[" * 10**5, '{"step": 1, "loss_base": [1]}', '{"step": 1' + "0" * 400 + "}", "3",
+                                  '{"step"'])
+def test_odd_lines_of_metrics_are_passed_over(tmp_path, line):
+    from runners.training.monitor import keep_lines_before
+
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    assert keep_lines_before(tmp_path / "metrics.jsonl", 5) == [{"step": 1, "loss": 2.0}]
+
+
 def test_metrics_that_never_end_are_refused(tmp_path, capsys):
     """In a stranger's run folder."""
     assert train(tmp_path, "--max_steps", "1") == 0
