@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from models.adm import Encoder, GroupNorm, attend, full_precision, pointwise
+from models.adm import Encoder
+from models.adm_blocks import GroupNorm, attend, full_precision, pointwise
 
 
 class AttentionPool(nn.Module):
@@ -35,7 +36,8 @@ class ADMClassifier(Encoder):
     def __init__(self, *, image_size: int, num_outputs: int = 1000, num_head_channels: int = 64, **options):
         super().__init__(image_size=image_size, num_head_channels=num_head_channels, num_classes=0, **options)
         side, width = image_size // 2 ** (len(self.widths) - 1), self.widths[-1]
-        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), AttentionPool(side, width, num_head_channels, num_outputs))
+        pool = AttentionPool(side, width, num_head_channels, num_outputs)
+        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), pool)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Logits, (B, num_outputs), of noisy images (B, in_channels, image_size, image_size) at steps t (B,)."""

@@ -5,7 +5,7 @@ DDIM's names, without the ``module.`` and ``_orig_mod.`` that wrappers put in fr
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import combination, combine
-from models.formats import FORMATS, bare_name
+from models.formats import FORMATS, SETTINGS, bare_name
 from models.formats.common import State
 from utils.errors import DataError, UserError
 from utils.safe_load import load_torch
@@ -57,7 +57,7 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     for name, (recognises, read) in FORMATS.items():
         if recognises(path, content):
             weights = read(path, content, ema)
-            _copy_into(model, weights.state, f"{path} ({name})")
+            _copy_into(model, weights.state, f"{path} ({name})", SETTINGS.get(name))
             return WeightsInfo(name, weights.kind, weights.step, weights.epoch, weights_fingerprint(weights.state))
     raise DataError(f"{path}: holds no weights in a known form; known: {', '.join(FORMATS)}")
 
@@ -95,7 +95,7 @@ def weights_fingerprint(state: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def _copy_into(model: nn.Module, state: State, where: str) -> None:
+def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None) -> None:
     own = {bare_name(name): tensor for name, tensor in model.state_dict().items()}
     problems = {
         "missing": sorted(own.keys() - state.keys()),
@@ -107,10 +107,23 @@ def _copy_into(model: nn.Module, state: State, where: str) -> None:
     }
     found = [f"{len(names)} {what}: {_shorten(names)}" for what, names in problems.items() if names]
     if found:
+        found = _contradictions(own, state, read_settings) or found
         raise DataError(f"{where}: weights of another network: {'; '.join(found)}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+def _contradictions(own: State, state: State, read_settings: Callable | None) -> list[str]:
+    """The settings in which the two differ, as far as the tensors of both tell them."""
+    if read_settings is None:
+        return []
+    try:
+        theirs, ours = read_settings(state), read_settings(own)
+    except DataError:                                          # ours is a network of another family
+        return []
+    return [f"{key} is {value} in the file, {ours[key]} in the configuration"
+            for key, value in theirs.items() if key in ours and ours[key] != value]
 
 
 def _shape(tensor: Tensor) -> str:

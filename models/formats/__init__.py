@@ -7,12 +7,13 @@ formats apart, for bare state dicts the name.
 
 from collections.abc import Callable
 
+from models.formats.adm import is_adm, read_adm, read_settings
 from models.formats.common import StoredWeights, bare_name, is_state
 from models.formats.ddim import read_ddim, read_sa_dpm
 from models.formats.diffusers import diffusers_folder, read_diffusers
 from models.formats.ours import EMA_FILE, read_bare, read_ema_file, read_ours
 
-__all__ = ["FORMATS", "StoredWeights", "bare_name"]
+__all__ = ["FORMATS", "SETTINGS", "StoredWeights", "bare_name"]
 
 FORMATS: dict[str, tuple[Callable, Callable]] = {
     "diffusers": (
@@ -28,6 +29,11 @@ FORMATS: dict[str, tuple[Callable, Callable]] = {
         and all(name.startswith("module.") for name in content), read_ema_file),
     "sa-ddim-ema": (
         lambda path, content: is_state(content) and EMA_FILE.fullmatch(path.name), read_ema_file),
+    "adm": (
+        is_adm, read_adm),
     "state-dict": (
         lambda path, content: is_state(content), read_bare),
 }
+
+# Readers of the settings that tensors tell: ``(state) -> {setting: value}``, or DataError.
+SETTINGS: dict[str, Callable] = {"adm": read_settings}
