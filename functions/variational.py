@@ -1,11 +1,10 @@
 """The variational bound of a chain with (learned) variances, in bits per dimension (2102.09672, 2105.05233).
 
-Notation: a chain visits times i_0 < ... < i_{S-1}; k is the index of a step from i = i_k to j = i_{k-1}, the last one,
-k = 0, goes to the schedule's end; alpha, sigma of families and schedules; v learned, (output + 1) / 2, unbounded.
+Notation: a chain visits times i_0 < ... < i_{S-1}; k is the index of the step from i = i_k to j = i_{k-1}, and k = 0
+that of the last one, to the schedule's end; r = level_j / level_i; v is learned: (output + 1) / 2, without bounds.
 
-    c2, c1           = alpha_i sigma_j^2 / (alpha_j sigma_i^2), alpha_j - c2 alpha_i
-    large            = sigma_i^2 - (alpha_i/alpha_j)^2 sigma_j^2                    beta of the chain
-    small            = large sigma_j^2 / sigma_i^2                                  0 at k = 0: there that of k = 1
+    c2, c1           = r sigma_j / sigma_i, alpha_j - c2 alpha_i
+    small, large     = ``functions.denoising.step_variances``; small is 0 at k = 0: there it is that of k = 1
     q(x_j | x_i, x0) = N(c1 x0 + c2 x_i, small)
     p(x_j | x_i)     = N(c1 x0' + c2 x_i, large^v small^(1 - v))
     L_k              = KL(q || p), at k = 0 -log p(x0) of 8-bit levels              mean over pixels, / ln 2
@@ -18,30 +17,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from functions.denoising import step_variances
+
 
 class Transitions:
-    """c1, c2, log large and log small of every step of a chain, in float64.
+    """c1, c2, log small and log large of every step of a chain, in float64.
 
     Args:
-        schedule: ``alpha`` and ``sigma`` give Python floats for a float; ``end`` is the clean image's time.
+        schedule: Schedule.
         times: Of the chain, ascending. All steps of a discrete schedule: ``range(T)``.
     """
 
     def __init__(self, schedule, times: Sequence[float]):
-        steps = zip(times, [schedule.end, *times], strict=False)                       # (i, j)
-        rows = [self._step(schedule.alpha(i), schedule.sigma(i), schedule.alpha(j), schedule.sigma(j))
-                for i, j in steps]
+        rows = [self._step(schedule, i, j) for i, j in zip(times, [schedule.end, *times], strict=False)]
         self._table = torch.tensor(rows, dtype=torch.float64).T                        # (4, S)
-        c1, c2, large, small = self._table
+        c1, c2, small, large = self._table
         small[0] = small[1] if len(rows) > 1 else large[0]     # a chain of one step has no next one
         self._table[2:].log_()
-        self._fixed_large = torch.cat([self._table[3, :1], self._table[2, 1:]])        # (S,)
+        self._fixed_large = torch.cat([small[:1], large[1:]])                          # (S,)
 
     @staticmethod
-    def _step(alpha: float, sigma: float, alpha_next: float, sigma_next: float) -> tuple[float, ...]:
-        c2 = alpha * sigma_next**2 / (alpha_next * sigma**2)
-        large = sigma**2 - (alpha / alpha_next * sigma_next) ** 2
-        return alpha_next - c2 * alpha, c2, large, large * sigma_next**2 / sigma**2
+    def _step(schedule, i: float, j: float) -> tuple[float, ...]:
+        c2 = schedule.sigma(j) * schedule.level(j) / (schedule.level(i) * schedule.sigma(i))
+        return schedule.alpha(j) - c2 * schedule.alpha(i), c2, *step_variances(schedule, i, j)
 
     def __len__(self) -> int:
         return self._table.shape[1]
@@ -66,9 +64,9 @@ class Transitions:
             ValueError: Unknown type, or ``learned`` without v.
         """
         if var_type == "learned" and v is not None:
-            large, small = (_column(row, k, v) for row in self._table[2:])
+            small, large = (_column(row, k, v) for row in self._table[2:])
             return v * large + (1 - v) * small
-        fixed = {"fixedsmall": self._table[3], "fixedlarge": self._fixed_large}
+        fixed = {"fixedsmall": self._table[2], "fixedlarge": self._fixed_large}
         if var_type not in fixed:
             raise ValueError(f"var_type {var_type!r} needs a network with learned variance" if var_type == "learned"
                              else f"var_type {var_type!r} is unknown; known: {', '.join(sorted([*fixed, 'learned']))}")
