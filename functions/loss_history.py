@@ -66,7 +66,7 @@ class LossSecondMoment:
         return times, (1 / (len(p) * p[times])).float()
 
     def state_dict(self) -> dict:
-        return {"losses": self.losses.clone(), "counts": self.counts.clone()}
+        return {"losses": self.losses, "counts": self.counts}       # an update makes new ones
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError when the state is of another number of times or another history."""

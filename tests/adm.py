@@ -24,7 +24,7 @@ def cases(name: str) -> list[dict]:
 
 def label(case: dict) -> str:
     """What tells a case from the others of its file."""
-    keys = ("name", "kind", "recipe", "noise_schedule", "diffusion_steps", "num_timesteps", "spec", "timestep_respacing")
+    keys = ("name", "kind", "recipe", "noise_schedule", "diffusion_steps", "timestep_respacing")
     return ", ".join(str(case[key]) for key in keys if key in case)
 
 
