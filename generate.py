@@ -21,6 +21,9 @@ def parse(argv):
                          "from the run's power-function averages")
     weights.add_argument("--guide_weights", metavar="FILE", help="guide by this worse network (autoguidance); its "
                          "configuration is the config.yml beside it, else the same")
+    weights.add_argument("--classifier", metavar="FILE", help="guide by the gradient of this noisy classifier "
+                         "(guided-diffusion's), for generalized and ddpm_noisy")
+    weights.add_argument("--classifier_scale", type=float, metavar="S", help="times so much")
     images = parser.add_argument_group("images")
     images.add_argument("-i", "--image_folder", help="relative: under exp/image_samples/; absolute: as given "
                                                      "(default: DOC)")
@@ -109,6 +112,7 @@ def open_networks(job, device):
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
     from runners.network import resolve_amp
+    from runners.sampling.classifier import Classifier
 
     def opened(config, load):
         diffusion = Diffusion(config, device)
@@ -118,10 +122,13 @@ def open_networks(job, device):
 
     weights = on_rank_zero(lambda: job.weights)                               # "newest" may change between ranks
     if job.args.ema_length:
-        return opened(job.config, lambda each: each.load_average(job.run, job.args.ckpt_id, job.args.ema_length))
-    diffusion = opened(job.config, lambda each: each.load(weights, job.args.model_ema))
+        diffusion = opened(job.config, lambda each: each.load_average(job.run, job.args.ckpt_id, job.args.ema_length))
+    else:
+        diffusion = opened(job.config, lambda each: each.load(weights, job.args.model_ema))
     if job.guide:
         diffusion.guide = opened(job.guide[0], lambda each: each.load(job.guide[1], job.args.model_ema))
+    if job.classifier:
+        diffusion.classifier = Classifier(job.args.classifier, job.config.data.shape, device, diffusion.amp)
     return diffusion
 
 
@@ -195,6 +202,7 @@ def report(job, diffusion, sampler, results, seconds):
         "step": weights.step, "epoch": weights.epoch, "sampler": job.settings.model_dump(mode="json"),
         "network_calls": sampler.calls, "seeds": job.seed_text, "batch_size": job.batch_size,
         "guide": diffusion.guide and diffusion.guide.weights.fingerprint, "ema_length": job.args.ema_length,
+        "classifier": diffusion.classifier and diffusion.classifier.fingerprint,
         "amp": str(diffusion.amp or "off"), "device": str(diffusion.device), "compiled": diffusion.compiled,
         "seconds": round(seconds, 2), "comment": job.args.comment,
     }

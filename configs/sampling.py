@@ -7,8 +7,8 @@ from pydantic import AfterValidator, Field, model_validator
 from configs.base import AsTuple, Count, Positive, Section
 
 # What each sampler reads beside what all read.
-SAMPLE_TYPES = {"generalized": {"eta"}, "ddpm_noisy": {"var_type"}, "heun": {"churn"}, "euler": {"churn"},
-                "dpmpp_2m": set()}
+SAMPLE_TYPES = {"generalized": {"eta", "classifier_scale"}, "ddpm_noisy": {"var_type", "classifier_scale"},
+                "heun": {"churn"}, "euler": {"churn"}, "dpmpp_2m": set()}
 VAR_TYPES = ("fixedlarge", "fixedsmall", "learned")
 SHORT = {"generalized": "DDIM", "ddpm_noisy": "ancestral", "heun": "Heun", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
 
@@ -46,10 +46,12 @@ class SamplerSettings(Section):
     """Classifier-free guidance scale w: unconditional + w (conditional - unconditional); or autoguidance."""
     guidance_interval: Annotated[tuple[Annotated[float, Field(ge=0)], Positive], AsTuple] | None = None
     """Noise levels (low, high] inside which guidance acts."""
+    classifier_scale: Positive | None = None
+    """Scale of a noisy classifier's gradient, for generalized and ddpm_noisy (guided-diffusion)."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
-        defaults = {"eta": 0.0, "var_type": "fixedlarge", "churn": None}
+        defaults = {"eta": 0.0, "var_type": "fixedlarge", "churn": None, "classifier_scale": None}
         for key in defaults.keys() - SAMPLE_TYPES[self.sample_type]:
             if getattr(self, key) != defaults[key]:
                 readers = " and ".join(name for name, keys in SAMPLE_TYPES.items() if key in keys)
@@ -77,7 +79,8 @@ class SamplerSettings(Section):
                  _scaling(self.eps_scaler), {None: "", True: "clipped", False: "not clipped"}[self.clip_denoised],
                  f"class {self.classes}" if self.classes else "",
                  f"guidance {self.guidance:g}" if self.guidance is not None else "",
-                 "in ({:g}, {:g}]".format(*self.guidance_interval) if self.guidance_interval else ""]
+                 "in ({:g}, {:g}]".format(*self.guidance_interval) if self.guidance_interval else "",
+                 f"classifier {self.classifier_scale:g}" if self.classifier_scale else ""]
         return ", ".join(part for part in parts if part)
 
     def __str__(self) -> str:

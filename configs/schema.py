@@ -61,17 +61,39 @@ class Config(Section):
     def _sections_agree(self):
         self.model.check(self.data)
         loss, diffusion = self.loss, self.diffusion
-        if loss.num_consecutive_steps > diffusion.num_steps:
+        if loss.num_consecutive_steps > diffusion.chain_length:
             name = "num_diffusion_timesteps" if diffusion.schedule == "discrete" else "rungs"
+            name = "timestep_respacing" if diffusion.timestep_respacing else name
             raise ValueError(f"loss.num_consecutive_steps {loss.num_consecutive_steps} exceeds diffusion.{name} "
-                             f"{diffusion.num_steps}")
-        if diffusion.schedule == "discrete" and self.training.sample_timesteps > diffusion.num_steps:
+                             f"{diffusion.chain_length}")
+        if diffusion.schedule == "discrete" and self.training.sample_timesteps > diffusion.chain_length:
             raise ValueError(f"training.sample_timesteps {self.training.sample_timesteps} exceeds the "
-                             f"{diffusion.num_steps} steps of the chain; give 1 to {diffusion.num_steps}")
+                             f"{diffusion.chain_length} steps of the chain; give 1 to {diffusion.chain_length}")
+        self._bound_has_its_terms()
+        if self.training.time_sampler == "loss_second_moment" and diffusion.schedule != "discrete":
+            raise ValueError("training.time_sampler loss_second_moment counts the losses of steps; "
+                             f"diffusion.schedule {diffusion.schedule} has none")
         if self.training.label_dropout and not self.model.num_labels:
             raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels; set "
                              "model.num_classes")
         return self
+
+    def _bound_has_its_terms(self):
+        """Learned variances are learned, and what the variational bound is about is there."""
+        kind, learned, data = self.loss.variational, self.model.gives_variances, self.data
+        if kind == "none" and learned:
+            raise ValueError("model.learn_sigma: nothing trains the variances with loss.variational none; set it to "
+                             "hybrid or rescaled_hybrid")
+        if kind == "none":
+            return
+        if "hybrid" in kind and not learned:
+            raise ValueError(f"loss.variational {kind} needs a network that learns variances; set it to none, or "
+                             "model.learn_sigma to true")
+        if self.diffusion.schedule != "discrete":
+            raise ValueError(f"loss.variational {kind} needs diffusion.schedule discrete")
+        if not data.rescaled or data.uniform_dequantization or data.gaussian_dequantization:
+            raise ValueError(f"loss.variational {kind} measures the 256 levels of pixels in [-1, 1]; it needs "
+                             "data.rescaled, and no dequantization")
 
     def replace(self, key: str, value) -> "Config":
         """A checked copy with another value of one dotted key, such as ``config.replace("loss.lamda", 0.5)``.

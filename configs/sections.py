@@ -85,6 +85,8 @@ class DiffusionSection(Section):
     """The chain ends at the clean image; false: at abar_0, as some of diffusers' scheduler files have it."""
     rescale_timesteps: bool = False
     """The network is told t * 1000 / T, as improved-diffusion's option has it."""
+    timestep_respacing: Count | Annotated[str, Field(pattern=r"^(ddim)?\d+$|^\d+(,\d+)+$")] | None = None
+    """Train on fewer of the T steps: a number, 10,15,20 or ddimN, as guided-diffusion's option has it; none: on all."""
     sigma_min: Positive = 0.002
     """Lowest training level of the sigma schedule."""
     sigma_max: Positive = 80.0
@@ -103,8 +105,17 @@ class DiffusionSection(Section):
             return self.rungs
         return len(self.betas) if self.betas else self.num_diffusion_timesteps
 
+    @property
+    def chain_length(self) -> int:
+        """``num_steps``, or what timestep_respacing leaves of them."""
+        if self.timestep_respacing is None:
+            return self.num_steps
+        return sum(map(int, str(self.timestep_respacing).removeprefix("ddim").split(",")))
+
     @model_validator(mode="after")
     def _makes_sense(self):
+        if self.timestep_respacing is not None and self.schedule != "discrete":
+            raise ValueError(f"diffusion.timestep_respacing is for diffusion.schedule discrete, not {self.schedule}")
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"diffusion.sigma_min {self.sigma_min} must be below diffusion.sigma_max {self.sigma_max}")
         if self.prediction == "epsilon" and (self.zero_terminal_snr or self.schedule == "flow"):
@@ -131,6 +142,9 @@ class Loss(Section):
     """Weight of a time: min_snr is min(SNR, 5) on the error of the image (2303.09556)."""
     reduce: Literal["sum", "mean"] = "sum"
     """Over pixels: sum as DDIM and SA-DPM, whose gradient clipping depends on it; mean as ADM and diffusers."""
+    variational: Literal["none", "hybrid", "rescaled_hybrid", "kl", "rescaled_kl"] = "none"
+    """Variational bound in bits per dimension (2102.09672): added to the loss, for learned variances (hybrid; rescaled:
+    times S/1000 of a chain of S steps), or in place of it (kl; rescaled: times S)."""
 
     @model_validator(mode="after")
     def _sequence_has_steps(self):
@@ -139,6 +153,11 @@ class Loss(Section):
                 f"num_consecutive_steps {self.num_consecutive_steps} with lamda {self.lamda} is not possible; "
                 "use lamda 0 for the plain loss, or at least 1 consecutive step"
             )
+        if self.variational != "none" and self.reduce != "mean":
+            raise ValueError(f"variational {self.variational} is a mean over pixels; set loss.reduce to mean")
+        if "kl" in self.variational and self.lamda > 0:
+            raise ValueError(f"variational {self.variational} has no other terms, lamda {self.lamda} is given; set "
+                             "loss.lamda to 0, or use hybrid")
         return self
 
 
@@ -189,9 +208,9 @@ class Training(Section):
     """Epochs to train."""
     max_steps: Count | None = None
     """Optimizer steps after which training ends, if that comes before n_epochs."""
-    time_sampler: Literal["antithetic", "uniform", "lognormal", "logit_normal"] = "antithetic"
+    time_sampler: Literal["antithetic", "uniform", "lognormal", "logit_normal", "loss_second_moment"] = "antithetic"
     """How the times of a batch are drawn: antithetic pairs (DDIM), independently, with a normal logarithm of the level
-    (EDM) or a normal logit of the rank (flow models)."""
+    (EDM) or a normal logit of the rank (flow models), or where the latest losses are large (guided-diffusion)."""
     time_mean: float | None = None
     """Mean of that normal draw; none: -1.2 for lognormal, 0 for logit_normal."""
     time_std: Positive | None = None
@@ -251,8 +270,8 @@ class Optim(Section):
     """Update rule."""
     lr: Positive = 2e-4
     """Learning rate after warm-up."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: from lr to 0 over the whole run."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """cosine, linear: from lr to 0 over the whole run."""
     warmup_steps: Natural = 0
     """Steps over which the learning rate rises linearly to lr."""
     weight_decay: NonNegative = 0.0

@@ -48,6 +48,13 @@ class Denoiser:
         return cls(network, schedule or make_schedule(diffusion), diffusion.prediction,
                    time_factor=TIME_FACTORS[diffusion.schedule](diffusion))
 
+    def told(self, x: Tensor, t) -> tuple[Tensor, Tensor]:
+        """What the network gets for x and t: its input, like x, and its times, (N,)."""
+        fed, time = self.prediction.feed(self.schedule, x, t)
+        if not isinstance(time, Tensor):
+            time = torch.full((len(x),), float(time), device=x.device)                       # float32 (N,)
+        return fed, time if self.time_factor == 1 else time * self.time_factor
+
     def raw(self, x: Tensor, t) -> Tensor:
         """The network's output, in the type of x.
 
@@ -55,11 +62,7 @@ class Denoiser:
             x: (N, C, H, W) with N a multiple of the condition's batch B, whose rows are then repeated: K-major.
             t: A number for all, or (N,).
         """
-        fed, time = self.prediction.feed(self.schedule, x, t)
-        if not isinstance(time, Tensor):
-            time = torch.full((len(x),), float(time), device=x.device)                       # float32 (N,)
-        if self.time_factor != 1:
-            time = time * self.time_factor
+        fed, time = self.told(x, t)
         if isinstance(self.network, nn.Module):
             fed = fed.to(next(self.network.parameters()).dtype)
         condition = {name: rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))

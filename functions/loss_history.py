@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class LossSecondMoment:
-    """The last losses of every time, and draws by them. Its state is part of a training state: without it a resumed run
-    would start over with uniform draws.
+    """The last losses of every time, and draws by them: the interface of ``functions.timesteps.TimeSampler``. Its state
+    is part of a training state: without it a resumed run would start over with uniform draws.
 
     Args:
         num_timesteps: S.
@@ -20,6 +20,8 @@ class LossSecondMoment:
         uniform: u.
         device: Where the history lies; nothing of it waits for a GPU.
     """
+
+    learns = True
 
     def __init__(self, num_timesteps: int, history: int = 10, uniform: float = 0.001, device="cpu"):
         self.uniform = uniform
@@ -69,7 +71,13 @@ class LossSecondMoment:
         return {"losses": self.losses, "counts": self.counts}       # an update makes new ones
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError when the state is of another number of times or another history."""
+        """An empty state, of a run that drew otherwise so far, changes nothing.
+
+        Raises:
+            ValueError: The state is of another number of times or another history.
+        """
+        if not state:
+            return
         if state["losses"].shape != self.losses.shape:
             raise ValueError(f"loss history of {tuple(state['losses'].shape)} (times, losses), "
                              f"needed {tuple(self.losses.shape)}")

@@ -28,6 +28,7 @@ class LossTerms(NamedTuple):
     total: Tensor        # (B,)  weight (base + lamda sequence)
     x_t: Tensor          # (B, C, H, W)  input at step t, and
     raw: Tensor          # (B, C or 2C, H, W)  output there, for the variational term
+    bits: Tensor | None = None       # (B,)  that term, in bits per dimension; None without
 
 
 REDUCTIONS = {

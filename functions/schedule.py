@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from functions.betas import make_betas
+from functions.timesteps import sampling_times
+from utils.errors import ConfigError
 
 
 class Schedule:
@@ -290,7 +292,10 @@ class FlowSchedule(Schedule):
 
 
 def _discrete(diffusion) -> DiscreteSchedule:
-    return DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one)
+    schedule = DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one)
+    if diffusion.timestep_respacing is None:
+        return schedule
+    return schedule.respaced(sampling_times(schedule, diffusion.timestep_respacing, "respace"))
 
 
 def _sigma(diffusion) -> SigmaSchedule:
@@ -302,8 +307,11 @@ SCHEDULES = {"discrete": _discrete, "sigma": _sigma,
 
 
 def make_schedule(diffusion) -> Schedule:
-    """The schedule of the ``diffusion`` section of a configuration."""
-    return SCHEDULES[diffusion.schedule](diffusion)
+    """The schedule of the ``diffusion`` section of a configuration. ConfigError: betas or steps that do not exist."""
+    try:
+        return SCHEDULES[diffusion.schedule](diffusion)
+    except ValueError as error:
+        raise ConfigError(f"diffusion: {error}") from None
 
 
 def root(value):

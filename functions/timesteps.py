@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from functions.loss_history import LossSecondMoment
+
 # ------------------------------------------------------------------------------------------- of a training batch
 
 
@@ -55,13 +57,17 @@ class TimeSampler:
         options: ``mean`` and ``std``, where the sampler takes them.
     """
 
+    learns = False                          # whether ``update`` wants the losses of every step
+
     def __init__(self, schedule, name: str = "antithetic", **options: float):
         self.schedule, self.sampler, self.options = schedule, TIME_SAMPLERS[name], options
 
     @classmethod
-    def of(cls, config, schedule) -> "TimeSampler":
-        """As the configuration's ``training`` section has it."""
+    def of(cls, config, schedule, device="cpu") -> "TimeSampler | LossSecondMoment":
+        """As the configuration's ``training`` section has it; ``device`` is where one that learns keeps the losses."""
         training = config.training
+        if training.time_sampler == "loss_second_moment":
+            return LossSecondMoment(schedule.num_timesteps, device=device)
         given = {"mean": training.time_mean, "std": training.time_std}
         return cls(schedule, training.time_sampler, **{key: value for key, value in given.items() if value is not None})
 
@@ -70,7 +76,7 @@ class TimeSampler:
         return self.sampler(self.schedule, batch_size, generator, **self.options), None
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Learn from the losses of a batch, (B,) each: nothing here."""
+        """Learn from the unweighted losses of a global batch, shard after shard, (B,) each: nothing here."""
 
     def state_dict(self) -> dict:
         return {}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from functions.denoising import step_variances
+from functions.losses import LossTerms
 
 
 class Transitions:
@@ -127,6 +128,26 @@ VARIATIONAL: dict[str, tuple[bool, Callable]] = {
     "kl": (False, lambda simple, bits, S: bits),
     "rescaled_kl": (False, lambda simple, bits, S: S * bits),
 }
+
+
+def with_bound(terms: LossTerms, kind: str, denoiser, transitions: Transitions, x0: Tensor, t: Tensor,
+               fixed: str = "fixedlarge") -> LossTerms:
+    """The loss with the variational bound in it, from the network's output at step t that is there already.
+
+    Args:
+        terms: Of ``sequence_aware_loss`` with ``reduce`` mean.
+        kind: Name in ``VARIATIONAL``.
+        denoiser: The one that ``terms`` are of; on a discrete schedule, all of whose steps ``transitions`` has.
+        x0: Clean images, on the 8-bit levels in [-1, 1], (B, C, H, W).
+        t: Their steps, long (B,).
+        fixed: Variance where the network learns none.
+    """
+    detached, objective = VARIATIONAL[kind]
+    estimate = denoiser.prediction.read(denoiser.schedule, terms.x_t, t, terms.raw)
+    log_variance = transitions.log_variance(t, fixed if estimate.variance is None else "learned", estimate.variance)
+    x0_estimate = estimate.x0.detach() if detached else estimate.x0
+    bits = variational_bits(transitions, x0, terms.x_t, x0_estimate, log_variance, t)
+    return terms._replace(total=objective(terms.total, bits, len(transitions)), bits=bits)
 
 
 class BoundTerms(NamedTuple):

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from torch import nn
 
 from configs.schema import Config
+from models.adm import ADMUNet
+from models.adm_classifier import load_classifier
 from models.codecs import make_codec
 from models.ema import EMA, decay_of
 from models.unet import UNet
 from models.weights import WeightsInfo, load_profile, load_weights, weights_fingerprint
 
-__all__ = ["EMA", "MODELS", "WeightsInfo", "build_model", "decay_of", "load_profile", "load_weights", "make_codec",
-           "weights_fingerprint"]
+__all__ = ["EMA", "MODELS", "WeightsInfo", "build_model", "decay_of", "load_classifier", "load_profile", "load_weights",
+           "make_codec", "weights_fingerprint"]
 
 
 def _unet(config: Config) -> UNet:
@@ -19,7 +21,13 @@ def _unet(config: Config) -> UNet:
     return UNet(resolution=max(config.data.height, config.data.width), **keys)
 
 
-MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet}
+def _adm(config: Config) -> ADMUNet:
+    keys = config.model.model_dump(exclude={"arch", "channel_mult"})
+    return ADMUNet(image_size=max(config.data.height, config.data.width),
+                   channel_mult=config.model.multipliers(config.data), **keys)
+
+
+MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet, "adm": _adm}
 
 
 def build_model(config: Config) -> nn.Module:

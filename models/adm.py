@@ -48,7 +48,7 @@ class Encoder(nn.Module):
                  num_classes: int = 0):
         super().__init__()
         self.checkpointing = False
-        self.num_channels, emb_width = num_channels, 4 * num_channels
+        self.in_channels, self.num_channels, emb_width = in_channels, num_channels, 4 * num_channels
         self.widths = [int(mult * num_channels) for mult in channel_mult]
         factors = {image_size // side for side in attention_resolutions}
         self.has_attention = [2**i in factors for i in range(len(channel_mult))]

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from functions.losses import sequence_aware_loss
 from functions.pixels import random_flip
 from functions.rng import seeded, shard_generator
 from functions.schedule import make_schedule
+from functions.variational import Transitions, with_bound
 from models import build_model, load_profile, load_weights, make_codec
 from runners import distributed
 from runners.network import Network, explain_out_of_memory, memory_format
@@ -57,6 +59,7 @@ class Diffusion:
         compiled: Whether sampling compiles the network.
         weights: WeightsInfo of the loaded file, or None.
         guide: Another Diffusion with worse weights, for autoguidance, or None.
+        classifier: ``runners.sampling.classifier.Classifier`` to guide by, or None.
     """
 
     def __init__(self, config: Config, device=None):
@@ -67,7 +70,8 @@ class Diffusion:
             self.model = build_model(config)
         self.model.checkpointing = config.training.activation_checkpointing
         self.model.to(self.device, memory_format=memory_format(self.device, config.model.width))
-        self.averages, self.weights, self.amp, self.guide, self.compiled = [], None, None, None, False
+        self.averages, self.weights, self.amp, self.compiled = [], None, None, False
+        self.guide = self.classifier = None
         self._images = None
 
     @classmethod
@@ -184,25 +188,40 @@ class Diffusion:
         denoiser = Denoiser.of(self.config, network, self.schedule)
         if not self.model.training:                  # pictures and validation in between leave it in eval mode
             self.model.train()
+        seen = []                                    # (t, loss) of every image, for samplers of times that learn
         for shard in plan.shards():
             batch = self.draw(*next(session.batches), state.times,
                               shard_generator(plan.seed, session.step, shard, self.device))
             with network.gradient_sync(now=shard == plan.shards()[-1]):
                 terms = self.loss(denoiser, batch)
+                if state.times.learns:
+                    seen.append(torch.stack([batch.t.double(), terms.total.detach().double()], 1))     # (b, 2)
+                if batch.importance is not None:
+                    terms = terms._replace(total=batch.importance * terms.total)
                 state.scaler.scale(terms.total.mean() / plan.accumulate).backward()
             session.monitor.add(terms, self.schedule.rank(batch.t))
+        if seen:                                     # after the step's last draw, from all shards in their order
+            t, losses = distributed.gather_rows(torch.cat(seen)).unbind(1)                             # (B,) each
+            state.times.update(t.long(), losses)
         session.monitor.step_done(*state.update())
         session.step += 1
 
     def loss(self, denoiser: Denoiser, batch: "Draw"):
-        """LossTerms of a shard as the configuration weighs them."""
+        """LossTerms of a shard as the configuration weighs them; the importance of its times is not in them."""
         loss = self.config.loss
         given = denoiser if batch.labels is None else denoiser.given({"labels": batch.labels})
         terms = sequence_aware_loss(
             given, batch.x0, batch.t, batch.noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
             input_perturbation=loss.input_perturbation, perturbation_noise=batch.xi,
             perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce)
-        return terms if batch.importance is None else terms._replace(total=batch.importance * terms.total)
+        if loss.variational == "none":
+            return terms
+        return with_bound(terms, loss.variational, given, self.transitions, batch.x0, batch.t)
+
+    @cached_property
+    def transitions(self) -> Transitions:
+        """Of all steps of the schedule, for the variational bound."""
+        return Transitions(self.schedule, range(self.schedule.num_timesteps)).to(self.device)
 
     def draw(self, images: Tensor, labels: Tensor | None, times, generator: torch.Generator) -> "Draw":
         """All randomness of a shard but dropout; what is optional comes last, so that without it nothing changes.
@@ -250,7 +269,8 @@ class Diffusion:
         """The network with these settings applied to it. UserError: settings that are not possible."""
         guide = self.guide
         return Sampler(self.denoiser(), self.codec, settings, self.config.model, self.device,
-                       guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels))
+                       guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels),
+                       self.classifier)
 
     def denoiser(self, schedule=None) -> Denoiser:
         """The network as sampling calls it, on its own schedule or on that of the network which it guides."""

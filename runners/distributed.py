@@ -175,6 +175,15 @@ def gather_objects(value) -> list:
     return values
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The tensors of all ranks, which have one shape, one after another in rank order, on every rank."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 def on_rank_zero(function: Callable):
     """Call ``function()`` on rank 0 alone and return its result on every rank; its UserErrors are raised on all."""
     outcome = None

@@ -16,7 +16,8 @@ def dry_run_sampling(job, device: torch.device) -> None:
     diffusion = Diffusion(config, device)
     if weights:
         diffusion.load(weights, job.args.model_ema)
-    sampler, noise = diffusion.sampler(settings.model_copy(update={"guidance": None})), SeededNoise([0], device)
+    sampler = diffusion.sampler(settings.model_copy(update={"guidance": None, "classifier_scale": None}))
+    noise = SeededNoise([0], device)
     for turn in range(distributed.world_size() if device.type == "cpu" else 1):
         if device.type != "cpu" or turn == distributed.rank():
             x = noise.randn((1, *diffusion.codec.shape))

@@ -65,4 +65,6 @@ def manifest_of(diffusion, settings: SamplerSettings) -> dict:
     }
     if diffusion.guide:
         manifest["guide"] = diffusion.guide.weights.fingerprint
+    if diffusion.classifier:
+        manifest["classifier"] = diffusion.classifier.fingerprint
     return manifest

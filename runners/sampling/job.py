@@ -10,6 +10,7 @@ from models import make_codec
 from runners.cli import run_folder, safe_name
 from runners.evaluation.logs import json_log
 from runners.evaluation.references import MissingReference, find_reference
+from runners.sampling.classifier import Classifier
 from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
 from runners.sampling.pictures import open_originals
@@ -25,7 +26,7 @@ class SamplingJob:
         self.args, self.absent = args, []
         self.config, self.weights = self._configure()
         self.settings = sampler_settings(args)
-        self.guide = self._guide()
+        self.guide, self.classifier = self._guide(), self._classifier()
         self.seeds = self._seeds()
         self.batch_size = args.batch_size or self.config.sampling.batch_size
         default = args.doc or Path(args.config or "images").stem
@@ -79,11 +80,16 @@ class SamplingJob:
         beside = (path if path.is_dir() else path.parent) / "config.yml"
         return (load_config(beside) if beside.exists() else self.config), path
 
+    def _classifier(self) -> Classifier | None:
+        """Read here already, because its tensors tell its classes and the size of its images."""
+        return Classifier(self.args.classifier, self.config.data.shape, "cpu") if self.args.classifier else None
+
     def _check_sampler(self) -> None:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
         args, settings, config = self.args, self.settings, self.config
         self.times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                    config.model, bool(self.guide))
+                                    config.model, bool(self.guide),
+                                    self.classifier.num_classes if self.classifier else 0)
         if args.reconstruct:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
@@ -95,7 +101,10 @@ class SamplingJob:
             self.notes.append(f"{settings.skip_type} gives {len(self.times)} distinct steps for --timesteps "
                               f"{args.timesteps}")
         recorded = getattr(config.model, "var_type", settings.var_type)
-        if settings.sample_type == "ddpm_noisy" and settings.var_type != recorded:
+        if settings.sample_type == "ddpm_noisy" and config.model.gives_variances and settings.var_type != "learned":
+            self.notes.append(f"sampling with --var_type {settings.var_type}; this network has learned its variances, "
+                              "which --var_type learned uses")
+        elif settings.sample_type == "ddpm_noisy" and settings.var_type != recorded:
             self.notes.append(f"sampling with --var_type {settings.var_type}; the configuration says {recorded}, which "
                               "DDIM and SA-DPM do not read either")
 

@@ -9,6 +9,7 @@ from configs.sampling import SAMPLE_TYPES, SamplerSettings
 from functions.chain import scales_of
 from functions.denoiser import Denoiser
 from functions.denoising import SAMPLERS, network_calls
+from functions.guidance import classifier_gradient
 from functions.ode import check_churn
 from functions.rng import SeededNoise, derive_seed, parse_seeds
 from functions.timesteps import sampling_times
@@ -17,13 +18,15 @@ from utils.errors import DivergedError, UserError
 LABELS = 1                                                 # stream of an image's own label, beside its noise
 
 
-def check_settings(settings: SamplerSettings, schedule, codec, model, has_guide: bool = False) -> list:
+def check_settings(settings: SamplerSettings, schedule, codec, model, has_guide: bool = False,
+                   num_classes: int = 0) -> list:
     """The times of a chain with these settings, ascending; refuses all that a sampler would refuse on its first step.
 
     Args:
         schedule, codec: Of the network.
         model: Its section of the configuration.
         has_guide: Whether there is a worse network to guide by.
+        num_classes: Classes of a classifier to guide by; 0: there is none.
 
     Raises:
         UserError: A setting that is not possible with this network.
@@ -41,14 +44,21 @@ def check_settings(settings: SamplerSettings, schedule, codec, model, has_guide:
     if settings.var_type == "learned" and not model.gives_variances:
         raise UserError("--var_type learned: this network gives no variances; use fixedlarge or fixedsmall")
     num_labels = model.num_labels
-    if settings.classes and not num_labels:
+    if settings.classes and not (num_labels or num_classes):
         raise UserError(f"--classes {settings.classes}: this network takes no labels")
-    classes_of(settings.classes, num_labels)
+    classes_of(settings.classes, num_labels or num_classes)
     if settings.guidance is not None and not (num_labels or has_guide):
         raise UserError(f"--guidance {settings.guidance:g} needs a class-conditional network, or a worse one to guide "
                         "by (--guide_weights)")
     if has_guide and settings.guidance is None:
         raise UserError("--guide_weights needs --guidance, such as 2")
+    if bool(num_classes) != bool(settings.classifier_scale):
+        raise UserError("--classifier needs --classifier_scale, such as 1" if num_classes else
+                        f"--classifier_scale {settings.classifier_scale:g} needs --classifier, a file of weights")
+    if num_classes and not hasattr(schedule, "num_timesteps"):
+        raise UserError("--classifier needs the steps of a discrete schedule, which it was trained on")
+    if num_classes and num_labels not in (0, num_classes):
+        raise UserError(f"--classifier tells {num_classes} classes apart, the network has {num_labels}")
     return times
 
 
@@ -82,17 +92,20 @@ class Sampler:
         device: Where it computes.
         guide: Denoiser of a worse network, for autoguidance; None: guidance is classifier-free.
         guide_labels: Whether the guide takes labels.
+        classifier: ``runners.sampling.classifier.Classifier`` to guide by, or None.
 
     Raises:
         UserError: Settings that are not possible with this network.
     """
 
     def __init__(self, denoiser: Denoiser, codec, settings: SamplerSettings, model, device,
-                 guide: Denoiser | None = None, guide_labels: bool = False):
+                 guide: Denoiser | None = None, guide_labels: bool = False, classifier=None):
         self.denoiser, self.codec, self.settings, self.device = denoiser, codec, settings, device
         self.num_labels, self.guide, self.guide_labels = model.num_labels, guide, guide_labels
-        self.times = check_settings(settings, denoiser.schedule, codec, model, guide is not None)
-        self.classes = classes_of(settings.classes, self.num_labels)
+        self.classifier, self.num_classes = classifier, classifier.num_classes if classifier else model.num_labels
+        self.times = check_settings(settings, denoiser.schedule, codec, model, guide is not None,
+                                    self.num_classes if classifier else 0)
+        self.classes = classes_of(settings.classes, self.num_classes)
         self._options = {key: getattr(settings, key) for key in ("eta", "var_type", "churn")
                          if key in SAMPLE_TYPES[settings.sample_type]}
 
@@ -103,11 +116,11 @@ class Sampler:
         return network_calls(self.settings.sample_type, len(self.times)) * (1 + guided)
 
     def labels(self, seeds: Sequence[int]) -> Tensor | None:
-        """The label of each image, which its seed decides, long (B,); None for networks without labels."""
-        if not self.num_labels:
+        """The label of each image, which its seed decides, long (B,); None where there are none to be told."""
+        if not self.num_classes:
             return None
         if self.classes is None:
-            labels = [derive_seed(seed, LABELS) % self.num_labels for seed in seeds]
+            labels = [derive_seed(seed, LABELS) % self.num_classes for seed in seeds]
         else:
             labels = [self.classes[seed % len(self.classes)] for seed in seeds]
         return torch.tensor(labels, device=self.device)
@@ -139,7 +152,7 @@ class Sampler:
         clip = self.settings.clip and self.codec.bounded
         x = SAMPLERS[self.settings.sample_type](
             self.conditioned(labels), x, times, eps_scaler=self.settings.eps_scaler, clip_denoised=clip,
-            noise_fn=lambda index: noise.randn(x.shape), callback=callback, **self._options)
+            noise_fn=lambda index: noise.randn(x.shape), callback=callback, **self._options, **self._gradient(labels))
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():
             seeds = [seed for seed, is_bad in zip(noise.seeds, bad.tolist(), strict=True) if is_bad]
@@ -148,9 +161,16 @@ class Sampler:
                                 "weights trained, and the sampler's settings meant so?")
         return self.codec.decode(x)
 
+    def _gradient(self, labels: Tensor | None) -> dict:
+        """The classifier's, where there is one."""
+        if self.classifier is None:
+            return {}
+        return {"gradient": classifier_gradient(self.classifier, self.denoiser, labels, self.settings.classifier_scale)}
+
     def conditioned(self, labels: Tensor | None) -> Denoiser:
         """The denoiser with labels (B,) and guidance as the settings have it."""
-        given = self.denoiser if labels is None else self.denoiser.given({"labels": labels})
+        labelled = labels is not None and self.num_labels
+        given = self.denoiser.given({"labels": labels}) if labelled else self.denoiser
         if self.settings.guidance is None:
             return given
         if self.guide is None:

@@ -21,6 +21,7 @@ from utils.atomic import write_text
 from utils.png import save_png, tile
 
 log = logging.getLogger(__name__)
+LOSSES = ("loss", "loss_base", "loss_sequence", "loss_bits")         # the last only with a variational bound
 QUARTILES = 4
 SPIKE, HISTORY = 3.0, 20                             # a loss this many times the median of the last lines is a spike
 
@@ -31,12 +32,14 @@ class Monitor:
     Nothing here waits for the device between logging points.
     """
 
-    def __init__(self, run: RunFolder, plan, device: torch.device, first_step: int, sums: list | None = None):
-        self.run, self.plan, self.device = run, plan, device
-        self.sums = torch.zeros(3 + 2 * QUARTILES + 4, dtype=torch.float64, device=device)
+    def __init__(self, run: RunFolder, plan, device: torch.device, first_step: int, sums: list | None = None,
+                 has_bits: bool = False):
+        self.run, self.plan, self.device, self.has_bits = run, plan, device, has_bits
+        self.sums = torch.zeros(len(LOSSES) + 2 * QUARTILES + 4, dtype=torch.float64, device=device)
         if sums is not None:                         # the part of an interval that a resumed run had already seen
-            mine = sums[distributed.rank()] if len(sums) == plan.world_size else None
-            self.sums += torch.tensor(mine or [0.0] * len(self.sums), dtype=torch.float64, device=device)
+            mine = sums[distributed.rank()] if len(sums) == plan.world_size else []
+            if len(mine) == len(self.sums):          # else of a version with fewer losses
+                self.sums += torch.tensor(mine, dtype=torch.float64, device=device)
         self.started, self.first_step = time.perf_counter(), first_step
         self.board = self.bar = None
         if distributed.rank() == 0:
@@ -52,13 +55,15 @@ class Monitor:
 
         Images without a finite loss are left out.
         """
-        losses = torch.stack([terms.total, terms.base, terms.sequence]).detach().double()       # (3, b)
+        bits = torch.zeros_like(terms.total) if terms.bits is None else terms.bits
+        losses = torch.stack([terms.total, terms.base, terms.sequence, bits]).detach().double() # (4, b)
         finite = losses.isfinite().all(0)                                                       # (b,)
         losses = torch.where(finite, losses, 0)
         quartile = (ranks * QUARTILES).long()                                                   # (b,) in 0..3
-        self.sums[:3] += losses.sum(1)
-        self.sums[3:3 + QUARTILES].index_add_(0, quartile, losses[1])
-        self.sums[3 + QUARTILES:3 + 2 * QUARTILES].index_add_(0, quartile, finite.double())
+        sums, quartiles = self.sums[:len(LOSSES)], self.sums[len(LOSSES):-4].view(2, QUARTILES)
+        sums += losses.sum(1)
+        quartiles[0].index_add_(0, quartile, losses[1])
+        quartiles[1].index_add_(0, quartile, finite.double())
         self.sums[-4] += finite.sum()
 
     def step_done(self, grad_norm: Tensor, bad: Tensor) -> None:
@@ -75,10 +80,11 @@ class Monitor:
         grad_norm, steps, bad = values[0, -3:].tolist()                          # the same on all ranks
         *values, images = values[:, :-3].sum(0).tolist()
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
-        total, base, sequence = (_mean(value, images) for value in values[:3])
-        line = {"step": step, "epoch": step // self.plan.steps_per_epoch, "loss": total, "loss_base": base,
-                "loss_sequence": sequence}
-        sums, counts = values[3:3 + QUARTILES], values[3 + QUARTILES:]
+        line = {"step": step, "epoch": step // self.plan.steps_per_epoch}
+        line |= {name: _mean(value, images) for name, value in zip(LOSSES, values, strict=False)}
+        if not self.has_bits:
+            del line["loss_bits"]
+        sums, counts = values[len(LOSSES):len(LOSSES) + QUARTILES], values[len(LOSSES) + QUARTILES:]
         line |= {f"loss_base_q{q + 1}": _mean(s, n) for q, (s, n) in enumerate(zip(sums, counts, strict=True))}
         line |= {"grad_norm": _mean(grad_norm, steps - bad), "lr": lr, "skipped_steps": int(bad),
                  "images_per_s": steps * self.plan.global_batch / elapsed}

@@ -20,6 +20,7 @@ OPTIMIZERS = {
 LR_SCHEDULES = {
     "constant": lambda p: 1.0,
     "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    "linear": lambda p: 1 - p,
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from datasets.packed import open_images
 from functions.losses import sequence_aware_loss
 from functions.pixels import to_uint8
+from functions.timesteps import TimeSampler
 from runners import distributed
 from runners.network import Network, resolve_amp, resolve_compile
 from runners.training.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
@@ -52,7 +53,8 @@ class Session:
         self.step, self.best = stored.get("step", 0), stored.get("best_fid")
         self.writer = self.held.enter_context(
             CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", [])))
-        self.monitor = Monitor(run, plan, diffusion.device, self.step, stored.get("metric_sums"))
+        self.monitor = Monitor(run, plan, diffusion.device, self.step, stored.get("metric_sums"),
+                               diffusion.config.loss.variational != "none")
         self.held_out = self._open_held_out()
         self.fid = PeriodicFid(diffusion.config, diffusion.device) if training.fid_freq else None
         self.batches = self._batches()
@@ -135,11 +137,12 @@ class Session:
         diffusion, config = self.diffusion, self.diffusion.config
         denoiser, generator = diffusion.denoiser(), torch.Generator(diffusion.device).manual_seed(0)
         images, labels = self.held_out, diffusion.labels_of(self.held_out)
+        times = TimeSampler(self.diffusion.schedule) if self.state.times.learns else self.state.times
         num, total = min(self.training.validation_num, images.num_images), 0.0
         chunks = torch.arange(num).split(config.sampling.batch_size)
         for batch, chosen in zip(images.batches(chunks), chunks, strict=True):
             x0 = diffusion.codec.encode(batch, generator)
-            t, _ = self.state.times.draw(len(x0), generator)
+            t, _ = times.draw(len(x0), generator)
             noise = torch.randn((1, *x0.shape), generator=generator, device=x0.device)
             given = denoiser if labels is None else denoiser.given({"labels": labels[chosen.to(labels.device)]})
             total += float(sequence_aware_loss(given, x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())

@@ -38,14 +38,13 @@ class TrainingState:
         self.parameters = list(model.parameters())
         device = self.parameters[0].device
         self.averages = [EMA(model, decay_of(average, global_batch)) for average in config.training.ema]
-        self.times = TimeSampler.of(config, make_schedule(config.diffusion))
+        self.times = TimeSampler.of(config, make_schedule(config.diffusion), device)
         self.optimizer = make_optimizer(self.parameters, config.optim)
         self.lr_schedule = make_lr_schedule(self.optimizer, config.optim, total_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
         self.last_lr = self.lr_schedule.get_last_lr()[0]                        # of the latest step
         self.bad_run = torch.zeros((), dtype=torch.long, device=device)         # skipped steps in a row, up to now
         self.longest_bad_run = self.bad_run.clone()                            # and the most since the last check
-
 
     @property
     def kinds(self):
