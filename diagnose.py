@@ -1,4 +1,5 @@
-"""Measure exposure bias: eps-norms, variance error and estimation gap along the chain, and a fitted epsilon scaling."""
+"""Measure exposure bias (eps-norms, variance error, estimation gap along the chain), fit an epsilon scaling, and
+measure likelihoods."""
 
 import argparse
 import re
@@ -28,6 +29,10 @@ def parse(argv):
                                                                      "1, 1.5 and 2 times the fitted scaling")
     fit.add_argument("--fid_stats", metavar="FILE", help="reference statistics (default: sampling.fid_stats)")
     fit.add_argument("--inception_weights", metavar="FILE", help="weights of the feature network")
+    nll = made["nll"]
+    nll.set_defaults(timesteps=None, sample_type="ddpm_noisy", var_type=None)
+    nll.add_argument("--npz", action="store_true", help="also write guided-diffusion's vb_terms.npz, mse_terms.npz and "
+                                                        "xstart_mse_terms.npz")
     return parser.parse(argv)
 
 
@@ -64,9 +69,11 @@ class Job:
         names = args.doc or [Path(args.config).stem]
         if len(set(names)) < len(names):
             raise UserError("--doc names a run twice")
-        self.settings = sampler_settings(args)
         self.datasets = Path(args.exp) / "datasets"
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
+        if args.command == "nll":
+            self._prepare_likelihood()
+        self.settings = sampler_settings(args)
         for config, _ in self.runs.values():
             self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
                                         config.model)
@@ -105,6 +112,23 @@ class Job:
             print(f"--start_t {self.args.start_t}: the nearest times of the chain are taken, "
                   f"{', '.join(map(str, taken))}")
         return list(dict.fromkeys([None, *taken]))
+
+    def _prepare_likelihood(self) -> None:
+        """All steps and learned variances, unless somebody says otherwise; what would not be read is refused."""
+        from runners.diagnosis.likelihood import check_likelihood
+
+        args, configs = self.args, [config for config, _ in self.runs.values()]
+        for config in configs:
+            check_likelihood(config)
+        lengths = sorted({config.diffusion.chain_length for config in configs})
+        if args.timesteps is None and len(lengths) > 1:
+            raise UserError(f"these runs have chains of {' and '.join(map(str, lengths))} steps; give --timesteps")
+        if args.sample_type != "ddpm_noisy" or args.eps_scaler or args.classes or args.guidance is not None:
+            raise UserError("nll is of the ancestral chain and the images' own labels: no other --sample_type, no "
+                            "--eps_scaler, no --classes, no --guidance")
+        args.timesteps = args.timesteps or str(lengths[0])
+        learned = all(config.model.gives_variances for config in configs)
+        args.var_type = args.var_type or ("learned" if learned else "fixedlarge")
 
     def _check_fit(self) -> None:
         if self.args.eps_scaler is not None:
@@ -179,7 +203,25 @@ def fit_eps_scaler(job, name, diagnosis):
     return rows, details
 
 
-COMMANDS = {"eps-norm": eps_norm, "exposure": exposure, "gap": gap, "fit-eps-scaler": fit_eps_scaler}
+def nll(job, name, diagnosis):
+    """Negative log likelihood of real images in bits per dimension, with its terms at each step.
+
+    By default over all steps, with learned variances where the network has them, and clipped estimates. What is
+    finished of a long measurement is kept: the same command goes on.
+    """
+    from runners.diagnosis.likelihood import likelihood, write_published
+    from runners.distributed import on_rank_zero
+
+    rows, summary = likelihood(diagnosis, job.target.with_name(f"{job.target.name}-{Path(name).name}"))
+    on_rank_zero(lambda: print(f"{name}  {summary['bits_per_dim']:.4f} bits/dim  (standard error "
+                               f"{summary['standard_error']:.2g}, {summary['num_images']} images, {len(rows)} steps; "
+                               f"of these {summary['prior_bits']:.2g} in the prior)"))
+    if job.args.npz:
+        on_rank_zero(lambda: write_published(rows, job.target.with_name(f"{job.target.name}-{Path(name).name}")))
+    return rows, summary
+
+
+COMMANDS = {"eps-norm": eps_norm, "exposure": exposure, "gap": gap, "fit-eps-scaler": fit_eps_scaler, "nll": nll}
 
 
 def check(args):

@@ -106,7 +106,8 @@ def find_config(name: str | Path) -> Path:
     A file that is there wins over a shipped one of its name; which of the two is read is said in the log.
     """
     path = Path(name)
-    is_bare = os.path.basename(name) == str(name)           # "./cifar10.yml" is a path, "cifar10.yml" may be a name
+    # "./cifar10.yml" is a path, "cifar10.yml" and "edm/ffhq64.yml" may be names.
+    is_bare = not path.is_absolute() and os.path.normpath(name) == str(name) and ".." not in path.parts
     candidates = [path, CONFIG_FOLDER / path, CONFIG_FOLDER / f"{path}.yml"] if is_bare else [path]
     found = [candidate for candidate in candidates if _is_file(candidate)]
     if found and is_bare and len({candidate.resolve() for candidate in found}) > 1:
@@ -115,7 +116,8 @@ def find_config(name: str | Path) -> Path:
         log.info("reading %s", found[0])
     if found:
         return found[0]
-    known = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("*.yml")))
+    known = ", ".join(sorted(p.relative_to(CONFIG_FOLDER).as_posix() for p in CONFIG_FOLDER.rglob("*.yml")
+                             if "studies" not in p.parts))
     raise ConfigError(f"configuration {str(name)!r} not found; give a path, or one of configs/: {known}")
 
 

@@ -75,8 +75,20 @@ def fit_panels(runs: dict[str, Rows]) -> list[Panel]:
     return [panel._replace(title=title) for panel, title in zip(panels, ("without scaling", "with it"), strict=True)]
 
 
+def likelihood_panels(runs: dict[str, Rows]) -> list[Panel]:
+    bits, errors = [], []
+    for colour, (name, rows) in enumerate(runs.items()):
+        t = column(rows, "t")
+        bits.append(Curve(name, t, column(rows, "bits"), column(rows, "bits_error"), colour))
+        errors += [Curve(f"{name}, of {label}", t, column(rows, key), column(rows, f"{key}_error"), colour, style)
+                   for style, (key, label) in enumerate({"x0_mse": "$x_0'$", "eps_mse": r"$\epsilon'$"}.items())]
+    return [Panel("$L_t$, bits for each dimension", bits, scale="log"),
+            Panel("mean squared error", errors, scale="log")]
+
+
 PANELS: dict[str, Callable[[dict[str, Rows]], list[Panel]]] = {
-    "eps-norm": eps_norm_panels, "exposure": exposure_panels, "gap": gap_panels, "fit-eps-scaler": fit_panels}
+    "eps-norm": eps_norm_panels, "exposure": exposure_panels, "gap": gap_panels, "fit-eps-scaler": fit_panels,
+    "nll": likelihood_panels}
 
 
 def write_table(runs: dict[str, Rows], path: Path) -> None:

@@ -34,7 +34,7 @@ from runners.sampling.sampler import Sampler
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
-TRAINING, START, PIXELS = range(3)                         # streams of noise beside the chains' own
+TRAINING, START, PIXELS, LIKELIHOOD = range(4)             # streams of noise beside the chains' own
 
 
 class Diagnosis:
@@ -65,10 +65,12 @@ class Diagnosis:
 
     # ------------------------------------------------------------------------------------- images, noise and chains
 
-    def real_images(self, title: str) -> Iterator[tuple[list[int], Tensor]]:
-        """This rank's batches: their places among the chosen, and x0 as the network was trained on, (B, C, H, W)."""
-        batches = self.images.batches(torch.from_numpy(self.chosen[places]) for _, places in self.share)
-        bar = tqdm(self.share, desc=title, unit="batch", leave=False, disable=distributed.rank() > 0)
+    def real_images(self, title: str, share: list | None = None) -> Iterator[tuple[list[int], Tensor]]:
+        """This rank's batches, or those of ``share``: their places among the chosen, and x0 as the network was trained
+        on, (B, C, H, W)."""
+        share = self.share if share is None else share
+        batches = self.images.batches(torch.from_numpy(self.chosen[places]) for _, places in share)
+        bar = tqdm(share, desc=title, unit="batch", leave=False, disable=distributed.rank() > 0)
         for (start, places), images in zip(bar, batches, strict=True):
             generator = torch.Generator(images.device).manual_seed(derive_seed(self.seed, PIXELS, start))
             yield places, self.diffusion.codec.encode(images, generator).contiguous()
