@@ -41,6 +41,8 @@ def _add_run(parser) -> None:
     parser.add_argument("--config", metavar="NAME.yml", help="default: the run's own; any key of it can be overridden: "
                                                              "--data.root DIR")
     parser.add_argument("--doc", nargs="+", help="runs, exp/logs/DOC, on one figure (default: the config's name)")
+    parser.add_argument("--weights", metavar="FILE", help="load this file or folder instead of a run's checkpoint; "
+                                                          "needs --config")
     parser.add_argument("--ckpt_id", type=int, help="epoch (default: sampling.ckpt_id, else the newest)")
     parser.add_argument("--model_ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
     parser.add_argument("--num_images", type=positive, default=256, metavar="N", help="real images and chains")
@@ -90,6 +92,8 @@ class Job:
         from runners.training.checkpoint import RunFolder, refuse_differences
 
         run = RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
+        if self.args.weights:
+            return self._open_file(Path(self.args.weights))
         if not (self.args.config or run.config.exists()):
             raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
         config = load_config(self.args.config or run.config, self.args.overrides)
@@ -97,6 +101,15 @@ class Job:
             refuse_differences(load_config(run.config), config, run.config)
         ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
         return config, run.weights(ckpt_id, self.args.model_ema)
+
+    def _open_file(self, file: Path):
+        from configs.schema import load_config
+
+        if not self.args.config or (self.args.doc and len(self.args.doc) > 1):
+            raise UserError("--weights needs --config, and at most one --doc for the name of the results")
+        if not file.exists():
+            raise UserError(f"--weights {file}: no such file")
+        return load_config(self.args.config, self.args.overrides), file
 
     def _starts(self) -> list[float | None]:
         """None for pure noise, then the times nearest to --start_t."""
