@@ -10,8 +10,9 @@ CONFIG ?= digits.yml
 TRAIN ?=
 IMAGES ?= 500
 BENCH ?=
+GPU ?=
 
-.PHONY: install quickstart test lint clean soak bench
+.PHONY: install quickstart test lint clean soak bench gpu
 
 install: .venv/installed
 
@@ -38,6 +39,10 @@ bench: install
 	$(BIN)/python .ci/requirements.py bench > .venv/bench.txt
 	$(BIN)/pip install --disable-pip-version-check -q -r .venv/bench.txt
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# On a machine with a GPU, where torch is: what is installed there is used as it is, and what is missing costs its part.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU)
 
 clean:
 	rm -rf .venv

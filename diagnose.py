@@ -1,5 +1,5 @@
-"""Measure exposure bias (eps-norms, variance error, estimation gap along the chain), fit an epsilon scaling, and
-measure likelihoods."""
+"""Measure exposure bias along the chain in seven ways, fit an epsilon scaling, measure Gamma for analytic variances and
+likelihoods."""
 
 import argparse
 import re
@@ -12,16 +12,32 @@ from runners.cli import Parser, add_common, positive, run_script, safe_name
 from runners.sampling.flags import add_sampler_flags
 from utils.errors import UserError
 
+HELP = {
+    "eps-norm": "norm of the predicted noise, in training and along the chain",
+    "exposure": "variance of the chain minus that of the noised images, step by step",
+    "gap": "gap between predicted and true noise along the chain, single and accumulated",
+    "spectrum": "energy in frequency bands along the chain, spectrum of its images against the data's",
+    "snr": "effective time: at which noise level training gives the network what the chain gives it",
+    "gamma": "size of the predicted noise for each pixel, forward and along the chain; writes the file for --gamma",
+    "energy": "energy of the estimated images, forward and along the chain, against the data's",
+    "fit-eps-scaler": "find the epsilon scaling K,B that gives the chain the eps-norms of training; it holds for the "
+                      "number of steps it was made with",
+    "nll": "negative log likelihood of real images in bits per dimension, with its terms at each step; by default over "
+           "all steps, with learned variances where there are some, and clipped estimates; a stopped one goes on",
+    "all": "every measure of the chain's drift on one page, with a verdict in words",
+}
+
 
 def parse(argv):
     parser = Parser(prog="diagnose.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     made = {}
-    for name, measure in COMMANDS.items():
-        made[name] = commands.add_parser(name, help=measure.__doc__.splitlines()[0], description=measure.__doc__)
+    for name, text in HELP.items():
+        made[name] = commands.add_parser(name, help=text, description=text)
         _add_run(made[name])
-    made["exposure"].add_argument("--start_t", metavar="LIST", help="beside pure noise, start from q(x_t | x0) at "
-                                  "these times, such as 250,500; the nearest steps are taken (default: the middle)")
+    for name in ("exposure", "all"):
+        made[name].add_argument("--start_t", metavar="LIST", help="for exposure: beside pure noise, start from q(x_t | "
+                                "x0) at these times, such as 250,500; the nearest are taken (default: the middle)")
     fit = made["fit-eps-scaler"]
     fit.add_argument("--model", choices=["auto", "constant", "linear"], default="auto",
                      help="fit B, K,B, or K,B only where K is more than two standard errors from 0")
@@ -41,8 +57,8 @@ def _add_run(parser) -> None:
     parser.add_argument("--config", metavar="NAME.yml", help="default: the run's own; any key of it can be overridden: "
                                                              "--data.root DIR")
     parser.add_argument("--doc", nargs="+", help="runs, exp/logs/DOC, on one figure (default: the config's name)")
-    parser.add_argument("--weights", metavar="FILE", help="load this file or folder instead of a run's checkpoint; "
-                                                          "needs --config")
+    parser.add_argument("--weights", metavar="FILE", help="load this file instead of a run's checkpoint; EDM's "
+                                                          "snapshots need no --config, but images: --data.root")
     parser.add_argument("--ckpt_id", type=int, help="epoch (default: sampling.ckpt_id, else the newest)")
     parser.add_argument("--model_ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
     parser.add_argument("--num_images", type=positive, default=256, metavar="N", help="real images and chains")
@@ -58,17 +74,20 @@ class Job:
 
     def __init__(self, args):
         from datasets import find_dataset
-        from functions.schedule import make_schedule
         from models import make_codec
         from runners.sampling.flags import sampler_settings
         from runners.sampling.sampler import check_settings
+        from runners.sampling.weights import local_weights
 
         self.args = args
         if args.seed < 0:
             raise UserError(f"--seed {args.seed} must be at least 0")
-        if not (args.doc or args.config):
+        if not (args.doc or args.config or args.weights):
             raise UserError("--doc is required: the names of runs under exp/logs/")
-        names = args.doc or [Path(args.config).stem]
+        self.file = local_weights(args.weights) if args.weights else None
+        names = args.doc or [Path(args.config or self.file).stem]
+        if self.file and len(names) > 1:
+            raise UserError(f"--weights {args.weights} is one network, --doc names {len(names)} runs")
         if len(set(names)) < len(names):
             raise UserError("--doc names a run twice")
         self.datasets = Path(args.exp) / "datasets"
@@ -77,29 +96,31 @@ class Job:
             self._prepare_likelihood()
         self.settings = sampler_settings(args)
         for config, _ in self.runs.values():
-            self.steps = check_settings(self.settings, make_schedule(config.diffusion), make_codec(config),
-                                        config.model)
+            self.steps = check_settings(self.settings, config, make_codec(config))
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()
-        self.starts = self._starts() if args.command == "exposure" else []
-        folder = "+".join(name.replace("/", "-") for name in names)
-        self.target = Path(args.exp) / "diagnose" / folder / f"{args.command}-{self.file_label}"
+        self.starts = self._starts() if args.command in ("exposure", "all") else []
+        self.folder = Path(args.exp) / "diagnose" / "+".join(name.replace("/", "-") for name in names)
+
+    def result(self, measure: str, ending: str) -> Path:
+        """Of a measure's results."""
+        return self.folder / f"{measure}-{self.file_label}.{ending}"
 
     def _open(self, name: str):
         """The run's own configuration wins over --config, which must not contradict it."""
-        from configs.schema import load_config
-        from runners.training.checkpoint import RunFolder, refuse_differences
+        from runners.sampling.weights import configuration_of
+        from runners.training.checkpoint import RunFolder
 
         run = RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
-        if self.args.weights:
-            return self._open_file(Path(self.args.weights))
-        if not (self.args.config or run.config.exists()):
-            raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
-        config = load_config(self.args.config or run.config, self.args.overrides)
-        if run.config.exists():
-            refuse_differences(load_config(run.config), config, run.config)
+        config = configuration_of(run, self.args.config, self.args.overrides, self.file)
+        if self.file:
+            if not self.file.exists():
+                raise UserError(f"--weights {self.file}: no such file")
+            return config, self.file
         ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
+        if config.model.arch == "diffusers" and not run.path.exists():
+            return config, None                                     # the pipeline as it is
         return config, run.weights(ckpt_id, self.args.model_ema)
 
     def _open_file(self, file: Path):
@@ -156,85 +177,30 @@ class Job:
         return find_reference(self.runs[name][0], self.args.fid_stats, config_name=self.args.config)
 
     @property
+    def log_time(self) -> bool:
+        """Whether times are noise levels."""
+        return any(config.diffusion.schedule == "sigma" for config, _ in self.runs.values())
+
+    @property
     def file_label(self) -> str:
         """The sampler and the weights in few words, for file names: a run may be measured at several epochs."""
-        files = sorted({weights.stem for _, weights in self.runs.values()})
+        files = sorted({weights.stem if weights else "pretrained" for _, weights in self.runs.values()})
         return re.sub(r"[^A-Za-z0-9.+_-]+", "-", f"{self.settings} {'+'.join(files)}").strip("-")
 
-    def command(self, name: str, scaler: str) -> str:
-        """generate.py with the sampler measured here and ``scaler``."""
+    def command(self, name: str, **changes: str) -> str:
+        """generate.py with the sampler measured here and ``changes`` of its settings."""
+        from runners.sampling.flags import flag_text
+
         args = self.args
-        flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config, "--doc": name,
-                 "--ckpt_id": args.ckpt_id, "--timesteps": args.timesteps, "--eps_scaler": scaler}
-        kept = self.settings.model_dump(exclude_defaults=True, exclude={"timesteps", "eps_scaler", "clip_denoised"})
-        flags |= {f"--{key}": ",".join(map(str, value)) if isinstance(value, tuple) else value
-                  for key, value in kept.items()}
+        flags = {"--exp": args.exp if args.exp != "exp" else None, "--config": args.config,
+                 "--doc": name if args.doc or not self.file else None, "--weights": args.weights,
+                 "--ckpt_id": args.ckpt_id, "--timesteps": args.timesteps}
+        kept = self.settings.model_dump(exclude_defaults=True, exclude={"timesteps", "clip_denoised"}) | changes
+        flags |= {f"--{key}": flag_text(value) for key, value in kept.items()}
         words = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
         clip = {None: [], True: ["--clip_denoised"], False: ["--no-clip_denoised"]}[self.settings.clip_denoised]
         ema = [] if args.model_ema else ["--no-model_ema"]
         return shlex.join(["python", "generate.py", *words, *clip, *ema])
-
-
-def eps_norm(job, name, diagnosis):
-    """Norm of the predicted noise, in training and along the chain, and their ratio.
-
-    A ratio above 1 that grows towards the image is the drift that exposure bias accumulates.
-    """
-    return diagnosis.eps_norms(), {}
-
-
-def exposure(job, name, diagnosis):
-    """Variance of the chain minus that of the noised images, step by step."""
-    return diagnosis.exposure(job.starts), {}
-
-
-def gap(job, name, diagnosis):
-    """Gap between predicted and true noise along a chain from noised images, and the gap that has accumulated."""
-    return diagnosis.gaps(), {}
-
-
-def fit_eps_scaler(job, name, diagnosis):
-    """Find the epsilon scaling K,B that gives the chain the eps-norms of training.
-
-    The chain is run again and again with the same seeds; a fit holds for the number of steps it was made with.
-    """
-    from runners.diagnosis.measures import fid_of_scalings
-    from runners.distributed import on_rank_zero
-
-    args = job.args
-    fit, rows = diagnosis.fit(args.model)
-    scaler = f"{fit.k:.4g},{fit.b:.5g}" if fit.k else f"{fit.b:.5g}"
-    on_rank_zero(lambda: print(f"{name}  eps_scaler {scaler}  (standard errors {fit.k_error:.1g}, {fit.b_error:.1g})\n"
-                               f"eps-norms (median of the steps) off by {fit.before:.2%} without, "
-                               f"{fit.mismatch:.2%} with it\n"
-                               f"{job.command(name, scaler)}"))
-    details = {"fit": fit._asdict()}
-    if args.fid_check:
-        details["fid"] = fid_of_scalings(diagnosis, fit, args.fid_check, job.reference(name), args.inception_weights)
-        on_rank_zero(lambda: [print("{name:10} {fid:9.4f}  eps_scaler {k:.4g},{b:.5g}".format(**each))
-                              for each in details["fid"]])
-    return rows, details
-
-
-def nll(job, name, diagnosis):
-    """Negative log likelihood of real images in bits per dimension, with its terms at each step.
-
-    By default over all steps, with learned variances where the network has them, and clipped estimates. What is
-    finished of a long measurement is kept: the same command goes on.
-    """
-    from runners.diagnosis.likelihood import likelihood, write_published
-    from runners.distributed import on_rank_zero
-
-    rows, summary = likelihood(diagnosis, job.target.with_name(f"{job.target.name}-{Path(name).name}"))
-    on_rank_zero(lambda: print(f"{name}  {summary['bits_per_dim']:.4f} bits/dim  (standard error "
-                               f"{summary['standard_error']:.2g}, {summary['num_images']} images, {len(rows)} steps; "
-                               f"of these {summary['prior_bits']:.2g} in the prior)"))
-    if job.args.npz:
-        on_rank_zero(lambda: write_published(rows, job.target.with_name(f"{job.target.name}-{Path(name).name}")))
-    return rows, summary
-
-
-COMMANDS = {"eps-norm": eps_norm, "exposure": exposure, "gap": gap, "fit-eps-scaler": fit_eps_scaler, "nll": nll}
 
 
 def check(args):
@@ -242,37 +208,52 @@ def check(args):
 
 
 def work(args, device):
-    from datasets.packed import open_images
+    from runners.diagnosis.commands import MEASURES, Measured, measure
     from runners.diagnosis.measures import Diagnosis
+    from runners.diagnosis.verdict import read_lines, verdict
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
 
-    job, rows, details = Job(args), {}, {}
+    job, verdicts = Job(args), {}
+    commands = list(MEASURES) if args.command == "all" else [args.command]
+    found = {command: ({}, {}) for command in commands}                         # rows and details by run
     for name, (config, weights) in job.runs.items():
         diffusion = Diffusion(config, device)
         diffusion.load(weights, args.model_ema)
-        diagnosis = Diagnosis(diffusion, open_images(config, job.datasets, "train", device), job.settings,
-                              num_images=args.num_images, seed=args.seed,
-                              batch_size=args.batch_size or config.sampling.batch_size)
-        rows[name], more = COMMANDS[args.command](job, name, diagnosis)
-        details[name] = {"weights": str(weights), **asdict(diffusion.weights), **more}
-    on_rank_zero(lambda: write(job, rows, details))
+        run = Measured(job, name, Diagnosis(
+            diffusion, diffusion.open_images(job.datasets), job.settings, num_images=args.num_images, seed=args.seed,
+            batch_size=args.batch_size or config.sampling.batch_size))
+        for command, (rows, details) in found.items():
+            rows[name], more = measure(command, run)
+            details[name] = {"weights": str(weights), **asdict(diffusion.weights), **more}
+        if args.command == "all":
+            lines = read_lines(Path(args.exp) / "logs" / name / "metrics.jsonl")
+            verdicts[name] = verdict(config, lines, diffusion.weights.step, args.model_ema, found["eps-norm"][0][name])
+    on_rank_zero(lambda: write(job, found, verdicts))
 
 
-def write(job, rows, details):
-    """TARGET.csv, TARGET.png and TARGET.json, which notes how they were made."""
-    from runners.diagnosis.curves import PANELS, write_figure, write_table
+def write(job, found, verdicts):
+    """MEASURE-SAMPLER.csv, .png and .json, which notes how they were made; of ``all`` the page and the verdicts."""
+    from runners.diagnosis.curves import write_figure, write_table
+    from runners.diagnosis.page import write_page
+    from runners.diagnosis.panels import PANELS
     from utils.atomic import write_json
 
-    args, target = job.args, job.target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_table(rows, target.with_name(f"{target.name}.csv"))
-    write_figure(f"{job.settings}; {args.num_images} images", PANELS[args.command](rows),
-                 target.with_name(f"{target.name}.png"))
-    write_json(target.with_name(f"{target.name}.json"), {
-        "measure": args.command, "sampler": job.settings.model_dump(mode="json"), "num_images": args.num_images,
-        "seed": args.seed, "starts": job.starts, "runs": details})
-    print(f"{target}.csv\n{target}.png")
+    args, title = job.args, f"{job.settings}; {job.args.num_images} images"
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for command, (rows, details) in found.items():
+        write_table(rows, job.result(command, "csv"))
+        write_figure(title, PANELS[command](rows), job.result(command, "png"), job.log_time)
+        write_json(job.result(command, "json"), {
+            "measure": command, "sampler": job.settings.model_dump(mode="json"), "num_images": args.num_images,
+            "seed": args.seed, "starts": job.starts if command == "exposure" else [], "runs": details})
+        print(f"{job.result(command, 'csv')}\n{job.result(command, 'png')}")
+    if verdicts:
+        write_page(job.result("all", "html"), title, {command: rows for command, (rows, _) in found.items()}, verdicts,
+                   job.log_time)
+        for name, sentences in verdicts.items():
+            print(f"\n{name}", *sentences, sep="\n")
+        print(f"\n{job.result('all', 'html')}")
 
 
 def main(argv=None) -> int:

@@ -1,12 +1,15 @@
 """Generate images from seeds, compute their FID and log it, on any number of processes."""
 
 import argparse
+import logging
 import sys
 import time
 from contextlib import ExitStack
 
 from runners.cli import Parser, add_common, natural, positive, run_script
 from runners.sampling.flags import add_sampler_flags
+
+log = logging.getLogger(__name__)
 
 
 def parse(argv):
@@ -29,6 +32,11 @@ def parse(argv):
                                                      "(default: DOC)")
     images.add_argument("--num_samples", type=positive, help="how many (default: 50000, or as --seeds says)")
     images.add_argument("--seeds", metavar="LIST", help='such as "0-63" or "1,2,5-10" (default: 0 to num_samples - 1)')
+    images.add_argument("--prompt", action="append", metavar="TEXT", help="what to make, for text-to-image networks; "
+                        "several: give it again")
+    images.add_argument("--prompt_file", metavar="FILE", help="a prompt on each line")
+    images.add_argument("--negative_prompt", metavar="TEXT", help="what --guidance leads away from (default: what the "
+                        "pipeline takes without one)")
     images.add_argument("--save", choices=["png", "npz", "none"], default="png",
                         help="none: images only pass through the metrics")
     images.add_argument("--subdirs", action="store_true", help="sub-folders of 1,000 images")
@@ -38,7 +46,7 @@ def parse(argv):
     images.add_argument("--sequence", action="store_true", help="instead: a picture of the chains of 8 seeds")
     images.add_argument("--reconstruct", metavar="PATH", help="instead: encode the first images of this folder, zip or "
                         "npz by DDIM's reversed chain, decode them, write pairs and errors (--seeds: which images)")
-    add_sampler_flags(parser, timesteps="1000")
+    add_sampler_flags(parser, timesteps=None)
     sampler = parser.add_argument_group("computing")
     sampler.add_argument("--batch_size", type=number_or_auto, metavar="N", help="images at a time, which does not "
                          "change them; auto: what fills the device (default: sampling.batch_size)")
@@ -55,6 +63,8 @@ def parse(argv):
     fid.add_argument("--interval", action="store_true", help="95%% interval for the FID of so many images")
     fid.add_argument("--force", action="store_true", help="compare with a reference that was made for something else")
     fid.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid")
+    parser.add_argument("--export", metavar="DIR", help="make no images: write the network as a folder that diffusers "
+                        "loads, with a model card")
     parser.add_argument("--dry_run", action="store_true", help="check everything, call the network once; write nothing")
     return parser.parse(argv)
 
@@ -72,16 +82,22 @@ def check(args):
     from utils.errors import choose
 
     job = SamplingJob(args)
+    if args.export:
+        from runners.export import check_export
+
+        check_export(job, args.export)
     for metric in job.metrics:
         choose(METRICS, metric, "--metrics")
     job.reference()
 
 
 def work(args, device):
+    from runners.compilation import resolve_sampling_compile
     from runners.distributed import on_rank_zero, world_size
-    from runners.network import explain_out_of_memory, fill_device, resolve_compile
+    from runners.network import explain_out_of_memory, fill_device
     from runners.sampling.dry_run import dry_run_sampling
     from runners.sampling.job import SamplingJob
+    from runners.sampling.prompts import prompts_of
     from utils.locks import lock_folder
 
     job = SamplingJob(args)
@@ -91,12 +107,19 @@ def work(args, device):
         job.reference()
         return dry_run_sampling(job, device)
     diffusion = open_networks(job, device)
+    if args.export:
+        from runners.export import export
+
+        return on_rank_zero(lambda: export(job, diffusion, args.export))
+    diffusion.prompts = prompts_of(job, device)
     sampler = diffusion.sampler(job.settings)
     if job.batch_size == "auto":                                              # the same on all ranks
         network, share = diffusion.network(), -(-len(job.seeds) // world_size())
-        job.batch_size = on_rank_zero(lambda: fill_device(network, diffusion.codec.shape, share))
-    batches = len(job.seeds) // (job.batch_size * world_size())
-    diffusion.compiled = resolve_compile(args.compile, device, sampler.calls * batches)
+        one = sampler.condition(job.seeds[:1])
+        job.batch_size = on_rank_zero(lambda: fill_device(network, diffusion.codec.shape, share, one))
+    share = -(-len(job.seeds) // world_size())
+    diffusion.compiled = on_rank_zero(lambda: resolve_sampling_compile(args.compile, diffusion, sampler, share,
+                                                                       job.batch_size))
     sampler = diffusion.sampler(job.settings)
     with ExitStack() as held:
         if args.save != "none" or job.pictures:
@@ -111,13 +134,17 @@ def open_networks(job, device):
     """The network with its weights, and the one that guides it where one is named."""
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
-    from runners.network import resolve_amp
+    from runners.network import explain_amp, resolve_amp
     from runners.sampling.classifier import Classifier
+
+    amp = on_rank_zero(lambda: resolve_amp(job.args.amp, device))             # CPUs may differ
+    if job.args.amp == "auto":
+        log.info("amp %s", explain_amp(job.args.amp, device))
 
     def opened(config, load):
         diffusion = Diffusion(config, device)
         load(diffusion)
-        diffusion.amp = resolve_amp(job.args.amp, device)
+        diffusion.amp = amp
         return diffusion
 
     weights = on_rank_zero(lambda: job.weights)                               # "newest" may change between ranks
@@ -162,7 +189,7 @@ def produce(job, diffusion, sampler):
         if args.save == "npz":                       # rows have no names: which seed is where is part of the request
             manifest["seeds"] = job.seed_text
         on_rank_zero(lambda: job.folder.prepare(manifest))
-    writer = open_writer(args.save, job.folder, len(job.seeds), diffusion.codec.shape)
+    writer = open_writer(args.save, job.folder, len(job.seeds), job.config.data.shape)
     made = generate_and_measure(sampler, job.seeds, job.batch_size, writer=writer, evaluation=evaluation,
                                 keep=job.grid)
     if job.grid:
@@ -181,7 +208,7 @@ def open_evaluation(job, device):
     from runners.evaluation.metrics import Evaluation, complete_reference, make_reference, needs
 
     args = job.args
-    if not args.fid:
+    if not job.wants_fid:
         return None
     missing = on_rank_zero(lambda: job.reference() is None)
     net = load_inception(args.inception_weights, device, args.preprocess)
@@ -195,11 +222,13 @@ def open_evaluation(job, device):
 
 def report(job, diffusion, sampler, results, seconds):
     from runners.evaluation.metrics import append_log, summary
+    from runners.sampling.folder import gamma_fingerprint
 
     weights = diffusion.weights
     details = {
-        "weights": str(job.weights), "weights_fingerprint": weights.fingerprint, "weights_kind": weights.kind,
-        "step": weights.step, "epoch": weights.epoch, "sampler": job.settings.model_dump(mode="json"),
+        "weights": job.weights_name, "weights_fingerprint": weights.fingerprint, "weights_kind": weights.kind,
+        "step": weights.step, "epoch": weights.epoch,
+        "sampler": {**job.settings.model_dump(mode="json"), **gamma_fingerprint(job.settings)},
         "network_calls": sampler.calls, "seeds": job.seed_text, "batch_size": job.batch_size,
         "guide": diffusion.guide and diffusion.guide.weights.fingerprint, "ema_length": job.args.ema_length,
         "classifier": diffusion.classifier and diffusion.classifier.fingerprint,
@@ -207,7 +236,7 @@ def report(job, diffusion, sampler, results, seconds):
         "seconds": round(seconds, 2), "comment": job.args.comment,
     }
     print(summary(results))                          # first: a log that cannot be written must not cost the number
-    append_log(job.fid_log, job.weights, results, details)
+    append_log(job.fid_log, job.weights_name, results, details)
     print(f"log     {job.fid_log}")
 
 

@@ -1,10 +1,12 @@
 """The benchmarks of speed and memory one after the other, and their tables into docs/performance.md: ``make bench``.
 
-    python -m benchmarks                                    # CPU, some 20 minutes on two cores that do nothing else
+    python -m benchmarks                                    # CPU, under 20 minutes on two cores that do nothing else
     python -m benchmarks --device cuda                      # the same on a GPU, with its batch sizes; not data
     python -m benchmarks --only train startup               # the others' tables stay
 
-A GPU's tables have markers of their own. The text outside the markers of docs/performance.md is written by hand.
+Each kind of CPU (by its instruction sets: avx2, avx512f, avx512_bf16, amx_bf16) and CUDA have tables of their own;
+those of another kind stay, and a kind's first table goes below them. The text outside the markers of
+docs/performance.md is written by hand.
 Left out are ``benchmarks.precision``, which needs real images, ``benchmarks.soak``, which measures no speed, and on a
 CPU the growth with the number of images, ``benchmarks.sample --parts growth``, a quarter of an hour by itself.
 """
@@ -21,6 +23,7 @@ from pathlib import Path
 from benchmarks.harness import machine
 from benchmarks.workload import write_pictures
 from utils.atomic import write_text
+from utils.cpu import cpu_kind, instruction_sets
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/performance.md"
@@ -52,29 +55,36 @@ def run(name: str, device: str, images: Path) -> str:
     return "".join(lines).strip()
 
 
+def kind_of(device: str) -> str:
+    """Whose tables a run fills."""
+    return "cuda" if device == "cuda" else cpu_kind(instruction_sets())
+
+
 def section(marker: str) -> re.Pattern:
     return re.compile(rf"(<!-- {marker} -->\n).*?(<!-- end {marker} -->)", re.DOTALL)
 
 
-def check_markers(markers: list[str]) -> None:
-    """Before hours of measuring."""
-    page = PAGE.read_text()
-    absent = [marker for marker in markers if not section(marker).search(page)]
-    if absent:
-        raise SystemExit(f"{PAGE} lacks markers: " + ", ".join(f"<!-- {m} --> ... <!-- end {m} -->" for m in absent))
+def check_markers(page: str, names: list[str]) -> None:
+    """Before the measuring: each script must have a place, of some kind of device."""
+    if absent := [name for name in names if f"<!-- end {name} " not in page]:
+        raise SystemExit(f"{PAGE} lacks tables of {', '.join(absent)}: <!-- NAME KIND --> ... <!-- end NAME KIND -->")
 
 
-def put(marker: str, text: str) -> None:
-    """Replace what stands between the page's markers."""
-    write_text(PAGE, section(marker).sub(lambda match: f"{match[1]}{text}\n{match[2]}", PAGE.read_text()))
+def put(page: str, name: str, kind: str, text: str) -> str:
+    """The page with ``text`` in the place of this script and kind, which is made below those of other kinds."""
+    marker = f"{name} {kind}"
+    if not section(marker).search(page):
+        last = [*re.finditer(rf"<!-- end {name} \S+ -->\n", page)][-1].end()
+        page = f"{page[:last]}\n<!-- {marker} -->\n<!-- end {marker} -->\n{page[last:]}"
+    return section(marker).sub(lambda match: f"{match[1]}{text}\n{match[2]}", page)
 
 
 def head(name: str, device: str, seconds: float) -> str:
     """What was run, when, on what."""
     about, flag = machine(), "" if device == "cpu" else f" --device {device}"
-    return (f"`python -m benchmarks --only {name}{flag}`, {about['time'][:10]}, "
-            f"{about['gpu'] if device == 'cuda' else about['cpu']}, {about['cores']} cores, torch {about['torch']}, "
-            f"{seconds:.0f} s:")
+    where = about["gpu"] if device == "cuda" else f"{about['cpu']} ({', '.join(about['instructions'])})"
+    return (f"`python -m benchmarks --only {name}{flag}`, {about['time'][:10]}, {where}, {about['cores']} cores, "
+            f"torch {about['torch']}, {seconds:.0f} s:")
 
 
 def main():
@@ -86,14 +96,16 @@ def main():
     names = args.only or [name for name in SCRIPTS if arguments(name, args.device) is not None]
     if foreign := [name for name in names if arguments(name, args.device) is None]:
         parser.error(f"--only {' '.join(foreign)}: a CPU's job, run it without --device {args.device}")
-    markers = {name: name if args.device == "cpu" else f"{name} {args.device}" for name in names}
-    check_markers(list(markers.values()))
+    check_markers(PAGE.read_text(), names)
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         images = args.images or zipped(Path(temporary))
-        for name, marker in markers.items():
+        for name in names:
             start = time.perf_counter()
             text = run(name, args.device, images)
-            put(marker, f"{head(name, args.device, time.perf_counter() - start)}\n\n{text}")
+            text = f"{head(name, args.device, time.perf_counter() - start)}\n\n{text}"
+            write_text(PAGE, put(PAGE.read_text(), name, kind_of(args.device), text))
+    print(f"all of it: {time.perf_counter() - began:.0f} s")
 
 
 def zipped(folder: Path) -> Path:

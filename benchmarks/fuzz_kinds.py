@@ -315,7 +315,7 @@ def read_by_tool(folder: Path, rng: random.Random) -> None:
     """``dataset_tool.py`` on whatever source lies there."""
     import dataset_tool
 
-    source = next(path for path in folder.iterdir())
+    source = next(folder.iterdir(), folder / "missing")
     flags = rng.choice(([], ["--resolution", "4x4"], ["--resolution", "4x4", "--transform", "center-crop"]))
     dest = folder / f"made{rng.choice(('.zip', '', '.npy', '.lmdb'))}"
     for argv in (["info", "--source", str(source)],

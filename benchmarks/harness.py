@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy
 import torch
 
+from utils.cpu import cpu_name, instruction_sets
+
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
@@ -160,16 +162,10 @@ def _status_bytes(key: str) -> int:
 def machine() -> dict:
     """Where and with what a measurement was made."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "cpu": _cpu_name(), "gpu": gpu,
+    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "cpu": cpu_name(),
+            "instructions": instruction_sets(), "gpu": gpu,
             "cores": torch.multiprocessing.cpu_count(), "threads": torch.get_num_threads(),
             "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 def synchronize() -> None:

@@ -23,6 +23,25 @@ def diffusers_network():
         flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, attention_head_dim=None, dropout=0.1)
 
 
+def sdxl_network():
+    """Stable Diffusion XL's U-Net, 2,567,463,684 parameters, on latents of 128x128 for images of 1024x1024."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=[5, 10, 20],
+        transformer_layers_per_block=[1, 2, 10], cross_attention_dim=2048, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+
+
+def sdxl_inputs() -> tuple[tuple, dict]:
+    """Arguments of a call with one image and a prompt of 77 tokens."""
+    added = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+    return ((torch.zeros(1, 4, 128, 128), torch.zeros(1), torch.zeros(1, 77, 2048)),
+            {"added_cond_kwargs": added, "return_dict": False})
+
+
 def endless(folder: Path, batch: int, workers: int = 2):
     loader = DataLoader(Pictures(folder, flip=False), batch, shuffle=True, drop_last=True, num_workers=workers,
                         persistent_workers=workers > 0)

@@ -76,7 +76,7 @@ def sequence_loss(network, betas: Tensor, x0: Tensor, t: Tensor, noise: Tensor, 
         step = (t - k).clamp(min=0)
         abar = alpha_bar(betas, step)
         x = x0 * abar.sqrt() + noise[k] * (1 - abar).sqrt()
-        error = noise[k] - network(x, step.float())
+        error = noise[k] - network(x, step.float())[:, :x0.shape[1]]           # what comes after are variances
         if k == 0:
             base = error.square().sum(dim=(1, 2, 3))
         summed = summed + error * (t >= k).reshape(-1, 1, 1, 1)
@@ -134,7 +134,7 @@ class ReferenceTraining:
         optim = config.optim
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2),
                                           eps=optim.eps)
-        self.ema = StackedEMA(self.network, config.model.ema_rate)
+        self.ema = StackedEMA(self.network, config.training.ema[0].rate)
         self.loader = DataLoader(Pictures(folder, config.data.random_flip), config.training.batch_size, shuffle=True,
                                  drop_last=True, num_workers=workers, persistent_workers=workers > 0,
                                  pin_memory=self.device.type == "cuda")

@@ -1,6 +1,7 @@
 """Sampling by DDIM into PNG files, against the reference procedure and diffusers; memory; more and more images.
 
     python -m benchmarks.sample --parts speed memory           # CPU: 5 steps of 8 images, some 4 minutes
+    python -m benchmarks.sample --parts compile                # CPU: what compiling costs and saves, 4 minutes
     python -m benchmarks.sample --parts growth                 # CPU: 15 minutes
     python -m benchmarks.sample --device cuda --batch 256 --steps 50
 
@@ -13,6 +14,7 @@ would take hours.
 
 import argparse
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -28,6 +30,7 @@ from benchmarks.workload import as_scripts_do, make_config
 from configs.sampling import SamplerSettings
 from functions.schedule import make_schedule
 from functions.timesteps import sampling_times
+from runners.compilation import layers_of
 from runners.diffusion import Diffusion
 from runners.sampling.folder import ImageFolder
 from runners.sampling.generation import generate
@@ -73,6 +76,21 @@ def against_reference(args, config, folder: Path) -> None:
             our_sampling, config, args.device, precision, args.steps, args.batch, folder)
     report(f"DDIM, {args.steps} steps, batch {args.batch}, {args.device}", alternate_apart(makers, args.rounds),
            baseline="reference", precision="as named", steps=args.steps, batch=args.batch)
+    print()
+
+
+def compiling(args, config, folder: Path) -> None:
+    """What compiling takes off a chain and what it costs: the constants of ``runners/compilation.py``."""
+    kinds = [precision + suffix for precision in AMP for suffix in ("", " compiled")]
+    makers = {kind: partial(our_sampling, config, args.device, kind, args.steps, args.batch, folder) for kind in kinds}
+    rates = alternate_apart(makers, 1 + args.rounds, warm_up=0)
+    layers, rows = layers_of(build_reference(config, "cpu")), []
+    for precision in AMP:
+        eager, compiled = (statistics.median(rates[precision + suffix][1:]) for suffix in ("", " compiled"))
+        spent = args.batch / rates[f"{precision} compiled"][0] - args.batch / compiled
+        rows.append([precision, eager, compiled, f"{1 - eager / compiled:+.1%}", spent, spent / layers])
+    table(f"DDIM, {args.steps} steps, batch {args.batch}, {args.device}",
+          ["images/s", "compiled", "saved", "seconds to compile", "for each layer"], rows, rates=rates, layers=layers)
     print()
 
 
@@ -141,10 +159,13 @@ def main():
     parser.add_argument("--memory_steps", type=int, nargs="+", default=[5, 80])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--parts", nargs="+", default=["speed", "memory", "growth"],
-                        choices=["speed", "memory", "growth"])
+                        choices=["speed", "memory", "compile", "growth"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")         # every run compiles anew
+        if "compile" in args.parts:
+            compiling(args, make_config(folder, args.batch), folder)
         if "speed" in args.parts:
             against_reference(args, make_config(folder, args.batch), folder)
         if "memory" in args.parts:

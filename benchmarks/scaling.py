@@ -17,11 +17,15 @@ import sys
 import tempfile
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import peers
 from benchmarks.harness import alternate, arguments, markdown, report, table
 from benchmarks.startup import ROOT
 from benchmarks.workload import Training, as_scripts_do, make_config, step_flops, write_pictures
@@ -36,9 +40,10 @@ INFINIBAND, ETHERNET = 50e9, {"12.5 GB/s": 12.5e9, "1.25 GB/s": 1.25e9}         
 LATENCY = 10e-6                     # seconds of one message between two nodes
 BUCKET = 25 * 2**20                 # bytes that DDP reduces at a time
 BACKWARD = 2 / 3                    # share of a step in which gradients appear and buckets can travel
+PROCESS_ROUNDS = 3                  # launches of each: the median of many steps each time
 GPUS = (8, 64, 1024)                # of the table of all configurations
 ETHERNET_GPUS = (16, 64, 1024)      # of the one of these: 32x32, 64x64 and 256x256 images
-TYPICAL = ("cifar10", "celeba", "celebahq")
+TYPICAL = ("cifar10", "celeba", "celebahq", "adm/imagenet64", "edm/cifar10_ddpmpp")
 
 
 def all_reduce_seconds(gradient: float, gpus: int, network: float) -> float:
@@ -83,10 +88,34 @@ def needs(config: Config) -> tuple[int, int]:
     return step_flops(config)[1] * gpu_batch(config) * evaluations, gradient
 
 
+def sdxl_needs(rank: int = 64) -> dict[str, tuple[int, int]]:
+    """The same of SDXL's U-Net with one image, all weights or adapters on its attention; empty without diffusers."""
+    if not find_spec("diffusers"):
+        return {}
+    with FakeTensorMode():
+        network, (positional, named) = peers.sdxl_network(), peers.sdxl_inputs()
+        with FlopCounterMode(display=False) as counter:
+            network(*positional, **named)[0].sum().backward()
+        whole = counter.get_total_flops()
+    parameters = sum(p.numel() for p in network.parameters())
+    adapted = [module for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)
+               and ".attn" in name and name.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "0")]
+    lora = sum(rank * (layer.in_features + layer.out_features) for layer in adapted)
+    # Frozen weights have no gradient: the backward pass is one product for each layer instead of two.
+    return {"SDXL U-Net, batch 1": (whole, 4 * parameters), f"SDXL U-Net, LoRA {rank}": (whole * 2 // 3, 4 * lora)}
+
+
+def shipped() -> dict[str, Path]:
+    """Configurations by name; of other families without those that differ by their loss alone."""
+    folder = ROOT / "configs"
+    files = [*sorted(folder.glob("*.yml")), *sorted(folder.glob("adm/*.yml")), *sorted(folder.glob("edm/*.yml"))]
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+    return {name: path for name, path in names.items() if "/" not in name or not name.endswith("_ip")}
+
+
 def model() -> None:
     """Predicted efficiency of each shipped configuration, with the batch of a GPU kept as GPUs are added."""
-    files = sorted((ROOT / "configs").glob("*.yml"))
-    found = {path.stem: needs(load_config(path)) for path in files}
+    found = {name: needs(load_config(path)) for name, path in shipped().items()} | sdxl_needs()
 
     def shares(name: str, counts: tuple[int, ...], network: float) -> list[str]:
         flops, gradient = found[name]
@@ -96,7 +125,7 @@ def model() -> None:
             for name, (flops, gradient) in found.items()]
     print(markdown(["InfiniBand, 50 GB/s", "TFLOP a step", "gradient, MiB", *(f"{n:,} GPUs" for n in GPUS)], rows))
     rows = [[name, *(share for network in ETHERNET.values() for share in shares(name, ETHERNET_GPUS, network))]
-            for name in TYPICAL]
+            for name in found if name in TYPICAL or name.startswith("SDXL")]
     print("\n" + markdown(["Ethernet", *(f"{name}, {n:,} GPUs" for name in ETHERNET for n in ETHERNET_GPUS)], rows),
           flush=True)
 
@@ -155,7 +184,7 @@ def processes(args, folder: Path) -> None:
     pictures = write_pictures(folder / "pictures", 256, 32)
     cases = {"1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1), "1 process, 1 thread": (1, 1)}
     rates = {name: [] for name in cases}
-    for _ in range(args.rounds):
+    for _ in range(min(args.rounds, PROCESS_ROUNDS)):
         for name, case in cases.items():
             rates[name].append(process_rate(folder, pictures, *case))
     report("cifar10_tiny, K = 2, global batch 16", rates, baseline="1 process, 2 threads")

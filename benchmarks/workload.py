@@ -49,7 +49,8 @@ class Training:
         run = RunFolder(folder / "run", folder / "datasets")
         images = self.diffusion.open_training_images(run)
         self.plan = Plan.make(config.training, images.num_images, 1)
-        self.session = Session(self.diffusion, run, self.plan, images, Signals(), resume=False)
+        self.session = Session(self.diffusion, run, self.plan, images, Signals(), None)
+        self.session.open()
 
     def __call__(self) -> int:
         self.diffusion.train_step(self.session)
@@ -74,8 +75,9 @@ def step_flops(config: Config) -> tuple[int, int]:
     with FakeTensorMode():
         network = build_reference(config, "cpu")          # its attention is made of products that are counted
         x, t = torch.empty(1, *config.data.shape), torch.empty(1)
+        condition = {"labels": torch.zeros(1, dtype=torch.long)} if config.model.num_labels else {}
         with FlopCounterMode(display=False) as counter:
-            loss = network(x, t).sum()
+            loss = network(x, t, **condition).sum()
         forward = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
             loss.backward()

@@ -1,5 +1,6 @@
 """What every section of a configuration is made of: a strict, frozen model and the ranges of its values."""
 
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -11,6 +12,19 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Counts = Annotated[tuple[Count, ...], AsTuple]
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+def read_number_of_images(value):
+    """``"200M"`` and ``"8Mi"`` as numbers; what is no such text is left to the key's own checks."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)([kMG]?i?)", value) if isinstance(value, str) else None
+    if not match or match[2] not in UNITS:
+        return value
+    number = float(match[1]) * UNITS[match[2]]
+    return int(number) if number == int(number) else value
+
+
+InImages = BeforeValidator(read_number_of_images)
 Side = Annotated[int, Field(ge=1, le=4096)]
 
 

@@ -17,6 +17,10 @@ def describe(problem: dict, known: Sequence[str]) -> str:
             return f"{key}: unknown key; {_suggest(key, known)}"
         case "missing":
             return f"{key}: required, but not given"
+        case "union_tag_invalid":
+            tag = problem["ctx"]["tag"]
+            known = ", ".join(sorted(part.strip(" '") for part in problem["ctx"]["expected_tags"].split(",")))
+            return f"{key}.{problem['ctx']['discriminator'].strip(chr(39))} {tag!r} is unknown; known: {known}"
         case "value_error":
             return f"{key}: " * bool(key) + str(problem["ctx"]["error"])
         case _:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.base import AsTuple, Count, Counts, Fraction, Natural, Positive, Section
 
@@ -21,8 +21,13 @@ class Network(Section):
         raise NotImplementedError
 
     @property
-    def gives_variances(self) -> bool:
-        """Whether the output has 2C channels, the second half of which are variances."""
+    def conditional(self) -> bool:
+        """Whether it may be conditioned on anything, so that conditions can be dropped."""
+        return self.num_labels > 0
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the output has a second half that says how large the variance of a step is."""
         return False
 
     @property
@@ -96,6 +101,39 @@ class UNetModel(Network):
         check_halvings(data, len(self.ch_mult), "model.ch_mult")
 
 
+class DiffusersModel(Network):
+    """The U-Net of a pipeline folder, with its autoencoder and text encoders: Stable Diffusion 1, 2, XL, DDPM."""
+
+    arch: Literal["diffusers"] = "diffusers"
+    """A U-Net of diffusers: its keys are in the pipeline's own files."""
+    pretrained: str
+    """Folder of a diffusers pipeline, or the name of a model on the Hugging Face hub."""
+    lora_rank: Count | None = None
+    """Train low-rank adapters of this rank beside the frozen weights; none: all weights."""
+    lora_alpha: Positive | None = None
+    """Their output counts lora_alpha / lora_rank; none: equal to the rank."""
+    lora_targets: Annotated[tuple[str, ...], AsTuple, Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that get adapters."""
+
+    @property
+    def num_labels(self):
+        return 0
+
+    @property
+    def conditional(self):
+        return True
+
+    @property
+    def width(self):
+        return 320
+
+    def check(self, data):
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(f"model.lora_alpha {self.lora_alpha} needs model.lora_rank")
+        if data.logit_transform:
+            raise ValueError("data.logit_transform is for the unet of this program, not for model.arch diffusers")
+
+
 # guided-diffusion's widths by image size; 32 is DDPM-IP's.
 CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
@@ -143,7 +181,7 @@ class ADMModel(Network):
         return self.num_classes
 
     @property
-    def gives_variances(self):
+    def learns_variance(self):
         return self.learn_sigma
 
     @property
@@ -178,4 +216,85 @@ class ADMModel(Network):
         check_halvings(data, len(mults), "model.channel_mult")
 
 
-NETWORKS: dict[str, type[Network]] = {"unet": UNetModel, "adm": ADMModel}
+class EDMNetwork(Network):
+    """What EDM's two networks have in common; the keys are its constructor arguments."""
+
+    in_channels: Count = 3
+    """Channels of x_t; equal to data.channels. Those of the output follow: twice as many for prediction iddpm."""
+    label_dim: Natural = 0
+    """Size of the label set, for class-conditional networks; 0: unconditional."""
+    augment_dim: Natural = 0
+    """Numbers that say how an image was augmented; 9 for data.augment, 0: the network is not told."""
+    channel_mult_emb: Count = 4
+    """Width of the embedding in units of model_channels."""
+
+    @property
+    def num_labels(self):
+        return self.label_dim
+
+    @property
+    def width(self):
+        return self.model_channels
+
+    def check(self, data):
+        if self.in_channels != data.channels:
+            raise ValueError(f"model.in_channels {self.in_channels} must equal data.channels {data.channels}")
+        if self.model_channels % 4:
+            raise ValueError(f"model.model_channels {self.model_channels} must be a multiple of 4, and of 32 where "
+                             "widths reach 128 (group normalisation)")
+        check_halvings(data, len(self.channel_mult), "model.channel_mult")
+
+
+class SongUNetModel(EDMNetwork):
+    """DDPM++ and NCSN++, as EDM has them."""
+
+    arch: Literal["songunet"] = "songunet"
+    """Which network: songunet (DDPM++ and NCSN++)."""
+    model_channels: Count = 128
+    """Base width."""
+    channel_mult: Annotated[Counts, Field(min_length=1)] = (1, 2, 2, 2)
+    """Width of each resolution in units of model_channels, highest resolution first."""
+    num_blocks: Count = 4
+    """Residual blocks for each resolution."""
+    attn_resolutions: Counts = (16,)
+    """Resolutions with self-attention; on non-square images the longer side decides."""
+    dropout: Fraction = 0.10
+    """Dropout probability inside the residual blocks."""
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    """Of the noise level: positional for DDPM++, fourier for NCSN++."""
+    channel_mult_noise: Count = 1
+    """Width of the noise embedding in units of model_channels: 1 for DDPM++, 2 for NCSN++."""
+    encoder_type: Literal["standard", "skip", "residual"] = "standard"
+    """standard for DDPM++, residual for NCSN++: how the image enters at lower resolutions."""
+    decoder_type: Literal["standard", "skip"] = "standard"
+    """skip: every resolution adds to the output."""
+    resample_filter: Annotated[Counts, Field(min_length=2)] = (1, 1)
+    """Weights of the resampling filter: [1, 1] for DDPM++, [1, 3, 3, 1] for NCSN++."""
+
+    @model_validator(mode="after")
+    def _filter_is_even(self):
+        if len(self.resample_filter) % 2:
+            raise ValueError(f"model.resample_filter has {len(self.resample_filter)} weights; it must be an even "
+                             "number, such as [1, 1] or [1, 3, 3, 1]")
+        return self
+
+
+class DhariwalUNetModel(EDMNetwork):
+    """ADM's network as EDM has it; other names and weights than arch adm."""
+
+    arch: Literal["dhariwal"] = "dhariwal"
+    """Which network: dhariwal (ADM as EDM has it)."""
+    model_channels: Count = 192
+    """Base width."""
+    channel_mult: Annotated[Counts, Field(min_length=1)] = (1, 2, 3, 4)
+    """Width of each resolution in units of model_channels, highest resolution first."""
+    num_blocks: Count = 3
+    """Residual blocks for each resolution."""
+    attn_resolutions: Counts = (32, 16, 8)
+    """Resolutions with self-attention, in blocks of at least 64 channels."""
+    dropout: Fraction = 0.10
+    """Dropout probability inside the residual blocks."""
+
+
+NETWORKS: dict[str, type[Network]] = {"unet": UNetModel, "adm": ADMModel, "songunet": SongUNetModel,
+                                      "dhariwal": DhariwalUNetModel, "diffusers": DiffusersModel}

@@ -12,7 +12,7 @@ from utils.files import read_regular
 
 log = logging.getLogger(__name__)
 CONFIG_FOLDER = Path(__file__).parent
-OLD_AVERAGE = {"ema", "ema_rate", "ema_warmup"}        # of model; today training.ema
+OLD_AVERAGE = ("ema", "ema_rate", "ema_warmup")        # of model; today training.ema
 RUN_TIME_KEYS = {"device", "tb_logger"}                 # objects that DDIM-style programs leave in a saved config
 SIZE_LIMIT = 200_000                                    # bytes of a file; configurations have 2,000
 VALUE_LIMIT = 50_000                                    # values of a file once its aliases are written out
@@ -161,7 +161,7 @@ def drop_unread_keys(raw: dict, path: Path) -> dict:
 def drop_other_form(raw: dict, key: str) -> None:
     """An override of the averages replaces what the file says of them in the other of its two forms."""
     if key == "training.ema":
-        for old in OLD_AVERAGE & set(raw.get("model", {})):
+        for old in set(OLD_AVERAGE) & set(raw.get("model", {})):
             del raw["model"][old]
     elif key.removeprefix("model.") in OLD_AVERAGE:
         raw.get("training", {}).pop("ema", None)

@@ -12,10 +12,14 @@ from pydantic_core import PydanticUndefined
 from configs.base import Section
 from configs.messages import describe
 from configs.networks import NETWORKS
-from configs.reading import convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
+from configs.pipelines import fill_in, is_pipeline, pipeline_configuration
+from configs.reading import OLD_AVERAGE, convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
 from configs.sections import Data, DiffusionSection, Loss, Optim, Sampling, Training
 from utils.atomic import write_text
 from utils.errors import ConfigError
+from utils.hub import local_folder
+
+AUGMENT_DIM = 9                              # numbers that tell of data.augment
 
 
 def _tagged(*members):
@@ -48,7 +52,7 @@ class Config(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
             return raw
         model = {"arch": "unet", **raw["model"]}
-        old = {key: model.pop(key) for key in ("ema", "ema_rate", "ema_warmup") if key in model}
+        old = {key: model.pop(key) for key in OLD_AVERAGE if key in model}
         training = raw.get("training", {})
         if old and isinstance(training, dict):
             if "ema" in training:
@@ -73,14 +77,17 @@ class Config(Section):
         if self.training.time_sampler == "loss_second_moment" and diffusion.schedule != "discrete":
             raise ValueError("training.time_sampler loss_second_moment counts the losses of steps; "
                              f"diffusion.schedule {diffusion.schedule} has none")
-        if self.training.label_dropout and not self.model.num_labels:
+        if self.training.label_dropout and not self.model.conditional:
             raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels; set "
-                             "model.num_classes")
+                             "model.num_classes, or label_dim of EDM's networks")
+        if self.data.augment and getattr(self.model, "augment_dim", 0) != AUGMENT_DIM:
+            raise ValueError(f"data.augment {self.data.augment} needs a network that is told of it: model.arch "
+                             f"songunet or dhariwal, with model.augment_dim {AUGMENT_DIM}")
         return self
 
     def _bound_has_its_terms(self):
         """Learned variances are learned, and what the variational bound is about is there."""
-        kind, learned, data = self.loss.variational, self.model.gives_variances, self.data
+        kind, learned, data = self.loss.variational, self.model.learns_variance, self.data
         if kind == "none" and learned:
             raise ValueError("model.learn_sigma: nothing trains the variances with loss.variational none; set it to "
                              "hybrid or rescaled_hybrid")
@@ -110,17 +117,37 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file in this project's, SA-DPM's or DDIM's form.
+    """Read a YAML file in this project's, SA-DPM's or DDIM's form, or the folder of a diffusers pipeline.
+
+    Of a network of diffusers the scheduler's file fills in the ``diffusion`` section, and must not contradict it.
 
     Args:
-        path: A file, or a name looked up in configs/.
+        path: A file, a name looked up in configs/, or a pipeline folder.
         overrides: ``"training.batch_size=64"``, values parsed as YAML; they win over the file.
 
     Raises:
         ConfigError: With the file, the dotted key, what was given and what is allowed.
     """
-    path = find_config(path)
-    raw = read_config_file(path)
+    if is_pipeline(Path(path)):
+        raw = pipeline_configuration(Path(path))
+    else:
+        path = find_config(path)
+        raw = read_config_file(path)
+    raw = with_overrides(raw, overrides)
+    return validate(_with_pipeline(convert_ddim_form(raw, path)), str(path))
+
+
+def _with_pipeline(raw: dict) -> dict:
+    """The configuration and what the files of ``model.pretrained`` add, where these are on this machine."""
+    model = raw.get("model") or {}
+    if model.get("arch") != "diffusers" or not isinstance(model.get("pretrained"), str):
+        return raw
+    folder = local_folder(model["pretrained"], download=False)
+    return fill_in(raw, folder) if folder else raw
+
+
+def with_overrides(raw: dict, overrides: Sequence[str]) -> dict:
+    """Nested dictionaries with ``"section.key=value"`` put in; changes and returns ``raw``."""
     for override in overrides:
         key, given, text = override.partition("=")
         section, dot, name = key.partition(".")
@@ -128,7 +155,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
         raw.setdefault(section, {})[name] = parse_yaml(text, f"--{key} {text}")
         drop_other_form(raw, key)
-    return validate(convert_ddim_form(raw, path), str(path))
+    return raw
 
 
 def validate(raw: dict, where: str) -> Config:
@@ -141,7 +168,7 @@ def validate(raw: dict, where: str) -> Config:
             problem["loc"] = _without_arch(problem["loc"])
             by_key.setdefault(problem["loc"][:2], problem)
         # Unknown keys first: a misspelt one is often why another is missing.
-        known = [*dotted_keys(), *Config.model_fields]
+        known = [*dotted_keys(_arch(raw)), *Config.model_fields]
         problems = [describe(p, known) for p in sorted(by_key.values(), key=lambda p: p["type"] != "extra_forbidden")]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{where}: {problems[0]}{more}") from None
@@ -166,10 +193,17 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
             yield name, field.annotation
 
 
-def dotted_keys() -> dict[str, tuple]:
-    """``{"data.dataset": (annotation, default, help), ...}`` of every key."""
+def dotted_keys(arch: str | None = None) -> dict[str, tuple]:
+    """``{"data.dataset": (annotation, default, help), ...}`` of every key, or of those that go with one arch."""
     return {f"{name}.{key}": (field.annotation, field.get_default(), field.description)
-            for name, section in sections() for key, field in section.model_fields.items()}
+            for name, section in sections() if name != "model" or arch not in NETWORKS or section is NETWORKS[arch]
+            for key, field in section.model_fields.items()}
+
+
+def _arch(raw: dict) -> str | None:
+    model = raw.get("model") if isinstance(raw, dict) else None
+    arch = model.get("arch", "unet") if isinstance(model, dict) else None
+    return arch if isinstance(arch, str) else None
 
 
 def documentation() -> str:

@@ -37,6 +37,8 @@ class Sampler(SamplerSettings):
     """Numbers of sampling steps."""
     eps_scaler: Literal["fit"] | Positive | Annotated[tuple[float, float], AsTuple] | None = None
     """Divide the predicted noise by B, or by K i + B; fit: by what diagnose.py fit-eps-scaler finds."""
+    gamma: Literal["measure"] | None = None
+    """measure, with var_type analytic: Gamma of each network, as diagnose.py gamma measures it at these steps."""
     images_seen: Counts | None = None
     """Measure after so many training images; none: at the end of training only."""
     runs: Annotated[tuple[RunName, ...], AsTuple] | None = None
@@ -69,7 +71,7 @@ class Study(Section):
     reference_images: Annotated[int, Field(ge=10)] | None = None
     """Training images in a reference that is made here, drawn with seed 0; none: all."""
     fit_images: Annotated[int, Field(ge=2)] = 64
-    """Real images and chains with which eps_scaler: fit is found."""
+    """Real images and chains with which eps_scaler: fit and gamma: measure are found."""
     grid: Count = 16
     """Images of each cell that the report shows, the same seeds for all runs."""
 

@@ -155,7 +155,7 @@ class _Zip(PerProcess):
         return archive
 
     def listing(self) -> list[str]:
-        names = [info.filename for info in self.handle.infolist() if not info.is_dir()]
+        names = [info.filename for info in self.handle.infolist() if not info.filename.endswith("/")]
         if len(set(names)) < len(names):
             raise DataError(f"{self.path}: holds two files of the same name")
         return names

@@ -33,6 +33,11 @@ class Reader(Protocol):
     def contents(self) -> str: ...                         # what there is, where no image is; for messages
 
 
+def captions_of(reader: Reader) -> list[str] | None:
+    """A text for each image; None where the format has none."""
+    return getattr(reader, "captions", None)
+
+
 class Subset:
     """Some images of a reader; ``choose(number of images) -> indices`` is called when first needed."""
 
@@ -46,6 +51,11 @@ class Subset:
     @cached_property
     def labels(self) -> np.ndarray:
         return self.reader.labels[self.indices]
+
+    @property
+    def captions(self) -> list[str] | None:
+        captions = captions_of(self.reader)
+        return captions and [captions[int(i)] for i in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configs.schema import Data
-from datasets import arrays, lmdbs
+from datasets import arrays, captions, lmdbs
 from datasets.celeba import CelebA
 from datasets.download import download_cifar10
 from datasets.files import ImageFiles
@@ -116,6 +116,10 @@ def read_imagenet(folder: Path, data: Data, split: str) -> Reader:
     return arrays.ArrayImages(files, partial(arrays.imagenet_batch, data.height, data.width), data.channels)
 
 
+def read_captioned(folder: Path, data: Data, split: str) -> Reader:
+    return captions.open_captioned(folder, data.channels)
+
+
 def find_digits() -> Path:
     package = find_spec("sklearn")                         # does not import it, which takes 2 s
     if package is None:
@@ -185,6 +189,9 @@ DATASETS = {
     "FOLDER": DatasetSpec(
         layout="data.root names a tree of images (or an npz with arr_0, an npy, a zip)",
         needs=lambda data, split: (), read=read_any, transform="resize-center-crop"),
+    "CAPTIONS": DatasetSpec(
+        layout="data.root names a folder with metadata.jsonl (file_name, text), or with tar shards of NAME.jpg and "
+               "NAME.txt", needs=lambda data, split: (), read=read_captioned, transform="resize-center-crop"),
     "DIGITS": DatasetSpec(
         layout="bundled with scikit-learn", needs=lambda data, split: (), read=read_digits, bundled=find_digits,
         transform="resize", usual_sizes={None: 1_797}),

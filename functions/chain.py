@@ -5,9 +5,12 @@ Notation, for a step from time i to the next lower time j of the list (the last 
     e       = eps / lambda_i                        epsilon scaling (2308.15321), lambda_i = 1 without
     x0'     = (x - sigma_i e) / alpha_i             the image that follows; clipped on request, then e follows from it
     level   = sigma / alpha
+
+A remedy (``functions.remedies``) may change the times of a step before it is taken, and its result.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from math import inf
 from typing import NamedTuple
 
@@ -21,11 +24,12 @@ class Link(NamedTuple):
     """One step of a chain."""
 
     index: int               # 0 for the first that is executed
-    i: float                 # from this time
-    j: float                 # to this one
+    i: float | Tensor        # from this time; (B,) where a remedy gives each image its own
+    j: float | Tensor        # to this one
     scale: float             # lambda_i
     above: float | None      # the time before i, None at the first step
     below: float             # lambda_j, for a second evaluation there
+    last: bool               # whether j is the schedule's end
 
 
 class Chain:
@@ -39,17 +43,24 @@ class Chain:
         noise_fn: step index -> standard normal draw like x.
         callback: (step_index, t, x, x0', eps): network input, estimate used, eps before scaling; once for each step.
         gradient: (x, t) -> s grad_x log p(y | x), (B, C, H, W): a classifier's guidance (2105.05233, algorithm 2).
+        remedies: Of ``functions.remedies``, in the order in which they act.
+
+    Attributes:
+        x0: The estimate of the newest network call, (B, C, H, W).
 
     Raises:
-        ValueError: Times that the schedule does not have, or a scaling that is not above 0.
+        ValueError: Times that the schedule does not have, a scaling that is not above 0, or a remedy that has no
+            meaning here.
     """
 
     def __init__(self, denoiser, times: Sequence[float], eps_scaler=None, clip_denoised: bool = False,
-                 noise_fn: Callable | None = None, callback: Callable | None = None, gradient: Callable | None = None):
+                 noise_fn: Callable | None = None, callback: Callable | None = None, gradient: Callable | None = None,
+                 remedies: Sequence = ()):
         self.denoiser, self.schedule, self.times = denoiser, denoiser.schedule, list(times)
         self.clip_denoised, self.noise_fn, self.callback, self.gradient = clip_denoised, noise_fn, callback, gradient
         self.schedule.check_times(self.times)
-        self.scales = scales_of(eps_scaler, len(self.times))
+        self.scales, self.x0 = scales_of(eps_scaler, len(self.times)), None
+        self.remedies = [remedy.on(self.schedule, self.times, denoiser.prediction.round) for remedy in remedies]
 
     def __len__(self) -> int:
         return len(self.times)
@@ -58,13 +69,18 @@ class Chain:
         """Each step in the order of execution."""
         lower, lower_scales, upper = [self.schedule.end, *self.times], [1.0, *self.scales], [*self.times[1:], None]
         for n in reversed(range(len(self.times))):
-            yield Link(len(self.times) - 1 - n, self.times[n], lower[n], self.scales[n], upper[n], lower_scales[n])
+            yield Link(len(self.times) - 1 - n, self.times[n], lower[n], self.scales[n], upper[n], lower_scales[n],
+                       n == 0)
 
     def run(self, x: Tensor, step: Callable) -> Tensor:
         """The sample: ``step(x, link) -> x at time j`` for each link."""
         with torch.no_grad():
             for link in self.links():
+                for remedy in self.remedies:
+                    link = remedy.before(self, x, link)
                 x = step(x, link)
+                for remedy in self.remedies:
+                    x = remedy.after(self, x, link)
         return x
 
     def look(self, x: Tensor, link: Link, t=None) -> Estimate:
@@ -90,6 +106,7 @@ class Chain:
         if self.clip_denoised:
             x0 = x0.clamp(-1, 1)
             eps = (x - alpha * x0) / sigma
+        self.x0 = x0
         return Estimate(x0, eps, variance)
 
     def guide(self, estimate: Estimate, x: Tensor, t) -> Estimate:
@@ -98,7 +115,22 @@ class Chain:
             return estimate
         alpha, sigma = self.schedule.alpha(t, x.dtype), self.schedule.sigma(t, x.dtype)
         eps = estimate.eps - sigma * self.gradient(x, t)
-        return Estimate((x - sigma * eps) / alpha, eps, estimate.variance)
+        self.x0 = (x - sigma * eps) / alpha
+        return Estimate(self.x0, eps, estimate.variance)
+
+    @contextmanager
+    def unwatched(self):
+        """A block whose network calls are not those of a step (see ``Denoiser.watched``)."""
+        watched, self.denoiser = self.denoiser, self.denoiser.watched(None)
+        try:
+            yield
+        finally:
+            self.denoiser = watched
+
+    def scale_near(self, t: float) -> float:
+        """lambda of the time of the list whose level is nearest to that of t."""
+        level = self.schedule.level
+        return min(zip(self.times, self.scales, strict=True), key=lambda pair: abs(level(pair[0]) - level(t)))[1]
 
     def draw(self, link: Link) -> Tensor:
         if self.noise_fn is None:

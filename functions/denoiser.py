@@ -9,7 +9,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from functions.prediction import PREDICTIONS, Estimate
+from functions.prediction import PREDICTIONS, Estimate, make_prediction
 from functions.schedule import make_schedule
 
 
@@ -35,6 +35,7 @@ class Denoiser:
         self.network, self.schedule, self.condition, self.time_factor = network, schedule, condition or {}, time_factor
         self.prediction = PREDICTIONS[prediction] if isinstance(prediction, str) else prediction
         self._guide = None                                                  # (by, scale, interval)
+        self._watch = None
 
     @classmethod
     def of(cls, config, network, schedule=None) -> "Denoiser":
@@ -45,7 +46,7 @@ class Denoiser:
             schedule: Where it is at hand; default: made from ``config.diffusion``.
         """
         diffusion = config.diffusion
-        return cls(network, schedule or make_schedule(diffusion), diffusion.prediction,
+        return cls(network, schedule or make_schedule(diffusion), make_prediction(diffusion),
                    time_factor=TIME_FACTORS[diffusion.schedule](diffusion))
 
     def told(self, x: Tensor, t) -> tuple[Tensor, Tensor]:
@@ -77,7 +78,10 @@ class Denoiser:
     def __call__(self, x: Tensor, t) -> Estimate:
         """Estimates at x (B, C, H, W) and t, a number for all or (B,); (B, C, H, W) each, in the type of x."""
         own = self.prediction.read(self.schedule, x, t, self.raw(x, t))
-        return own if self._guide is None else self._guided(own, x, t)
+        estimate = own if self._guide is None else self._guided(own, x, t)
+        if self._watch is not None:
+            self._watch(t, estimate)
+        return estimate
 
     def _guided(self, own: Estimate, x: Tensor, t) -> Estimate:
         by, scale, interval = self._guide
@@ -96,6 +100,18 @@ class Denoiser:
         """The same network under (also) this condition."""
         other = copy(self)
         other.condition = {**self.condition, **condition}
+        return other
+
+    def watched(self, callback) -> "Denoiser":
+        """The same denoiser, which shows ``callback(t, estimate)`` every estimate that it gives."""
+        other = copy(self)
+        other._watch = callback
+        return other
+
+    def calling(self, network) -> "Denoiser":
+        """The same with another network, which takes and gives what this one does."""
+        other = copy(self)
+        other.network = network
         return other
 
     def guided(self, by: "Denoiser", scale: float, interval: tuple[float, float] | None = None) -> "Denoiser":

@@ -5,6 +5,8 @@ Notation (i, j, e, x0' as in ``functions.chain``): r = level_j / level_i, z ~ N(
     generalized   x_j = alpha_j x0' + sqrt(sigma_j^2 - s^2) e + s z,   s = eta sigma_j sqrt(1 - r^2)
     ddpm_noisy    x_j = alpha_j x0' + sigma_j r e + sqrt(v) z,         no noise on the last step
     euler         x_j = alpha_j x0' + sigma_j e                        (``functions.ode``)
+
+With analytic variances (``functions.analytic``) generalized draws sqrt(v) z in place of s z.
 """
 
 from collections.abc import Sequence
@@ -13,13 +15,15 @@ from math import log
 import torch
 from torch import Tensor
 
+from functions.analytic import Gamma, analytic_variance
 from functions.chain import Chain
 from functions.ode import dpmpp_2m_steps, euler_steps, heun_steps
 from functions.schedule import root
 
 
 def generalized_steps(denoiser, x: Tensor, times: Sequence[float], *, eta: float = 0.0, eps_scaler=None,
-                      clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None) -> Tensor:
+                      clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None, remedies=(),
+                      gamma: Gamma | None = None) -> Tensor:
     """DDIM (2010.02502, eq. 12 and 16).
 
     Args:
@@ -27,8 +31,9 @@ def generalized_steps(denoiser, x: Tensor, times: Sequence[float], *, eta: float
         x: Start, a draw of N(0, prior_std^2 I) for generation, (B, C, H, W); its type is that of the whole chain.
         times: Ascending, distinct times of the denoiser's schedule; executed from the last to the first.
         eta: In [0, 1]; 0 is deterministic, 1 has the DDPM posterior variance.
-        eps_scaler, clip_denoised, callback, gradient: See ``functions.chain.Chain``.
+        eps_scaler, clip_denoised, callback, gradient, remedies: See ``functions.chain.Chain``.
         noise_fn: step_index -> standard normal draw like x; called once for each step with s > 0.
+        gamma: Draw analytic variances, on each step but the last.
 
     Returns:
         The sample, (B, C, H, W). Memory does not depend on the number of steps.
@@ -38,51 +43,71 @@ def generalized_steps(denoiser, x: Tensor, times: Sequence[float], *, eta: float
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} is not in [0, 1]")
-    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient)
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies)
     schedule = chain.schedule
 
     def step(x, link):
         x0, e, _ = chain.guide(chain.look(x, link), x, link.i)
-        alpha, sigma = schedule.alpha(link.j), schedule.sigma(link.j)
-        s = eta * sigma * root(1 - (schedule.level(link.j) / schedule.level(link.i)) ** 2)
-        x = alpha * x0 + root(sigma**2 - s**2) * e
-        return x + s * chain.draw(link) if s > 0 else x
+        alpha, sigma, r = schedule.alpha(link.j, x.dtype), schedule.sigma(link.j, x.dtype), ratio(schedule, link, x)
+        s = eta * sigma * root(1 - r**2)
+        mean = alpha * x0 + root(sigma**2 - s**2) * e
+        if gamma is not None:
+            pixels = gamma.pixels and 1
+            return mean if link.last else mean + root(
+                analytic_variance(chain, link, gamma, s**2, x, pixels)) * chain.draw(link)
+        return mean + s * chain.draw(link) if eta > 0 and (isinstance(s, Tensor) or s > 0) else mean
 
     return chain.run(x, step)
 
 
-def step_variances(schedule, i, j) -> tuple:
+def ratio(schedule, link, x: Tensor):
+    """r of a link."""
+    return schedule.level(link.j, x.dtype) / schedule.level(link.i, x.dtype)
+
+
+def step_variances(schedule, i, j, dtype: torch.dtype = torch.float32) -> tuple:
     """Smallest and largest reasonable variance of the ancestral step from i to j (DDPM, section 3.2): the posterior's
     for data that are a point, and for data that are standard normal."""
-    sigma = schedule.sigma(j)
-    small = sigma**2 * (1 - (schedule.level(j) / schedule.level(i)) ** 2)
-    large = schedule.sigma(i) ** 2 - (schedule.alpha(i) / schedule.alpha(j) * sigma) ** 2
+    sigma = schedule.sigma(j, dtype)
+    small = sigma**2 * (1 - (schedule.level(j, dtype) / schedule.level(i, dtype)) ** 2)
+    large = schedule.sigma(i, dtype) ** 2 - (schedule.alpha(i, dtype) / schedule.alpha(j, dtype) * sigma) ** 2
     return small, large
 
 
-def _learned(chain: Chain, link, estimate):
+def _learned(chain: Chain, link, estimate, gamma):
     """Between both on a logarithmic scale (2102.09672, eq. 15); where the smaller is 0, that of the step before."""
     if estimate.variance is None:
         raise ValueError("var_type learned: this network gives no variances; use fixedlarge or fixedsmall")
-    small, large = step_variances(chain.schedule, link.i, link.j)
-    if small == 0:
-        small = large if link.above is None else step_variances(chain.schedule, link.above, link.i)[0]
-    return torch.exp(estimate.variance * log(large) + (1 - estimate.variance) * log(small))
+    dtype = estimate.x0.dtype
+    small, large = step_variances(chain.schedule, link.i, link.j, dtype)
+    if not isinstance(link.j, Tensor) and chain.schedule.sigma(link.j) == 0:
+        small = large if link.above is None else step_variances(chain.schedule, link.above, link.i, dtype)[0]
+    small, large = (each.log() if isinstance(each, Tensor) else log(each) for each in (small, large))
+    return torch.exp(estimate.variance * large + (1 - estimate.variance) * small)
 
 
-VAR_TYPES = {                                                               # (chain, link, estimate) -> variance
-    "fixedlarge": lambda chain, link, estimate: step_variances(chain.schedule, link.i, link.j)[1],
-    "fixedsmall": lambda chain, link, estimate: step_variances(chain.schedule, link.i, link.j)[0],
+def _analytic(chain: Chain, link, estimate, gamma):
+    if gamma is None:
+        raise ValueError("var_type analytic needs gamma")
+    small = step_variances(chain.schedule, link.i, link.j, estimate.x0.dtype)[0]
+    return analytic_variance(chain, link, gamma, small, estimate.x0, gamma.pixels)
+
+
+VAR_TYPES = {                                                        # (chain, link, estimate, gamma) -> variance
+    "fixedlarge": lambda chain, link, estimate, _: step_variances(chain.schedule, link.i, link.j, estimate.x0.dtype)[1],
+    "fixedsmall": lambda chain, link, estimate, _: step_variances(chain.schedule, link.i, link.j, estimate.x0.dtype)[0],
     "learned": _learned,
+    "analytic": _analytic,
 }
 
 
 def ddpm_steps(denoiser, x: Tensor, times: Sequence[float], *, var_type: str = "fixedlarge", eps_scaler=None,
-               clip_denoised: bool = True, noise_fn=None, callback=None, gradient=None) -> Tensor:
+               clip_denoised: bool = True, noise_fn=None, callback=None, gradient=None, remedies=(),
+               gamma: Gamma | None = None) -> Tensor:
     """Ancestral sampling (DDPM, 2006.11239, eq. 7 and 11) on any list of times.
 
     Args:
-        var_type: Name in ``VAR_TYPES``; ``learned`` needs a network that gives variances.
+        var_type: Name in ``VAR_TYPES``; ``learned`` needs a network that gives variances, ``analytic`` gamma.
         clip_denoised: Clamp x0' to [-1, 1].
         noise_fn: Called once for each step but the last.
         gradient: A classifier's, which moves the mean by the variance times it.
@@ -91,20 +116,18 @@ def ddpm_steps(denoiser, x: Tensor, times: Sequence[float], *, var_type: str = "
     """
     if var_type not in VAR_TYPES:
         raise ValueError(f"var_type {var_type!r} is unknown; known: {', '.join(sorted(VAR_TYPES))}")
-    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient)
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies)
     schedule = chain.schedule
 
     def step(x, link):
-        estimate = chain.look(x, link)
-        r = schedule.level(link.j) / schedule.level(link.i)
-        mean = schedule.alpha(link.j) * estimate.x0 + schedule.sigma(link.j) * r * estimate.eps
-        last = link.j == schedule.end
-        if last and gradient is None:
+        estimate, r = chain.look(x, link), ratio(schedule, link, x)
+        mean = schedule.alpha(link.j, x.dtype) * estimate.x0 + schedule.sigma(link.j, x.dtype) * r * estimate.eps
+        if link.last and gradient is None:
             return mean
-        variance = VAR_TYPES[var_type](chain, link, estimate)
+        variance = VAR_TYPES[var_type](chain, link, estimate, gamma)
         if gradient is not None:
             mean = mean + variance * gradient(x, link.i)
-        return mean if last else mean + variance**0.5 * chain.draw(link)
+        return mean if link.last else mean + variance**0.5 * chain.draw(link)
 
     return chain.run(x, step)
 

@@ -122,7 +122,7 @@ class ExposureBias:
 
 def estimation_gap(schedule, x: Tensor, eps: Tensor, x0: Tensor, t: float) -> Tensor:
     """d_t: the network's estimate minus the noise that is in ``x`` if the image is ``x0``, (B, C, H, W)."""
-    return eps - (x - schedule.alpha(t) * x0) / schedule.sigma(t)
+    return eps - (x - schedule.alpha(t, x.dtype) * x0) / schedule.sigma(t, x.dtype)
 
 
 def accumulated_gaps(schedule, times: Sequence[float], gaps: dict[float, Tensor]) -> dict[float, Tensor]:

@@ -49,7 +49,7 @@ WEIGHTS: dict[str, Callable | None] = {"none": None, "min_snr": min_snr}    # (d
 def sequence_aware_loss(denoiser, x0: Tensor, t: Tensor, noise: Tensor, *, num_consecutive_steps: int = 2,
                         lamda: float = 1.0, input_perturbation: float = 0.0, perturbation_noise: Tensor | None = None,
                         perturbation_target: str | None = None, weight: str | Callable | None = None,
-                        reduce: str = "sum") -> LossTerms:
+                        reduce: str = "sum", shown: Callable | None = None) -> LossTerms:
     """Loss of each image; all K evaluations go through one call of the network.
 
     Args:
@@ -68,6 +68,7 @@ def sequence_aware_loss(denoiser, x0: Tensor, t: Tensor, noise: Tensor, *, num_c
             ``unperturbed`` for sample, v and flow, where the other has targets without bound as alpha -> 0.
         weight: Name in ``WEIGHTS``, or a function (denoiser, t) -> (B,).
         reduce: ``sum`` or ``mean`` over pixels.
+        shown: times (K*B,) -> those at which the inputs are made, of which the network is not told; None: the same.
 
     Raises:
         ValueError: K < 1 with lamda > 0, a negative weight, missing or misshapen noise, an unknown name.
@@ -86,7 +87,7 @@ def sequence_aware_loss(denoiser, x0: Tensor, t: Tensor, noise: Tensor, *, num_c
         aim = perturbation_target or prediction.perturbation_target
         meant = _known(PERTURBATION_TARGETS, aim, "perturbation_target")(schedule, x0, shift, steps)
 
-    x = schedule.add_noise(x0, driver, steps)
+    x = schedule.add_noise(x0, driver, steps if shown is None else shown(steps))
     raw = denoiser.raw(x, steps)                                           # (K*B, C or 2C, H, W)
     error = prediction.target(schedule, meant, noise, steps) - raw[:, :x0.shape[1]]
     error = (exists * error).unflatten(0, (K, -1))                         # (K, B, C, H, W)  m_k r_k

@@ -45,13 +45,23 @@ def check_churn(churn) -> Churn:
 
 def move(schedule, x: Tensor, e: Tensor, i, j) -> Tensor:
     """Follow the tangent ``e`` from time i to time j, up or down: y_j = y_i + (level_j - level_i) e (EDM, alg. 1)."""
-    y = x / schedule.alpha(i) + (schedule.level(j) - schedule.level(i)) * e
-    return schedule.alpha(j) * y
+    y = x / schedule.alpha(i, x.dtype) + (schedule.level(j, x.dtype) - schedule.level(i, x.dtype)) * e
+    return schedule.alpha(j, x.dtype) * y
 
 
 def euler(schedule, x0: Tensor, e: Tensor, j) -> Tensor:
     """The same step from the estimate: x_j = alpha_j x0' + sigma_j e."""
-    return schedule.alpha(j) * x0 + schedule.sigma(j) * e
+    return schedule.alpha(j, x0.dtype) * x0 + schedule.sigma(j, x0.dtype) * e
+
+
+def second_order(chain: Chain, x: Tensor, e: Tensor, ahead: Tensor, i, j, scale: float) -> Tensor:
+    """Repeat the step from i to j, which ended in ``ahead``, along the mean of e and the tangent there (EDM, alg. 1).
+
+    Args:
+        scale: lambda_j.
+    """
+    e_ahead = chain.guide(chain.estimate(ahead, j, scale), ahead, j).eps
+    return move(chain.schedule, x, (e + e_ahead) / 2, i, j)
 
 
 def add_churn(chain: Chain, x: Tensor, link, churn: Churn) -> tuple[Tensor, float]:
@@ -62,6 +72,8 @@ def add_churn(chain: Chain, x: Tensor, link, churn: Churn) -> tuple[Tensor, floa
     Returns:
         x at its new time, and that time; unchanged, and nothing drawn, where that is i itself.
     """
+    if churn.s_churn == 0:
+        return x, link.i
     schedule, level = chain.schedule, chain.schedule.level(link.i)
     gamma = min(churn.s_churn / len(chain), sqrt(2) - 1) if churn.s_min <= level <= churn.s_max else 0.0
     if gamma == 0 or level == inf:
@@ -74,7 +86,7 @@ def add_churn(chain: Chain, x: Tensor, link, churn: Churn) -> tuple[Tensor, floa
 
 
 def heun_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_scaler=None, clip_denoised: bool = False,
-               noise_fn=None, callback=None, gradient=None, corrector: bool = True) -> Tensor:
+               noise_fn=None, callback=None, gradient=None, remedies=(), form=None, corrector: bool = True) -> Tensor:
     """EDM's second-order sampler (2206.00364, algorithms 1 and 2); 2S - 1 network calls for S steps.
 
     An Euler step is taken, the tangent at its end evaluated, and the step repeated along the mean of both. The last
@@ -86,37 +98,58 @@ def heun_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_s
         eps_scaler: As elsewhere; every evaluation is divided by the lambda of its noise level, the corrector included.
         noise_fn: Called once for each step that churn raises.
         callback: Called once for each step, with its first evaluation.
+        form: ``functions.flow_forms.FlowForm``, another form of the flow; None: EDM's, level and y as they are.
         corrector: False leaves out the second evaluation, which is Euler's method.
 
     The other arguments, the result and the errors are those of ``functions.denoising.generalized_steps``.
     """
-    churn, chain = check_churn(churn), Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient)
+    churn = check_churn(churn)
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies)
     schedule = chain.schedule
 
     def step(x, link):
         x, t = add_churn(chain, x, link, churn)
         x0, e, _ = chain.guide(chain.look(x, link, t), x, t)
+        noise_alone = not isinstance(t, Tensor) and schedule.alpha(t) == 0
+        two = corrector and not link.last and not noise_alone
+        if form is not None and not noise_alone:
+            return follow(chain, form, x, e, t, link, two)
         ahead = euler(schedule, x0, e, link.j)
-        if not corrector or link.j == schedule.end or schedule.alpha(t) == 0:
+        if not two:
             return ahead
-        e_ahead = chain.guide(chain.estimate(ahead, link.j, link.below), ahead, link.j).eps
-        return move(schedule, x, (e + e_ahead) / 2, t, link.j)
+        return second_order(chain, x, e, ahead, t, link.j, link.below)
 
     return chain.run(x, step)
 
 
+def follow(chain: Chain, form, x: Tensor, e: Tensor, t, link, two: bool) -> Tensor:
+    """A step from time t in another form of the flow; ``two``: with a second evaluation."""
+    schedule, lower = chain.schedule, chain.schedule.level(link.j)
+
+    def second(y, level, part):
+        time = link.j if level == lower else schedule.time(level)
+        x = schedule.alpha(time) * y
+        scale = link.scale + part * (link.below - link.scale)
+        return chain.guide(chain.estimate(x, time, scale), x, time).eps
+
+    y = form.step(x / schedule.alpha(t), e, schedule.level(t), lower, second if two else None)
+    return schedule.alpha(link.j) * y
+
+
 def euler_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_scaler=None,
-                clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None) -> Tensor:
+                clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None, remedies=(),
+                form=None) -> Tensor:
     """EDM's sampler without the corrector; without churn it is DDIM with eta = 0.
 
     Arguments, result and errors are those of ``heun_steps``.
     """
     return heun_steps(denoiser, x, times, churn=churn, eps_scaler=eps_scaler, clip_denoised=clip_denoised,
-                      noise_fn=noise_fn, callback=callback, gradient=gradient, corrector=False)
+                      noise_fn=noise_fn, callback=callback, gradient=gradient, remedies=remedies, form=form,
+                      corrector=False)
 
 
 def dpmpp_2m_steps(denoiser, x: Tensor, times: Sequence[float], *, eps_scaler=None, clip_denoised: bool = False,
-                   noise_fn=None, callback=None, gradient=None) -> Tensor:
+                   noise_fn=None, callback=None, gradient=None, remedies=()) -> Tensor:
     """DPM-Solver++(2M) (2211.01095, algorithm 2): second order at one network call for each step.
 
     With h = log(level_i / level_j) and h' the same of the step before, the denoiser is extrapolated to half the step,
@@ -127,22 +160,25 @@ def dpmpp_2m_steps(denoiser, x: Tensor, times: Sequence[float], *, eps_scaler=No
 
     Arguments (``noise_fn`` is never called), result and errors are those of ``functions.denoising.generalized_steps``.
     """
-    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient)
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies)
     schedule, before, h_before = chain.schedule, None, inf
 
     def step(x, link):
         nonlocal before, h_before
         x0, e, _ = chain.guide(chain.look(x, link), x, link.i)
-        last, level = link.j == schedule.end, schedule.level(link.i)
-        h = inf if last else log(level / schedule.level(link.j))
+        h = inf if link.last else _log(schedule.level(link.i, x.dtype) / schedule.level(link.j, x.dtype))
         used = x0
-        if not last and h_before < inf:
+        if not link.last and (isinstance(h_before, Tensor) or h_before < inf):
             used = x0 + h / (2 * h_before) * (x0 - before)
-            e = (x - schedule.alpha(link.i) * used) / schedule.sigma(link.i)
+            e = (x - schedule.alpha(link.i, x.dtype) * used) / schedule.sigma(link.i, x.dtype)
         before, h_before = x0, h
         return euler(schedule, used, e, link.j)
 
     return chain.run(x, step)
+
+
+def _log(ratio):
+    return ratio.log() if isinstance(ratio, Tensor) else log(ratio)
 
 
 @torch.no_grad()

@@ -9,39 +9,16 @@ Notation: x = alpha x_0 + sigma n, F the raw output, x_0' and e the estimates of
                                                                                                            (2202.00512)
     flow          n - x_0               (x - sigma F) / (alpha + sigma)              (x + alpha F) / (alpha + sigma)
                                                                                                            (2209.03003)
+    edm, vp, ve, iddpm: networks with EDM's preconditioning, see ``functions.preconditioning``
 """
 
-from typing import NamedTuple, Protocol
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-
-class Estimate(NamedTuple):
-    x0: Tensor                              # (B, C, H, W)
-    eps: Tensor                             # (B, C, H, W)
-    variance: Tensor | None = None          # learned v = (output + 1)/2 of 2C-channel networks, else None
-
-
-class Prediction(Protocol):
-    perturbation_target: str                # what input perturbation aims at by default, see functions.losses
-
-    def feed(self, schedule, x: Tensor, t) -> tuple[Tensor, Tensor | float]:
-        """What the network gets: its input and its time, for t a number or (B,)."""
-
-    def read(self, schedule, x: Tensor, t, raw: Tensor) -> Estimate:
-        """The estimate that F stands for; ``raw`` (B, C or 2C, H, W)."""
-
-    def target(self, schedule, x0: Tensor, eps: Tensor, t) -> Tensor:
-        """The F that means this x0 and this eps."""
-
-    def round(self, level: float) -> float:
-        """The level that the network knows which is nearest to ``level``."""
-
-
-def coefficients(schedule, t, like: Tensor):
-    """(alpha, sigma) at t: floats for a number, else (B, 1, 1, 1) in the type of ``like``."""
-    return schedule.alpha(t, like.dtype), schedule.sigma(t, like.dtype)
+from functions.estimate import Estimate, Prediction, coefficients, refuse_zero
+from functions.preconditioning import PRECONDITIONERS
 
 
 def split(x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -50,12 +27,6 @@ def split(x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
     if raw.shape[1] == channels:
         return raw, None
     return raw[:, :channels], (raw[:, channels:] + 1) / 2
-
-
-def refuse_zero(alpha) -> None:
-    if not isinstance(alpha, Tensor) and alpha == 0:
-        raise ValueError("the chain starts from pure noise (alpha 0), from which a prediction of the noise gives no "
-                         "image; use diffusion.prediction v_prediction, or leave out the last step")
 
 
 class _Plain:
@@ -120,7 +91,16 @@ class Flow(_Plain):
 
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": Epsilon(), "sample": Sample(), "v_prediction": Velocity(),
-                                      "flow": Flow()}
+                                      "flow": Flow(), **{name: kind() for name, kind in PRECONDITIONERS.items()}}
+
+
+def make_prediction(diffusion) -> Prediction:
+    """The prediction of a ``diffusion`` section, with the constants that it gives."""
+    kind = PRECONDITIONERS.get(diffusion.prediction)
+    if kind is None:
+        return PREDICTIONS[diffusion.prediction]
+    given = {key.name: getattr(diffusion, key.name) for key in fields(kind)}
+    return kind(**{key: value for key, value in given.items() if value is not None})
 
 
 def answer_of_x0(prediction: Prediction, schedule, t: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from functions.betas import make_betas
+from functions.levels import RANGES
+from functions.prediction import make_prediction
 from functions.timesteps import sampling_times
 from utils.errors import ConfigError
 
@@ -31,6 +33,7 @@ class Schedule:
     start: float
     end: float
     skip_type = "uniform"                   # how the steps of a chain are spaced unless somebody says otherwise
+    state_dtype = torch.float32             # of x along a chain
 
     def alpha(self, t, dtype: torch.dtype = torch.float32):
         """Scale of the image: float for a number, (B, 1, 1, 1) of ``dtype`` for a tensor (B,)."""
@@ -74,6 +77,10 @@ class Schedule:
         """The k-th training time below t, and whether there is one, each (B,); k = 0 gives t itself, always."""
         raise NotImplementedError
 
+    def above(self, t: Tensor, k: int) -> Tensor:
+        """The k-th training time above t, or the highest where there are not so many, (B,)."""
+        raise NotImplementedError
+
     def respaced(self, times: Sequence[int]) -> "Schedule":
         """The shorter chain that consists of these times."""
         raise ValueError(f"{type(self).__name__} has no steps to leave out; respacing is for discrete schedules")
@@ -103,6 +110,7 @@ class DiscreteSchedule(Schedule):
         betas: beta_0 .. beta_{T-1}, any 1-D sequence; 0 < beta < 1, the last may be 1.
         network_times: What the network is told for each t; default: t. A respaced chain knows its original steps.
         set_alpha_to_one: False ends the chain at abar_0 instead of 1, as diffusers' scheduler files may ask.
+        steps_offset: Added to every step of the spacing ``leading``, likewise.
 
     Raises:
         ValueError: Not 1-D, empty, or a beta outside its range.
@@ -110,13 +118,14 @@ class DiscreteSchedule(Schedule):
 
     end = -1
 
-    def __init__(self, betas, network_times: Sequence[int] | None = None, set_alpha_to_one: bool = True):
+    def __init__(self, betas, network_times: Sequence[int] | None = None, set_alpha_to_one: bool = True,
+                 steps_offset: int = 0):
         betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas must be a non-empty 1-D sequence, given shape {tuple(betas.shape)}")
         if not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
             raise ValueError(f"betas must lie in (0, 1), 1 only in last place; given {betas.min()} to {betas.max()}")
-        self.num_timesteps = len(betas)
+        self.num_timesteps, self.steps_offset, self.betas = len(betas), steps_offset, betas.tolist()
         self.start = self.num_timesteps - 1
         abar = torch.cumprod(1 - betas, 0)
         first = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else abar[:1]
@@ -172,6 +181,9 @@ class DiscreteSchedule(Schedule):
     def below(self, t, k):
         return (t - k).clamp(min=0), t >= k
 
+    def above(self, t, k):
+        return (t + k).clamp(max=self.start)
+
     def respaced(self, times):
         """Index k stands for ``times[k]``: betas 1 - abar_k/abar_{k-1}, and the network is told ``times[k]``."""
         self.check_times(times)
@@ -199,6 +211,7 @@ class SigmaSchedule(Schedule):
     """
 
     end, skip_type = 0.0, "edm"
+    state_dtype = torch.float64             # EDM's: x is 80 times the image, of which 0.002 matter at the end
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, rungs: int = 1000):
         if not 0 < sigma_min < sigma_max < inf or not rho > 0 or rungs < 2:
@@ -235,6 +248,10 @@ class SigmaSchedule(Schedule):
             return t, torch.ones_like(t, dtype=torch.bool)
         rung = t.double() ** (1 / self.rho) - k * (self.high - self.low) / (self.rungs - 1)
         return (rung.clamp(min=self.low) ** self.rho).to(t.dtype), rung >= self.low
+
+    def above(self, t, k):
+        rung = t.double() ** (1 / self.rho) + k * (self.high - self.low) / (self.rungs - 1)
+        return (rung.clamp(max=self.high) ** self.rho).to(t.dtype)
 
 
 class FlowSchedule(Schedule):
@@ -282,6 +299,9 @@ class FlowSchedule(Schedule):
         lower = t - k / self.rungs
         return lower.clamp(min=1 / self.rungs), lower >= 1 / self.rungs
 
+    def above(self, t, k):
+        return (t + k / self.rungs).clamp(max=1.0)
+
     def check_times(self, times):
         super().check_times(times)
         if times[-1] > 1:
@@ -292,14 +312,18 @@ class FlowSchedule(Schedule):
 
 
 def _discrete(diffusion) -> DiscreteSchedule:
-    schedule = DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one)
+    schedule = DiscreteSchedule(make_betas(diffusion), set_alpha_to_one=diffusion.set_alpha_to_one,
+                                steps_offset=diffusion.steps_offset)
     if diffusion.timestep_respacing is None:
         return schedule
     return schedule.respaced(sampling_times(schedule, diffusion.timestep_respacing, "respace"))
 
 
 def _sigma(diffusion) -> SigmaSchedule:
-    return SigmaSchedule(diffusion.sigma_min, diffusion.sigma_max, diffusion.rho, diffusion.rungs)
+    """EDM's range, as far as the prediction knows it, unless another is given."""
+    prediction, (low, high) = make_prediction(diffusion), RANGES["edm"]
+    low = diffusion.sigma_min or max(low, getattr(prediction, "sigma_min", low))
+    return SigmaSchedule(low, diffusion.sigma_max or high, diffusion.rho, diffusion.rungs)
 
 
 SCHEDULES = {"discrete": _discrete, "sigma": _sigma,
@@ -309,9 +333,11 @@ SCHEDULES = {"discrete": _discrete, "sigma": _sigma,
 def make_schedule(diffusion) -> Schedule:
     """The schedule of the ``diffusion`` section of a configuration. ConfigError: betas or steps that do not exist."""
     try:
-        return SCHEDULES[diffusion.schedule](diffusion)
+        schedule = SCHEDULES[diffusion.schedule](diffusion)
     except ValueError as error:
         raise ConfigError(f"diffusion: {error}") from None
+    schedule.skip_type = diffusion.skip_type or schedule.skip_type
+    return schedule
 
 
 def root(value):

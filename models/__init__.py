@@ -8,12 +8,22 @@ from configs.schema import Config
 from models.adm import ADMUNet
 from models.adm_classifier import load_classifier
 from models.codecs import make_codec
+from models.dhariwal import DhariwalUNet
 from models.ema import EMA, decay_of
+from models.pretrained import build_pretrained
+from models.song import SongUNet
 from models.unet import UNet
-from models.weights import WeightsInfo, load_profile, load_weights, weights_fingerprint
+from models.weights import (
+    WeightsInfo,
+    about_weights,
+    load_profile,
+    load_weights,
+    stored_settings,
+    weights_fingerprint,
+)
 
-__all__ = ["EMA", "MODELS", "WeightsInfo", "build_model", "decay_of", "load_classifier", "load_profile", "load_weights",
-           "make_codec", "weights_fingerprint"]
+__all__ = ["EMA", "MODELS", "WeightsInfo", "about_weights", "build_model", "decay_of", "load_classifier",
+           "load_profile", "load_weights", "make_codec", "stored_settings", "weights_fingerprint"]
 
 
 def _unet(config: Config) -> UNet:
@@ -27,7 +37,16 @@ def _adm(config: Config) -> ADMUNet:
                    channel_mult=config.model.multipliers(config.data), **keys)
 
 
-MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet, "adm": _adm}
+def _edm(network: type[nn.Module]) -> Callable[[Config], nn.Module]:
+    def build(config: Config) -> nn.Module:
+        keys = config.model.model_dump(exclude={"arch"})
+        channels = config.model.in_channels * (2 if config.diffusion.prediction == "iddpm" else 1)
+        return network(img_resolution=max(config.data.height, config.data.width), out_channels=channels, **keys)
+    return build
+
+
+MODELS: dict[str, Callable[[Config], nn.Module]] = {"unet": _unet, "adm": _adm, "songunet": _edm(SongUNet),
+                                                    "dhariwal": _edm(DhariwalUNet), "diffusers": build_pretrained}
 
 
 def build_model(config: Config) -> nn.Module:

@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from configs.pipelines import vae_settings
+from models.vae import VAE
+from utils.hub import local_folder
+
 LOGIT_LAMBDA = 1e-6
 
 
@@ -47,6 +51,13 @@ class Pixels:
         return x.clamp(0, 1)
 
 
-def make_codec(config) -> Pixels:
-    """The codec of a configuration."""
-    return Pixels(config.data)
+def make_codec(config):
+    """The codec of a configuration: the pixels, or the latents of a pipeline that has an autoencoder.
+
+    Raises:
+        UserError, DataError: A pipeline folder that is missing, or images that do not fit its autoencoder.
+    """
+    if config.model.arch != "diffusers":
+        return Pixels(config.data)
+    folder = local_folder(config.model.pretrained)
+    return VAE(folder, config.data) if vae_settings(folder) else Pixels(config.data)

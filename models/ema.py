@@ -16,9 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from models.trained import load_trained, trained_names
+
 
 class EMA:
     """A copy of the model that follows its parameters; buffers are copied once and never averaged.
+
+    Frozen parameters, which adapters leave as they are, are shared with the model.
 
     The arithmetic is swa_utils' foreach kernel. Its AveragedModel wrapper counts its updates in a tensor, and moving
     that count to the GPU would make the host wait for the GPU at every step; here it is an int.
@@ -33,7 +37,11 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: Callable[[int], float]):
-        self.module = deepcopy(model).requires_grad_(False).eval()
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        self.names = trained_names(model)
+        self.module = deepcopy(model, {id(parameter): parameter for parameter in frozen})
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.module.requires_grad_(False).eval()
         self.decay, self.updates = decay, 0
 
     @torch.no_grad()
@@ -41,11 +49,11 @@ class EMA:
         """Average the weights of ``model`` in; call once after each optimizer step. Wrapped models (DDP) are fine."""
         self.updates += 1
         average = get_ema_multi_avg_fn(self.decay(self.updates))
-        average(list(self.module.parameters()), list(model.parameters()), self.updates)
+        average(self.parameters, [each for each in model.parameters() if each.requires_grad], self.updates)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights under the model's own names."""
-        return self.module.state_dict()
+        """The averaged weights under the model's own names; of a model with adapters these alone."""
+        return {name: tensor for name, tensor in self.module.state_dict().items() if name in self.names}
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int = 0) -> None:
         """Continue from ``state_dict()`` and ``updates`` of another run.
@@ -53,7 +61,7 @@ class EMA:
         Raises:
             RuntimeError: Names or shapes differ from the model's.
         """
-        self.module.load_state_dict(state)
+        load_trained(self.module, state, self.names)
         self.updates = updates
 
 

@@ -5,6 +5,7 @@ DDIM's names, without the ``module.`` and ``_orig_mod.`` that wrappers put in fr
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import combination, combine
-from models.formats import FORMATS, SETTINGS, bare_name
-from models.formats.common import State
+from models.formats import FORMATS, SETTINGS, bare_name, is_snapshot
+from models.formats.common import State, is_state, read_safetensors
+from models.formats.edm import read_snapshot
+from models.formats.edm_settings import about, settings_of
+from models.pretrained import LORA_FILE, is_pretrained, lora_from_file, read_unet_folder
+from models.trained import trained
 from utils.errors import DataError, UserError
 from utils.safe_load import load_torch
 
@@ -53,13 +58,44 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     path = Path(path)
     if not path.exists():
         raise UserError(f"no such weights: {path}")
-    content = None if path.is_dir() else load_torch(path)
+    no_pickle = path.is_dir() or path.suffix == ".safetensors"
+    if is_pretrained(model) and no_pickle:
+        return _load_pretrained(model, path)
+    content = None if no_pickle or is_snapshot(path) else load_torch(path)
+    _check_digest(content, path)
     for name, (recognises, read) in FORMATS.items():
         if recognises(path, content):
             weights = read(path, content, ema)
             _copy_into(model, weights.state, f"{path} ({name})", SETTINGS.get(name))
             return WeightsInfo(name, weights.kind, weights.step, weights.epoch, weights_fingerprint(weights.state))
     raise DataError(f"{path}: holds no weights in a known form; known: {', '.join(FORMATS)}")
+
+
+def _load_pretrained(model: nn.Module, path: Path) -> WeightsInfo:
+    """Files of diffusers for a U-Net of diffusers: a folder with the whole network, or adapters."""
+    lora = path / LORA_FILE if path.is_dir() else path
+    if not lora.is_file():
+        name, state = "diffusers-unet", read_unet_folder(path)
+    elif model.lora_scale is None:
+        raise UserError(f"{lora}: adapters; the configuration of this network has none, set model.lora_rank")
+    else:
+        name, state = "lora", lora_from_file(read_safetensors(lora), model.lora_scale, lora)
+    _copy_into(model, state, f"{path} ({name})")
+    return WeightsInfo(name, "unknown", None, None, weights_fingerprint(state))
+def stored_settings(path: str | Path) -> dict[str, dict] | None:
+    """Sections of a configuration that a file of weights brings itself; None where it does not.
+
+    Raises:
+        DataError: A broken file, or a network that cannot be rebuilt here.
+    """
+    path = Path(path)
+    return settings_of(read_snapshot(path)) if is_snapshot(path) else None
+
+
+def about_weights(path: str | Path) -> dict[str, str]:
+    """What a file says of how its weights were made, for people; empty where it says nothing."""
+    path = Path(path)
+    return about(read_snapshot(path)) if is_snapshot(path) else {}
 
 
 def load_profile(model: nn.Module, files: Sequence[Path], length: float) -> WeightsInfo:
@@ -95,8 +131,29 @@ def weights_fingerprint(state: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None) -> None:
-    own = {bare_name(name): tensor for name, tensor in model.state_dict().items()}
+def with_digest(state: State, digest: str) -> State:
+    """The same weights as a state dict whose metadata, where modules keep their versions, hold a digest of them."""
+    marked = OrderedDict(state)
+    marked._metadata = OrderedDict({"": {"version": 1, "digest": digest}})
+    return marked
+
+
+def _check_digest(content, path: Path) -> None:
+    """Compare weights with the digest in their metadata or, of a full state, under "digests"; most files have none."""
+    metadata = getattr(content, "_metadata", None)
+    root = metadata.get("") if isinstance(metadata, dict) else None
+    digests = {None: root.get("digest")} if isinstance(root, dict) else {}
+    if isinstance(content, dict) and isinstance(content.get("digests"), dict):
+        digests |= {key: content["digests"].get(key) for key in ("model", "ema")}
+    for key, digest in digests.items():
+        weights = content if key is None else content.get(key)
+        if digest is not None and (not is_state(weights) or digest != weights_fingerprint(weights)):
+            raise DataError(f"{path}: its weights have another digest than it says: the file was changed or damaged; "
+                            "copy it again")
+
+
+def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None = None) -> None:
+    own = {bare_name(name): tensor for name, tensor in trained(model).items()}
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),

@@ -7,11 +7,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
+from utils.text import LineFormatter
 
 log = logging.getLogger("sa-ddim")
 
@@ -120,9 +121,9 @@ def safe_name(flag: str, name: str) -> str:
 
 def run_folder(args) -> Path:
     """exp/logs/DOC; DOC defaults to the stem of --config."""
-    if not (args.doc or args.config):
+    if args.doc is None and not args.config:
         raise UserError("--doc is required: the name of a run under exp/logs/")
-    return Path(args.exp) / "logs" / safe_name("--doc", args.doc or Path(args.config).stem)
+    return Path(args.exp) / "logs" / safe_name("--doc", Path(args.config).stem if args.doc is None else args.doc)
 
 
 def guarded(script: str, job: Callable, is_told: Callable = lambda error: False) -> int:
@@ -172,7 +173,8 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         setup_logging(args.verbose, world.rank if world else 0)
         if args.node_rank >= args.num_proc_node:
             raise UserError(f"--node_rank {args.node_rank} must be below --num_proc_node {args.num_proc_node}")
-        check(args)
+        with quiet() if distributed.launched() else nullcontext():        # our launcher has said all that there is
+            check(args)
         if world is None and args.num_process_per_node * args.num_proc_node > 1:
             if args.device != "cpu" and distributed.pick_device(args.device, distributed.World()).type == "cuda":
                 distributed.check_gpus(args.num_process_per_node)
@@ -194,10 +196,22 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
     return code
 
 
+@contextmanager
+def quiet():
+    """Only errors are logged in this block."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def setup_logging(level: str, rank: int = 0) -> None:
     """Log to standard error on rank 0; other ranks report errors only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     for old in [h for h in root.handlers if type(h) is logging.StreamHandler]:
         root.removeHandler(old)                        # of an earlier call of main() in this process

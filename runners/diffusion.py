@@ -1,7 +1,7 @@
 """The runner: trains, resumes, loads weights and samples. Scripts and notebooks use this one class."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -11,22 +11,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from configs.pipelines import SCHEDULER, contradictions
 from configs.sampling import SamplerSettings
 from configs.schema import Config, load_config
+from datasets.latents import choose_variant
 from datasets.packed import open_images
+from functions.augment import Draws, augment
 from functions.denoiser import Denoiser
 from functions.losses import sequence_aware_loss
 from functions.pixels import random_flip
 from functions.rng import seeded, shard_generator
 from functions.schedule import make_schedule
+from functions.training_remedies import Rollout, ramp_up, scheduled_noise, slowed_times
 from functions.variational import Transitions, with_bound
-from models import build_model, load_profile, load_weights, make_codec
+from models import WeightsInfo, build_model, load_profile, load_weights, make_codec, weights_fingerprint
 from runners import distributed
+from runners.conditioning import StoredPrompts, hide
+from runners.latents import open_latent_images
 from runners.network import Network, explain_out_of_memory, memory_format
+from runners.sampling.gamma import read_gamma
 from runners.sampling.sampler import Sampler
+from runners.sampling.weights import local_weights, stored_config
 from runners.training.checkpoint import RunFolder, prepared
 from runners.training.monitor import log_to_file
 from runners.training.plan import Plan
+from runners.training.resuming import Judge, inherit
 from runners.training.session import Session
 from utils.errors import Interrupted, UserError
 
@@ -59,6 +68,7 @@ class Diffusion:
         compiled: Whether sampling compiles the network.
         weights: WeightsInfo of the loaded file, or None.
         guide: Another Diffusion with worse weights, for autoguidance, or None.
+        prompts: Of a text-to-image network: what images are made of; see ``runners.conditioning``.
         classifier: ``runners.sampling.classifier.Classifier`` to guide by, or None.
     """
 
@@ -71,8 +81,8 @@ class Diffusion:
         self.model.checkpointing = config.training.activation_checkpointing
         self.model.to(self.device, memory_format=memory_format(self.device, config.model.width))
         self.averages, self.weights, self.amp, self.compiled = [], None, None, False
-        self.guide = self.classifier = None
-        self._images = None
+        self.guide = self.classifier = self.prompts = None
+        self._images = self.inherited = None
 
     @classmethod
     def from_run(cls, folder, ckpt_id: int | None = None, ema: bool = True, device=None,
@@ -97,12 +107,54 @@ class Diffusion:
         diffusion.load(run.weights(default if ckpt_id is None else ckpt_id, ema), ema)
         return diffusion
 
-    def load(self, path: str | Path, ema: bool = True) -> None:
-        """Load weights in any format that ``models.load_weights`` knows."""
+    @classmethod
+    def from_weights(cls, path: str | Path, device=None, overrides: Sequence[str] = ()) -> "Diffusion":
+        """A network whose file brings its own configuration, such as EDM's snapshots.
+
+        Args:
+            path: A file, or a URL.
+            overrides: ``"diffusion.schedule=discrete"``, as for ``load_config``.
+
+        Raises:
+            UserError: It brings none. DataError: A broken file, or a network that cannot be rebuilt here.
+        """
+        path = local_weights(str(path))
+        config = stored_config(path, overrides)
+        if config is None:
+            raise UserError(f"{path} does not say what its network is; use Diffusion(load_config(FILE)).load(PATH)")
+        diffusion = cls(config, device)
+        diffusion.load(path)
+        return diffusion
+
+    def load(self, path: str | Path | None, ema: bool = True) -> None:
+        """Load weights in any format that ``models.load_weights`` knows; None: those of the pipeline as they are."""
+        if path is None:
+            fingerprint = weights_fingerprint(self.model.state_dict())
+            self.weights, self.averages = WeightsInfo("pretrained", "unknown", None, None, fingerprint), []
+            return
+        self._refuse_another_chain(Path(path))
         self.weights = load_weights(self.model, path, ema=ema)
         if self.config.training.snapshot_unit == "steps" and self.weights.step is None:
             self.weights = replace(self.weights, step=self.weights.epoch, epoch=None)      # the number in a file's name
         self.averages = []
+
+    def _refuse_another_chain(self, path: Path) -> None:
+        """UserError where a pipeline folder belongs to other betas or another prediction than the configuration."""
+        if (path / SCHEDULER).is_file():
+            found = contradictions(self.config.diffusion.model_dump(), path)
+            if found:
+                raise UserError(f"{path / SCHEDULER} contradicts the configuration: {'; '.join(found)}")
+
+    def inherit(self, path: str | Path) -> None:
+        """Begin the next ``train`` with weights, average and moments of another run, under this configuration.
+
+        Args:
+            path: A full state of this program, SA-DPM or DDIM.
+
+        Raises:
+            UserError: It keeps no moments. DataError: A broken file, or one of another network or optimizer.
+        """
+        self.inherited = inherit(Path(path), self.model, self.config)
 
     def load_average(self, run: RunFolder, ckpt_id: int | None, length: float) -> None:
         """Make up the average of relative width ``length`` from the power-function averages that a run has kept.
@@ -120,7 +172,8 @@ class Diffusion:
     # ------------------------------------------------------------------------------------------------------- training
 
     def train(self, run: RunFolder | str | Path, *, resume: bool = False, overwrite: bool = False,
-              max_steps: int | None = None, signals: distributed.Signals | None = None) -> TrainResult:
+              force: bool = False, max_steps: int | None = None,
+              signals: distributed.Signals | None = None) -> TrainResult:
         """Train to the end of the configured run, or to ``max_steps`` if that comes first.
 
         Args:
@@ -128,6 +181,7 @@ class Diffusion:
                 protected as by train_ddp.py; or a RunFolder that the caller has prepared.
             resume: Continue from the newest checkpoint, if there is one.
             overwrite: Move a folder that holds checkpoints aside and start anew.
+            force: Resume although the images are others.
             max_steps: Optimizer steps, counted from the start of the run.
             signals: Those the caller listens to already; default: SIGINT, SIGTERM and SIGUSR1.
 
@@ -139,13 +193,22 @@ class Diffusion:
         if not isinstance(run, RunFolder):
             run = RunFolder(run)
             self.open_training_images(run)                     # bad data are refused before the folder is touched
-            with prepared(run, self.config, resume=resume, overwrite=overwrite):
-                return self.train(run, resume=resume, max_steps=max_steps, signals=signals)
+            judge = self.judge(run, force) if resume else None
+            with prepared(run, self.config, resume=resume, overwrite=overwrite, judge=judge):
+                return self.train(run, resume=resume, force=force, max_steps=max_steps, signals=signals)
         images = self.open_training_images(run)
+        judge = self.judge(run, force) if resume else None
         plan = Plan.make(self.config.training, images.num_images, distributed.world_size(), distributed.rank(),
                          max_steps)
         with (log_to_file(run), nullcontext(signals) if signals else distributed.Signals().listening() as signals,
-              explain_out_of_memory(), Session(self, run, plan, images, signals, resume) as session):
+              explain_out_of_memory(), Session(self, run, plan, images, signals, judge) as session):
+            if session.finished:
+                log.info("already finished: step %d of %d; to go on give more %s", session.step, plan.last_step,
+                         "training.n_epochs or training.max_steps" if plan.last_step == plan.total_steps else
+                         "--max_steps")
+                return TrainResult(session.step, session.step // plan.steps_per_epoch, None, run.path / "ckpt.pth")
+            plan.say_where_it_ends(self.config.training, max_steps)
+            session.open()
             while session.goes_on:
                 self.train_step(session)
                 session.report()
@@ -162,11 +225,36 @@ class Diffusion:
     def open_training_images(self, run: RunFolder):
         """The ImageStore of ``train``, opened and packed by the first call. DataError: bad, or less than a batch."""
         if self._images is None:
-            images = open_images(self.config, run.datasets, "train", self.device)
+            images = self.open_images(run.datasets)
             Plan.make(self.config.training, images.num_images, distributed.world_size())
-            self.labels_of(images)
+            self.conditions_of(images)
             self._images = images
         return self._images
+
+    def open_images(self, root=None, split: str = "train"):
+        """The ImageStore of the configuration: of pixels, or of latents with what prompts mean."""
+        if self.codec.bounded or not hasattr(self.codec, "moments"):
+            return open_images(self.config, root, split, self.device)
+        images = open_latent_images(self.config, self.codec, root, split, self.device)
+        if images.empty and self.prompts is None:
+            self.prompts = StoredPrompts(images, self.config.data)
+        return images
+
+    def conditions_of(self, images) -> Callable[[Tensor], dict[str, Tensor]]:
+        """Image indices (B,) -> the condition of these images of a store, on the device.
+
+        Raises:
+            UserError: As ``labels_of``.
+        """
+        if hasattr(images, "condition"):
+            return images.condition
+        labels = self.labels_of(images)
+        return lambda indices: {} if labels is None else {
+            "labels": labels[indices.to(labels.device, non_blocking=True)]}
+
+    def judge(self, run: RunFolder, force: bool = False) -> Judge:
+        """What a full state must be for this network to go on from it with the images of ``run``."""
+        return Judge(self.model, self.config, self.open_training_images(run), force)
 
     def labels_of(self, images) -> Tensor | None:
         """Labels of an ImageStore on the device, long (N,); None where the network takes none.
@@ -191,7 +279,8 @@ class Diffusion:
         seen = []                                    # (t, loss) of every image, for samplers of times that learn
         for shard in plan.shards():
             batch = self.draw(*next(session.batches), state.times,
-                              shard_generator(plan.seed, session.step, shard, self.device))
+                              shard_generator(plan.seed, session.step, shard, self.device),
+                              session.step / plan.total_steps)
             with network.gradient_sync(now=shard == plan.shards()[-1]):
                 terms = self.loss(denoiser, batch)
                 if state.times.learns:
@@ -208,12 +297,18 @@ class Diffusion:
 
     def loss(self, denoiser: Denoiser, batch: "Draw"):
         """LossTerms of a shard as the configuration weighs them; the importance of its times is not in them."""
-        loss = self.config.loss
-        given = denoiser if batch.labels is None else denoiser.given({"labels": batch.labels})
+        loss, given, noise, shown = self.config.loss, denoiser.given(batch.condition), batch.noise, None
+        if batch.rollout is not None:
+            alone = given.calling(given.network.alone()) if isinstance(given.network, Network) else given
+            noise = scheduled_noise(alone, batch.x0, batch.t, noise, batch.rollout, loss.scheduled_sampling.min_level)
+        if batch.slow is not None:
+            def shown(times):
+                u = batch.slow.repeat(len(times) // len(batch.slow))
+                return slowed_times(self.schedule, times, u, loss.slow_flow)
         terms = sequence_aware_loss(
-            given, batch.x0, batch.t, batch.noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
+            given, batch.x0, batch.t, noise, num_consecutive_steps=loss.num_consecutive_steps, lamda=loss.lamda,
             input_perturbation=loss.input_perturbation, perturbation_noise=batch.xi,
-            perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce)
+            perturbation_target=loss.perturbation_target, weight=loss.weight, reduce=loss.reduce, shown=shown)
         if loss.variational == "none":
             return terms
         return with_bound(terms, loss.variational, given, self.transitions, batch.x0, batch.t)
@@ -223,26 +318,50 @@ class Diffusion:
         """Of all steps of the schedule, for the variational bound."""
         return Transitions(self.schedule, range(self.schedule.num_timesteps)).to(self.device)
 
-    def draw(self, images: Tensor, labels: Tensor | None, times, generator: torch.Generator) -> "Draw":
+    def draw(self, images: Tensor, condition: dict[str, Tensor], times, generator: torch.Generator,
+             progress: float = 1.0) -> "Draw":
         """All randomness of a shard but dropout; what is optional comes last, so that without it nothing changes.
 
         Args:
-            images: uint8 (B, C, H, W).
-            labels: Long (B,), or None.
+            images: uint8 (B, C, H, W); or moments of latents in variants, float (B, V, 2, c, h, w).
+            condition: By name, such as ``labels`` long (B,).
             times: What draws the times of a batch: ``draw(size, generator) -> (t, importance)``.
+            progress: Share of the run that is done, in [0, 1].
         """
         config, loss = self.config, self.config.loss
-        if config.data.random_flip:
+        if images.is_floating_point():
+            images, condition = choose_variant(images, condition, generator)
+        elif config.data.random_flip:
             images = random_flip(images, generator)
         x0 = self.codec.encode(images, generator)
         t, importance = times.draw(len(x0), generator)
         shape = (loss.num_consecutive_steps if loss.lamda > 0 else 1, *x0.shape)
         noise = torch.randn(shape, generator=generator, device=self.device)
         xi = torch.randn(shape, generator=generator, device=self.device) if loss.input_perturbation > 0 else None
-        if labels is not None and config.training.label_dropout:
+        if condition and config.training.label_dropout:
             hidden = torch.rand(len(x0), generator=generator, device=self.device) < config.training.label_dropout
-            labels = torch.where(hidden, -1, labels)
-        return Draw(x0, labels, t, importance, noise, xi)
+            condition = hide(condition, hidden, self.prompts)
+        if config.data.augment:
+            x0, told = augment(x0, config.data.augment, Draws(generator))
+            condition = {**condition, "augment": told}
+        return Draw(x0, condition, t, importance, noise, *self._draw_remedies(noise, xi, generator, progress))
+
+    def _draw_remedies(self, noise: Tensor, xi: Tensor | None, generator, progress: float) -> tuple:
+        """(xi, rollout, slow) of a ``Draw``."""
+        loss, rollout, slow = self.config.loss, None, None
+
+        def uniform():
+            return torch.rand(noise.shape[1], generator=generator, device=self.device)         # (B,)
+
+        if loss.input_perturbation_probability < 1:
+            xi = xi * (uniform() < loss.input_perturbation_probability).view(-1, 1, 1, 1)
+        if scheduled := loss.scheduled_sampling:
+            chosen = uniform() < ramp_up(scheduled.probability, scheduled.ramp, progress)
+            shape = (scheduled.steps, *noise.shape)
+            rollout = Rollout(chosen, torch.randn(shape, generator=generator, device=self.device))
+        if loss.slow_flow:
+            slow = uniform().double()
+        return xi, rollout, slow
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -267,10 +386,13 @@ class Diffusion:
 
     def sampler(self, settings: SamplerSettings) -> Sampler:
         """The network with these settings applied to it. UserError: settings that are not possible."""
-        guide = self.guide
-        return Sampler(self.denoiser(), self.codec, settings, self.config.model, self.device,
+        guide, gamma = self.guide, settings.gamma and read_gamma(settings.gamma)
+        if gamma and self.weights and gamma.weights != self.weights.fingerprint:
+            raise UserError(f"--gamma {settings.gamma} was measured on other weights ({gamma.weights}, these are "
+                            f"{self.weights.fingerprint}); run diagnose.py gamma with these")
+        return Sampler(self.denoiser(), self.codec, settings, self.config, self.device,
                        guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels),
-                       self.classifier)
+                       classifier=self.classifier, gamma=gamma, prompts=self.prompts)
 
     def denoiser(self, schedule=None) -> Denoiser:
         """The network as sampling calls it, on its own schedule or on that of the network which it guides."""
@@ -278,15 +400,17 @@ class Diffusion:
 
     def network(self) -> Network:
         model = (self.averages[0].module if self.averages else self.model).eval()
-        return Network(model, self.device, self.amp, compiled=self.compiled)
+        return Network(model, self.device, self.amp, compiled=self.compiled, frozen=True)
 
 
 class Draw(NamedTuple):
     """A shard and all its randomness."""
 
     x0: Tensor                          # (B, C, H, W)
-    labels: Tensor | None               # long (B,), -1 where hidden
+    condition: dict[str, Tensor]        # labels long (B,), -1 where hidden; augment (B, 9); what prompts mean
     t: Tensor                           # (B,)
     importance: Tensor | None           # (B,), None: 1
     noise: Tensor                       # (K, B, C, H, W)
     xi: Tensor | None                   # of that shape
+    rollout: Rollout | None = None      # of scheduled sampling
+    slow: Tensor | None = None          # float64 (B,) in [0, 1)

@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import DataError, UserError
+from utils.errors import DataError, LostRank, UserError
+from utils.processes import signal_when_orphaned
 
 log = logging.getLogger(__name__)
 DEFAULT_PORT = 29500
+LAUNCHER = "SA_DDIM_LAUNCHER"                        # in a rank's environment: the process that started it
 SAVING_SECONDS = "600"                               # what ranks get between a signal and being killed
 
 # Variables of (global rank, world size, rank on this node), by launcher, in the order in which they are tried.
@@ -66,6 +68,17 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def launched() -> bool:
+    """True in a rank that our own ``launch`` has started."""
+    return LAUNCHER in os.environ
+
+
+def follow_launcher() -> None:
+    """In a rank of our own launcher: save and end, as after SIGTERM, should the launcher be killed."""
+    if launched():
+        signal_when_orphaned(int(os.environ[LAUNCHER]), signal.SIGTERM)
+
+
 def pick_device(name: str, world: World) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` for this rank.
 
@@ -97,8 +110,9 @@ def process_group(world: World | None, device: torch.device, address: str | None
     if world is None or world.size == 1:
         yield
         return
+    follow_launcher()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:        # share the cores
-        torch.set_num_threads(max(1, torch.get_num_threads() // _processes_on_this_node(world)))
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes_on_this_node(world.size)))
     if "MASTER_PORT" in os.environ and "MASTER_ADDR" in os.environ:
         init_method = "env://"
         os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
@@ -119,7 +133,18 @@ def process_group(world: World | None, device: torch.device, address: str | None
         if error.on_all_ranks:
             _leave_together()
         raise                                            # else the others may still wait in a collective: just leave
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        log.debug("", exc_info=True)
+        raise LostRank(f"rank {world.rank} has lost another rank: {str(error).splitlines()[0][-120:]}") from None
     _leave_together()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """gloo's and NCCL's ways to say that another process is gone."""
+    words = "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport"
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def _leave_together() -> None:
@@ -145,12 +170,13 @@ def _attempt() -> str:
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}"
 
 
-def _processes_on_this_node(world: World) -> int:
+def processes_on_this_node(size: int | None = None) -> int:
+    """As the launcher says; otherwise all, ``size`` or the size of the process group."""
     for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
         if name in os.environ:
             return int(os.environ[name])
     tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return int(tasks[0]) if tasks else world.size
+    return int(tasks[0]) if tasks else size or world_size()
 
 
 def rank() -> int:
@@ -285,14 +311,29 @@ def launch(script: str, argv: list[str], *, processes: int, nodes: int = 1, node
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
+    os.environ[LAUNCHER] = str(os.getpid())
     signal.signal(signal.SIGUSR1, forward)
     try:
         elastic_launch(config, sys.executable)(script, *argv)
     except SignalException as received:
         return 128 + received.sigval
     except ChildFailedError as failed:
-        codes = [failure.exitcode for failure in failed.failures.values()]
-        _, first = failed.get_first_failure()
-        code = next((code for code in codes if code in (2, 3, 4)), first.exitcode)       # a reason, if one knew it
-        return code if code > 0 else 128 - code
+        return _told(failed.failures)
+    finally:
+        os.environ.pop(LAUNCHER, None)
     return 0
+
+
+def _told(failures: Mapping) -> int:
+    """The exit code of a job whose ranks failed; one that was killed is named, for its own log has no line of it."""
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    reasons = [code for code in codes.values() if code in (2, 3, 4)]
+    killed = [rank for rank, code in sorted(codes.items()) if code == -signal.SIGKILL] or [
+        rank for rank, code in sorted(codes.items()) if code < 0]
+    if reasons:                                          # a rank that knew why has said so
+        return reasons[0]
+    first = min(failures.values(), key=lambda failure: failure.timestamp)
+    if killed:
+        raise LostRank(f"rank {killed[0]} died (signal {-codes[killed[0]]}); resume with the same command and "
+                       "--resume_training, or start with --max_restarts N", 128 - codes[killed[0]])
+    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode

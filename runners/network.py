@@ -3,11 +3,14 @@
 import logging
 import warnings
 from contextlib import contextmanager, nullcontext
+from copy import copy
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from runners.frozen import cast_once
+from utils.cpu import BF16, bf16_pays, cpu_kind, instruction_sets
 from utils.errors import UserError
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,22 +23,41 @@ log = logging.getLogger(__name__)
 
 
 def resolve_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """``auto``: on CUDA bf16 where the GPU has it, else fp16; on CPU off.
+    """Type of autocast, or None, from ``training.amp`` or ``--amp``; ``auto`` as ``auto_amp`` has it.
 
     Raises:
         UserError: fp16 on CPU, where it is slow and its gradients underflow.
     """
-    if name == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name == "fp16" and device.type == "cpu":
         raise UserError("amp fp16 needs a CUDA GPU; on this device use bf16 or off")
-    return AMP[name]
+    return AMP[auto_amp(device)[0] if name == "auto" else name]
+
+
+def auto_amp(device: torch.device) -> tuple[str, str]:
+    """What ``auto`` chooses, a key of AMP, and why: bf16 where the device itself multiplies it."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU has it"
+        return "fp16", "this GPU has no bf16"
+    sets = instruction_sets()
+    if bf16_pays(sets):
+        return "bf16", f"this CPU has {cpu_kind(sets)}"
+    return "off", f"this CPU has neither {' nor '.join(sorted(BF16))}"
+
+
+def amp_name(dtype: torch.dtype | None) -> str:
+    """The key of AMP."""
+    return next(name for name, each in AMP.items() if each is dtype)
+
+
+def explain_amp(name: str, device: torch.device) -> str:
+    """For the log: ``off``, or ``auto: bf16, this CPU has avx512_bf16``."""
+    return f"auto: {', '.join(auto_amp(device))}" if name == "auto" else name
 
 
 def resolve_compile(name: str, device: torch.device, calls: int) -> bool:
-    """``auto``: on CUDA, where at least COMPILE_FROM_CALLS network calls follow. Says in the log why."""
+    """``auto``: on CUDA, where at least COMPILE_FROM_CALLS network calls follow; not on a CPU, where training gains
+    nothing (sampling: ``runners.compilation``). Says in the log why."""
     if name != "auto":
         return name == "on"
     worth_it = device.type == "cuda" and calls >= COMPILE_FROM_CALLS
@@ -44,7 +66,7 @@ def resolve_compile(name: str, device: torch.device, calls: int) -> bool:
     return worth_it
 
 
-def fill_device(network: "Network", shape: tuple[int, int, int], share: int) -> int:
+def fill_device(network: "Network", shape: tuple[int, int, int], share: int, condition: dict | None = None) -> int:
     """Images of one network call of sampling, for ``--batch_size auto``; says in the log why.
 
     On a GPU as many as fit, by the memory that calls with few images take. A CPU gains nothing from more than keep
@@ -54,9 +76,10 @@ def fill_device(network: "Network", shape: tuple[int, int, int], share: int) -> 
         network: As sampling calls it, not compiled.
         shape: (C, H, W).
         share: Images that this process has to make; more are never chosen.
+        condition: That of one image.
     """
     if network.device.type == "cuda":
-        each, free = memory_of_an_image(network, shape)
+        each, free = memory_of_an_image(network, shape, condition or {})
         fitting = min(GPU_BATCH, int(GPU_SHARE * free / each))
         reason = f"{each / 2**20:.0f} MiB for each image, {free / 2**30:.1f} GiB free"
     else:
@@ -72,13 +95,14 @@ def power_of_two(limit: int) -> int:
 
 
 @torch.no_grad()
-def memory_of_an_image(network: "Network", shape: tuple[int, int, int]) -> tuple[float, int]:
+def memory_of_an_image(network: "Network", shape: tuple[int, int, int], condition: dict) -> tuple[float, int]:
     """Bytes at the peak of a network call for each further image, and bytes that are free on this GPU."""
     device, peaks = network.device, []
     for count in PROBES:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        network(torch.zeros(count, *shape, device=device), torch.zeros(count, device=device))
+        rows = {name: row.expand(count, *row.shape[1:]) for name, row in condition.items()}
+        network(torch.zeros(count, *shape, device=device), torch.zeros(count, device=device), **rows)
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
     torch.cuda.empty_cache()
     each = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
@@ -116,12 +140,15 @@ class Network:
         compiled: Pass it through torch.compile.
         ddp: Average gradients over ranks; needs a process group.
         accumulate: Backward passes in one step.
+        frozen: The weights stay as they are at the first call, which casts them to ``amp`` once for all calls; for
+            sampling only, without gradients.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, amp: torch.dtype | None = None, *,
-                 compiled: bool = False, ddp: bool = False, accumulate: int = 1):
+                 compiled: bool = False, ddp: bool = False, accumulate: int = 1, frozen: bool = False):
         self.device, self.amp, self.memory_format = device, amp, _memory_format_of(model)
-        self.module = torch.compile(model) if compiled else model
+        self.compiled, self.to_be_cast = compiled, frozen and amp is not None
+        self.module = torch.compile(model) if compiled and not self.to_be_cast else model
         if device.type == "cuda" and amp is None:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         if ddp:
@@ -134,8 +161,18 @@ class Network:
     def __call__(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,), the condition by name -> (B, C or 2C, H, W)"""
         x = x.float().contiguous(memory_format=self.memory_format)
+        if self.to_be_cast:
+            module, self.to_be_cast = cast_once(self.module, self.amp, x, t, condition), False
+            self.module = torch.compile(module) if self.compiled else module
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             return self.module(x, t, **condition).float()
+
+    def alone(self) -> "Network":
+        """The same without DDP, for calls that are not differentiated: those must not count among its passes."""
+        other = copy(self)
+        if isinstance(self.module, DistributedDataParallel):
+            other.module = self.module.module
+        return other
 
     def gradient_sync(self, now: bool):
         """Context of a backward pass: average the gradients over ranks at its end, or only accumulate them."""

@@ -8,11 +8,11 @@ import torch
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
-# digits.yml cut down to a network that trains in milliseconds.
+# digits.yml cut down to a network that trains in milliseconds; in float32, so that all machines compute the same.
 TINY = ["--config", "digits.yml", "--device", "cpu", "--model.ch", "32", "--model.ch_mult", "[1]",
         "--model.num_res_blocks", "1", "--model.attn_resolutions", "[]", "--data.image_size", "8",
         "--training.batch_size", "8", "--training.sample_num", "2", "--training.sample_timesteps", "2",
-        "--training.log_freq", "1", "--verbose", "critical"]
+        "--training.log_freq", "1", "--amp", "off", "--verbose", "critical"]
 
 
 def load_golden(name: str):
@@ -76,3 +76,35 @@ def _fresh_process(monkeypatch):
     for name in list(os.environ):
         if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(("SLURM_", "OMPI_", "PMI_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """Folder of a complete tiny SDXL."""
+    from tests.pipelines import sdxl_pipeline
+
+    return sdxl_pipeline(tmp_path_factory.mktemp("sdxl") / "pipeline")
+
+
+@pytest.fixture
+def sdxl_copy(sdxl, tmp_path):
+    """One that a test may spoil."""
+    import shutil
+
+    return Path(shutil.copytree(sdxl, tmp_path / "pipeline"))
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory):
+    """Folder of a complete tiny Stable Diffusion with v_prediction."""
+    from tests.pipelines import sd_pipeline
+
+    return sd_pipeline(tmp_path_factory.mktemp("sd") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory):
+    """Folder of sixteen captioned JPEGs."""
+    from tests.pipelines import captioned_folder
+
+    return captioned_folder(tmp_path_factory.mktemp("captioned") / "data")

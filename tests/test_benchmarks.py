@@ -1,9 +1,15 @@
-"""The benchmarks compare like with like: the reference procedure computes what this project computes."""
+"""The benchmarks compare like with like: the reference procedure computes what this project computes. And what they
+find out without a GPU: their steps run, and no step waits for the device."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import reference
+from benchmarks import gpu, gpu_page, reference
+from benchmarks.__main__ import check_markers, put
+from benchmarks.trace import profile_steps
+from benchmarks.workload import Training, make_config, write_pictures
 from configs.schema import Config
 from configs.sections import Average
 from functions.denoiser import Denoiser
@@ -61,3 +67,77 @@ def test_same_picture_from_the_same_noise(networks, tmp_path):
     reference.sample_and_save(networks[1], reference.make_betas(CONFIG, "cpu"), x, steps, tmp_path)
     written = torch.stack([(image + 1) / 2 * 255 for image in reference.Pictures(tmp_path, flip=False)]).round()
     assert (written - to_uint8(((ours + 1) / 2).clamp(0, 1))).abs().max() <= 1
+
+
+SMALL = {"model.ch": 32, "model.ch_mult": [1], "model.num_res_blocks": 1, "model.attn_resolutions": [],
+         "data.image_size": 8, "training.log_freq": 1000}
+
+
+def test_both_procedures_take_steps_on_the_same_pictures(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 8, 8)
+    config = make_config(pictures, 4, **SMALL)
+    for step in (Training(config, tmp_path, "cpu"), reference.ReferenceTraining(config, pictures, "cpu", workers=0)):
+        before = [p.detach().clone() for p in model_of(step).parameters()]
+        assert step() == 4 and step() == 4
+        assert not all(torch.equal(a, b) for a, b in zip(before, model_of(step).parameters(), strict=True))
+
+
+def model_of(step):
+    return step.diffusion.model if isinstance(step, Training) else step.network
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_reads_nothing_from_the_device_between_logging_points(tmp_path, precision):
+    """Operators that would make the host wait are the same on a CPU, where a profiler sees them, too."""
+    config = make_config(write_pictures(tmp_path / "pictures", 8, 8), 4, precision, **SMALL, **{"optim.grad_clip": 1.0})
+    step = Training(config, tmp_path, "cpu")
+    step()
+    assert not profile_steps(step, 2, torch.device("cpu")).waits
+
+
+def test_tables_of_another_kind_of_cpu_stay_and_a_new_kind_goes_below():
+    page = "a\n<!-- train avx2 -->\nold\n<!-- end train avx2 -->\nb\n<!-- train cuda -->\n<!-- end train cuda -->\nc\n"
+    again = put(page, "train", "avx2", "new")
+    assert again == page.replace("old", "new")
+    added = put(again, "train", "amx_bf16", "other")
+    assert added == again.replace("\nc\n", "\n\n<!-- train amx_bf16 -->\nother\n<!-- end train amx_bf16 -->\nc\n")
+    with pytest.raises(SystemExit, match="lacks tables of fid"):
+        check_markers(page, ["train", "fid"])
+
+
+def test_a_part_that_breaks_hangs_or_lacks_a_package_costs_itself_alone(monkeypatch):
+    done, failed, hung, skipped = (gpu.run(["-c", code], 20 if "sleep" not in code else 1, {}) for code in (
+        "print('fine')", "raise ValueError('no')", "import time; print('on', flush=True); time.sleep(60)",
+        "print('left out: nothing here'); raise SystemExit(77)"))
+    assert [each.state for each in (done, failed, hung, skipped)] == ["done", "failed", "stopped", "left out"]
+    assert failed.note == "ValueError: no" and skipped.note == "nothing here" and "on" in hung.output
+    monkeypatch.setitem(gpu.PARTS, "fid", gpu.Part("features", 60, ("torch", "no_such_package", "datasets_of_ours")))
+    outcome = gpu.run_part("fid", None, None, 100)
+    assert outcome.state == "left out" and outcome.note == "not installed: no_such_package, datasets_of_ours"
+
+
+def figure(**changes):
+    return {"part": "train-k2", "what": "step", "value": 8.0, "unit": "images/s", "reference": 4.0, "ratio": 2.0,
+            "target": 4.0, "at_most": False, "met": False, "device": "cuda"} | changes
+
+
+def test_the_page_says_where_it_was_made_and_what_is_below_target(monkeypatch):
+    args, outcomes = SimpleNamespace(device="cpu", small=True), {"train-k2": gpu.Outcome("done", 1.0, "", "")}
+    made = gpu.page(args, {"train-k2": "K = 2"}, outcomes, [figure(device="cpu")], "today", 2.0)
+    assert "not made on a GPU" in made and gpu.NOT_A_GPU in made and "Below target" not in made and "2.00" not in made
+    monkeypatch.setattr(gpu_page, "about", lambda *args: "")
+    broken = figure(what="tests failed", part="tests", names=["t: a"], ratio=None, value=1, target=0)
+    made = gpu.page(SimpleNamespace(device="cuda", small=False), {"train-k2": "K = 2"}, outcomes, [figure(), broken],
+                    "today", 2.0)
+    assert gpu.NOT_A_GPU not in made and "- step: 2, target 4" in made and "- t: a" in made
+    assert "| step | 8 images/s | 4 | 2.00 | at least 4 | **no** |" in made
+
+
+def test_figures_of_a_gpu_are_not_overwritten_by_a_cpu(tmp_path):
+    args = SimpleNamespace(device="cpu", page=tmp_path / "gpu.md")
+    gpu.check(args)
+    args.page.write_text(gpu.NOT_A_GPU)
+    gpu.check(args)
+    args.page.write_text("measured")
+    with pytest.raises(SystemExit, match="holds figures of a GPU"):
+        gpu.check(args)

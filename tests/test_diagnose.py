@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,9 +36,9 @@ def run(exp, measure, *flags, docs=("digits",)):
     return diagnose.main([measure, "--exp", str(exp), "--doc", *docs, *FLAGS, *flags])
 
 
-def table(exp, measure, doc="digits"):
+def table(exp, measure, doc="digits", panels=2):
     path, = (exp / "diagnose" / doc).glob(f"{measure}-*.csv")
-    assert Image.open(path.with_suffix(".png")).size == (1800, 630)
+    assert Image.open(path.with_suffix(".png")).size == (900 * panels, 630)
     note = json.loads(path.with_suffix(".json").read_text())
     assert note["measure"] == measure and note["num_images"] == 12
     return list(csv.DictReader(path.open())), note
@@ -84,7 +85,16 @@ def test_two_processes_measure_the_same(exp):
     assert numbers(table(exp, "exposure")[0]) == pytest.approx(numbers(one), rel=1e-4, abs=1e-5)
 
 
-def test_the_fitted_scaling_comes_with_a_command_that_uses_it(exp, capsys):
+def test_a_fit_that_is_no_correction_comes_without_a_command(exp, capsys):
+    assert run(exp, "fit-eps-scaler", "--model", "linear") == 0
+    out = capsys.readouterr().out
+    assert "no correction of exposure bias" in out and "generate.py" not in out
+
+
+def test_the_fitted_scaling_comes_with_a_command_that_uses_it(exp, capsys, monkeypatch):
+    from runners.diagnosis.measures import Diagnosis
+
+    monkeypatch.setattr(Diagnosis, "is_no_correction", lambda self, fit: False)
     assert run(exp, "fit-eps-scaler", "--model", "linear") == 0
     rows, note = table(exp, "fit-eps-scaler")
     assert {(row["scaled"], row["t"]) for row in rows} == {(s, t) for s in "01" for t in ("0", "250", "500", "750")}
@@ -109,8 +119,8 @@ def test_chains_are_those_of_generate(exp):
     settings = SamplerSettings(timesteps=4, eta=1.0)
     list(diffusion.sample([3, 4], settings, callback=lambda i, t, x, x0, eps: seen.append(eps_norm(eps).mean())))
     diagnosis = Diagnosis(diffusion, open_images(diffusion.config, exp / "datasets"), settings, num_images=2, seed=3)
-    torch.testing.assert_close(torch.from_numpy(diagnosis.sampling_norms().mean), torch.stack(seen[::-1]).double(),
-                               rtol=1e-5, atol=0)
+    found = torch.from_numpy(diagnosis.sampling_norms()["first"].mean)
+    torch.testing.assert_close(found, torch.stack(seen[::-1]).double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("measure", "flags", "message"), [
@@ -141,3 +151,60 @@ def test_missing_data_exit_with_3(exp, capsys):
     config.write_text(config.read_text().replace("dataset: DIGITS", "dataset: CELEBA"))
     assert run(exp, "gap") == 3
     assert "CELEBA not found" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- sizes along the chain
+
+
+def test_gamma_is_what_eps_norms_are_made_of_and_generate_takes_its_file(exp, capsys):
+    assert run(exp, "gamma") == 0
+    rows, note = table(exp, "gamma")
+    assert [row["t"] for row in rows] == ["0", "250", "500", "750"]
+    out = capsys.readouterr().out
+    command = next(line for line in out.splitlines() if "generate.py" in line).partition("python ")[2]
+    file = json.loads(Path(note["runs"]["digits"]["gamma"]).read_text())
+    assert file["gamma"] == [float(row["training"]) for row in rows] and file["pixels"] == 2
+    assert file["weights"] == note["runs"]["digits"]["fingerprint"] and file["num_images"] == 12
+    words = shlex.split(command)[1:]
+    assert generate.main([*words, "--no-fid", "--num_samples", "2", "--device", "cpu"]) == 0
+    manifest = json.loads((exp / "image_samples" / "digits" / "manifest.json").read_text())
+    assert manifest["sampler"]["var_type"] == "analytic" and len(manifest["sampler"]["gamma"]) == 16
+    assert generate.main([*words, "--no-fid", "--num_samples", "2", "--device", "cpu", "--timesteps", "1000",
+                          "-i", "other"]) == 2
+    assert "measured at times 0 to 750" in capsys.readouterr().err
+    assert generate.main([*words, "--no-fid", "--num_samples", "2", "--device", "cpu", "-i", "other",
+                          "--no-model_ema"]) == 2
+    assert "was measured on other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("measure", ["energy", "snr", "spectrum"])
+def test_sizes_along_the_chain(exp, measure):
+    assert run(exp, measure) == 0
+    rows, _ = table(exp, measure, panels=3 if measure == "spectrum" else 2)
+    if measure == "spectrum":
+        assert {row["band"] for row in rows} == {"ll", "lh", "hl", "hh", *(f"r {n}" for n in range(5))}
+        assert len(rows) == 2 * 4 * 4 + 5
+    else:
+        assert [row["t"] for row in rows] == ["0", "250", "500", "750"]
+    key = "shift" if measure == "snr" else "ratio"
+    assert all(abs(float(row[key])) < 1e6 for row in rows)
+
+
+def test_everything_on_one_page_with_a_verdict(exp, capsys):
+    assert run(exp, "all") == 0
+    out = capsys.readouterr().out
+    page, = (exp / "diagnose" / "digits").glob("all-*.html")
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 15 and "src=\"http" not in text
+    for word in ("Steps: 2, which is few", "Average: ", "Loss: 2 lines", "Held-out loss: not measured", "Drift: "):
+        assert word in text and word in out
+    assert {path.name.partition("-DDIM")[0] for path in (exp / "diagnose" / "digits").glob("*.csv")} == {
+        "eps-norm", "exposure", "gap", "spectrum", "snr", "gamma", "energy"}
+
+
+def test_two_processes_measure_the_same_sizes(exp):
+    found = []
+    for processes in ("1", "2"):
+        assert run(exp, "energy", "--num_process_per_node", processes) == 0
+        found.append(numbers(table(exp, "energy")[0]))
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)

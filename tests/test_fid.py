@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,9 @@ def test_counting_steps_and_reading_logs(tmp_path):
         (tmp_path / "bad.jsonl").write_text('{"fid": 1}\n' + line + "\n")
         with pytest.raises(DataError, match=f"line 2: .*{message}"):
             read_logs([tmp_path / "bad.jsonl"])
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="is not a file but a pipe"):
+        read_logs([tmp_path / "pipe.jsonl"])
     odd = {"fid": 1, "checkpoint": {"a": [1]}, "name": 3, "reference": "a\nb|c", "seeds": {}, "sampler": {"eta": [[]]}}
     (tmp_path / "odd.jsonl").write_text(json.dumps(odd) + "\n" + json.dumps({**odd, "reference": None}) + "\n")
     found = rows(read_logs([tmp_path / "odd.jsonl"]))

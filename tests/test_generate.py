@@ -228,3 +228,30 @@ def test_scaler_forms():
     assert numbers("churn", "40") == (40.0,)
     with pytest.raises(UserError, match="such as 1.017"):
         numbers("eps_scaler", "one")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--dcw", "0.05,0.01", "--time_shift", "200,100"], ["--dcw", "0.1,pixel", "--restart", "3,2,0.3,2"],
+    ["--time_shift", "200,100,code,0.2", "--sample_type", "ddpm_noisy"]], ids=["dcw", "restart", "code"])
+def test_remedies_of_a_seed_do_not_depend_on_its_batch_and_reach_manifest_and_dry_run(exp, flags, capsys):
+    for batch in ("1", "4"):
+        assert run(exp, *flags, "--seeds", "0-3", "-i", f"b{batch}", "--batch_size", batch) == 0
+    assert run(exp, "--seeds", "0-3", "-i", "plain", *flags[-2:] * (flags[-1] == "ddpm_noisy")) == 0
+    one, four, plain = (images(exp / "image_samples" / name) for name in ("b1", "b4", "plain"))
+    assert max(abs(one[name] - four[name]).max() for name in one) <= 1
+    assert any(not np.array_equal(one[name], plain[name]) for name in one)
+    manifest = json.loads((exp / "image_samples" / "b1" / "manifest.json").read_text())
+    assert manifest["sampler"].keys() >= {flag[2:] for flag in flags if flag.startswith("--")}
+    assert run(exp, *flags, "--dry_run") == 0
+    assert f"{8 if '--restart' in flags else 4} for each" in capsys.readouterr().out          # 2 repeats of 2 steps
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--restart", "3,2,0.3,1e9"], "--restart 3,2,0.3,1e+09: MAX must lie above"),
+    (["--dcw", "x"], "such as 0.05"), (["--gamma", "absent.json", "--var_type", "analytic"], "diagnose.py gamma"),
+    (["--time_shift", "40"], "such as 40,300"), (["--restart", "3,2,0.3,2", "--reconstruct", "."], "draws no noise"),
+])
+def test_remedies_that_are_not_possible_are_refused_in_one_line(exp, capsys, flags, message):
+    assert run(exp, "--num_samples", "1", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

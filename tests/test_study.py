@@ -230,3 +230,19 @@ def test_only_broken_lines_are_dropped(tmp_path):
     file.write_text(json.dumps({"a": 1}) + "\n" + '{"a": ')
     drop_broken_lines(file)
     assert file.read_text() == '{"a": 1}\n'
+
+
+def test_remedies_are_keys_of_a_sampler_and_of_a_run(start):
+    """Gamma is measured for each network; an epsilon scaling can be fitted beside it."""
+    samplers = [{"timesteps": [3], "dcw": [0.05, 0.01], "time_shift": "100,200"},
+                {"timesteps": [3], "restart": [[3, 2, 0.3, 2.0]]},
+                {"timesteps": [3], "var_type": "analytic", "gamma": "measure", "eps_scaler": "fit"}]
+    runs = {"base": {"loss.lamda": 0}, "SS": {"loss.scheduled_sampling": {"steps": 1, "ramp": 0.0}}}
+    assert start(samplers=samplers, runs=runs, images_seen=[8]) == 0
+    cells = list(read_cells(start.folder / "cells").values())
+    assert len(cells) == 6 and len({cell["fid"] for cell in cells if cell["study"]["run"] == "base"}) == 3
+    assert sorted(cell["network_calls"] for cell in cells) == [3, 3, 3, 3, 7, 7]
+    analytic = [cell for cell in cells if cell["sampler"]["var_type"] == "analytic"]
+    assert len({cell["sampler"]["gamma"] for cell in analytic}) == 2 and all(cell["fit"]["b"] for cell in analytic)
+    assert len(list((start.folder / "gamma").glob("*.json"))) == 2
+    assert start(samplers=samplers, runs=runs, images_seen=[8]) == 0                             # nothing is left to do

@@ -26,11 +26,12 @@ def run(exp, *flags):
     (["--optim.grad_clip", "-1"], "greater than 0"),
     (["--data.image_size", "0"], "greater than or equal to 1"),
     (["--data.dataset", "MNIST"], "known: AFHQ"),
-    (["--model.arch", "transformer"], "input should be 'unet'"),
+    (["--model.arch", "transformer"], "known: adm"),
     (["--config", "nowhere.yml"], "not found"),
     (["--doc", "../x"], "'..'"),
-    (["--doc", "/x"], "relative"),
+    (["--doc", "/x"], "relative"), (["--doc", ""], "relative"),
     (["--max_steps", "0"], "at least 1"),
+    (["--seed", "4294967296"], "training.seed"),
     (["--num_proces_per_node", "2"], "did you mean --num_process_per_node?"),
     (["--amp", "fp16"], "needs a CUDA GPU"),
     (["--resume_training", "--overwrite"], "exclude each other"),
@@ -50,7 +51,7 @@ def test_cuda_where_there_is_none(tmp_path, capsys, monkeypatch):
 
 
 def test_absent_data_are_exit_3_with_the_layout(tmp_path, capsys):
-    assert train_ddp.main(["--config", "celeba.yml", "--exp", str(tmp_path), "--device", "cpu"]) == 3
+    assert train_ddp.main(["--config", "celeba.yml", "--exp", str(tmp_path), "--verbose", "critical"]) == 3
     error = capsys.readouterr().err
     assert "img_align_celeba" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())

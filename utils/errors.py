@@ -38,6 +38,14 @@ class DivergedError(UserError):
     on_all_ranks = True
 
 
+class LostRank(UserError):
+    """Another process of the job is gone. Exit code 1, or 128 + the signal that ended it."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
 class Interrupted(UserError):
     """Stopped by a signal after saving. Exit code 128 + signal number."""
 

@@ -3,13 +3,16 @@
 from math import isqrt
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from utils.atomic import atomic_write
 
 WIDTH = 640                                                # pixels that a sheet has at least: small images are enlarged
 GAP = 2
+TEXT = 14                                                  # height of letters on a sheet
 
 
 def columns_of(count: int) -> int:
@@ -36,6 +39,37 @@ def tile(images: Tensor, columns: int | None = None) -> Tensor:
         top, left = i // columns * (h + GAP), i % columns * (w + GAP)
         canvas[:, top:top + h, left:left + w] = image
     return canvas
+
+
+def captioned(rows: list[tuple[str, Tensor]]) -> Tensor:
+    """Sheets under their texts, one below the other.
+
+    Args:
+        rows: (text, images): uint8 (N, C, H, W), C = 1 or 3, of one size.
+
+    Returns:
+        uint8 (3, H', W').
+    """
+    sheets = [tile(images, len(images)) for _, images in rows]
+    font = ImageFont.load_default(TEXT)
+    width = max(sheet.shape[2] for sheet in sheets)
+    height = sum(sheet.shape[1] + 2 * TEXT for sheet in sheets)
+    canvas, top = Image.new("RGB", (width, height), "white"), 0
+    draw = ImageDraw.Draw(canvas)
+    for (text, _), sheet in zip(rows, sheets, strict=True):
+        draw.text((GAP, top + TEXT // 3), shortened(text, font, width), fill="black", font=font)
+        pixels = sheet.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+        canvas.paste(Image.fromarray(pixels), (0, top + 2 * TEXT))
+        top += sheet.shape[1] + 2 * TEXT
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def shortened(text: str, font, width: int) -> str:
+    """As much of a text as fits into so many pixels."""
+    text = " ".join(text.split())
+    while text and font.getlength(text) > width:
+        text = text[:-2].rstrip() + "\u2026"
+    return text
 
 
 def save_png(image: Tensor, path: Path, durable: bool = True) -> None:

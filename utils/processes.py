@@ -25,6 +25,16 @@ def leave_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def signal_when_orphaned(parent: int, signum: int) -> None:
+    """Send this process ``signum`` within a second of the death of ``parent``, which started it, however that dies."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(POLL)
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def removed_if_killed(path: Path) -> Iterator[None]:
     """Remove ``path``, a file or a tree, if this process is killed inside the block; leave it alone otherwise.

@@ -1,8 +1,8 @@
 """Weight files of every program of this family: one module for each, none executes what a file contains.
 
 A format is a recogniser ``(path, content) -> bool`` and a reader ``(path, content, ema) -> StoredWeights``; content is
-what ``load_torch`` gave, None for a folder. The first recogniser that says yes decides: keys and lengths tell the
-formats apart, for bare state dicts the name.
+what ``load_torch`` gave, None for a folder and for EDM's pickles. The first recogniser that says yes decides: keys and
+lengths tell the formats apart, for bare state dicts the name.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,14 @@ from models.formats.adm import is_adm, read_adm, read_settings
 from models.formats.common import StoredWeights, bare_name, is_state
 from models.formats.ddim import read_ddim, read_sa_dpm
 from models.formats.diffusers import diffusers_folder, read_diffusers
+from models.formats.edm import is_snapshot, read_edm
 from models.formats.ours import EMA_FILE, read_bare, read_ema_file, read_ours
 
-__all__ = ["FORMATS", "SETTINGS", "StoredWeights", "bare_name"]
+__all__ = ["FORMATS", "SETTINGS", "StoredWeights", "bare_name", "is_snapshot"]
 
 FORMATS: dict[str, tuple[Callable, Callable]] = {
+    "edm": (
+        lambda path, content: content is None and not path.is_dir(), read_edm),
     "diffusers": (
         lambda path, content: content is None and (diffusers_folder(path) / "config.json").is_file(), read_diffusers),
     "sa-ddim": (

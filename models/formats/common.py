@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from utils.errors import DataError
+from utils.files import open_regular
 
 State = dict[str, Tensor]
 
@@ -30,6 +31,18 @@ def bare(state, path: Path, what: str) -> State:
     if not is_state(state):
         raise DataError(f"{path}: its {what} is no state dict of tensors")
     return {bare_name(name): tensor for name, tensor in state.items()}
+
+
+def read_safetensors(path: Path) -> State:
+    """All tensors of a safetensors file, which cannot hold code. Raises DataError: broken, or of another kind."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    open_regular(path).close()                       # a pipe or a device would never end
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path}: not loaded, broken or no safetensors file: {error}") from None
 
 
 def count(value) -> int | None:

@@ -15,7 +15,7 @@ def read_sa_dpm(path: Path, content: dict, ema: bool) -> StoredWeights:
     """
     state = bare(content["model_dict"], path, 'entry "model_dict"')
     step, epoch = count(content.get("global_step", content.get("step"))), count(content.get("epoch"))
-    averages = _sa_dpm_averages(content)
+    averages = sa_dpm_averages(content)
     if not ema or not averages:
         return StoredWeights(state, "raw", step, epoch)
     if averages.keys() != set(range(len(state))) or any(
@@ -24,7 +24,7 @@ def read_sa_dpm(path: Path, content: dict, ema: bool) -> StoredWeights:
     return StoredWeights({name: averages[i] for i, name in enumerate(state)}, "ema", step, epoch)
 
 
-def _sa_dpm_averages(content: dict) -> dict[int, Tensor]:
+def sa_dpm_averages(content: dict) -> dict[int, Tensor]:
     """``{parameter index: average}`` from the optimizer's state, under whatever key of the file that lies."""
     states = [value["state"] for value in content.values() if isinstance(value, dict) and "state" in value]
     return {index: slots["ema"] for state in states if isinstance(state, dict) for index, slots in state.items()

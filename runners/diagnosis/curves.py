@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,67 +28,7 @@ class Panel(NamedTuple):
     reference: float | None = None   # a thin line there
     scale: str = "linear"
     title: str = ""
-
-
-def column(rows: Rows, key: str, **where) -> list:
-    return [row[key] for row in rows if all(row[name] == value for name, value in where.items())]
-
-
-def eps_norm_panels(runs: dict[str, Rows]) -> list[Panel]:
-    norms, ratios = [], []
-    for colour, (name, rows) in enumerate(runs.items()):
-        t = column(rows, "t")
-        norms += [Curve(f"{name}, {kind}", t, column(rows, kind), column(rows, f"{kind}_error"), colour, style)
-                  for style, kind in enumerate(("sampling", "training"))]
-        ratios.append(Curve(name, t, column(rows, "ratio"), column(rows, "ratio_error"), colour))
-    return [Panel(r"mean $\|\epsilon_\theta(x_t, t)\|_2$", norms), Panel("sampling / training", ratios, 1.0)]
-
-
-def exposure_panels(runs: dict[str, Rows]) -> list[Panel]:
-    deltas, roots = [], []
-    for colour, (name, rows) in enumerate(runs.items()):
-        for style, start in enumerate(dict.fromkeys(column(rows, "start"))):
-            s = column(rows, "s", start=start)
-            label = f"{name}, from " + ("noise" if start == "noise" else rf"$q(x_{{{start}}}|x_0)$")
-            deltas.append(Curve(label, s, column(rows, "delta", start=start),
-                                column(rows, "standard_error", start=start), colour, style))
-            roots.append(Curve(label, s, column(rows, "root_delta", start=start), None, colour, style))
-    return [Panel(r"$\delta_s$ = Var$_{chain}(x_s)$ - Var$_q(x_s)$", deltas, 0.0),
-            Panel(r"sign($\delta_s$) $\sqrt{|\delta_s|}$", roots, 0.0)]
-
-
-def gap_panels(runs: dict[str, Rows]) -> list[Panel]:
-    single, total = [], []
-    for colour, (name, rows) in enumerate(runs.items()):
-        t = column(rows, "t")
-        single += [Curve(name, t, column(rows, "gap"), None, colour),
-                   Curve(f"{name}, noise floor", t, column(rows, "noise_floor"), None, colour, 2)]
-        total.append(Curve(name, column(rows, "next_t"), column(rows, "accumulated_gap"), None, colour))
-    return [Panel(r"$\|$mean $d_t\|_2$", single, scale="log"),
-            Panel(r"accumulated $\|$mean $G_t\|_2$", total, scale="log")]
-
-
-def fit_panels(runs: dict[str, Rows]) -> list[Panel]:
-    before, after = ({name: [row for row in rows if row["scaled"] == scaled] for name, rows in runs.items()}
-                     for scaled in (0, 1))
-    panels = [eps_norm_panels(before)[1], eps_norm_panels(after)[1]]
-    return [panel._replace(title=title) for panel, title in zip(panels, ("without scaling", "with it"), strict=True)]
-
-
-def likelihood_panels(runs: dict[str, Rows]) -> list[Panel]:
-    bits, errors = [], []
-    for colour, (name, rows) in enumerate(runs.items()):
-        t = column(rows, "t")
-        bits.append(Curve(name, t, column(rows, "bits"), column(rows, "bits_error"), colour))
-        errors += [Curve(f"{name}, of {label}", t, column(rows, key), column(rows, f"{key}_error"), colour, style)
-                   for style, (key, label) in enumerate({"x0_mse": "$x_0'$", "eps_mse": r"$\epsilon'$"}.items())]
-    return [Panel("$L_t$, bits for each dimension", bits, scale="log"),
-            Panel("mean squared error", errors, scale="log")]
-
-
-PANELS: dict[str, Callable[[dict[str, Rows]], list[Panel]]] = {
-    "eps-norm": eps_norm_panels, "exposure": exposure_panels, "gap": gap_panels, "fit-eps-scaler": fit_panels,
-    "nll": likelihood_panels}
+    xlabel: str | None = None        # None: time, which falls from left to right as the chain runs
 
 
 def write_table(runs: dict[str, Rows], path: Path) -> None:
@@ -101,22 +41,39 @@ def write_table(runs: dict[str, Rows], path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def write_figure(title: str, panels: list[Panel], path: Path) -> None:
-    """The panels side by side; time falls from left to right, as the chain runs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * len(panels), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+def write_figure(title: str, panels: list[Panel], path: Path, log_time: bool = False) -> None:
+    """The panels side by side; ``log_time`` for times that are noise levels."""
+    figure = _figure(6 * len(panels), 4.2)
     figure.suptitle(title, fontsize="medium")
     together = all(panel.title for panel in panels)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=together)[0], panels, strict=True):
-        _draw(axes, panel)
+        _draw(axes, panel, log_time)
+    _save(figure, path, 150)
+
+
+def write_panel(panel: Panel, path: Path, log_time: bool = False) -> None:
+    """One panel alone, of a size that can be read on a telephone."""
+    figure = _figure(4.4, 3.5)
+    _draw(figure.subplots(), panel, log_time)
+    _save(figure, path, 190)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: Path, dpi: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=dpi, format="png")
 
 
-def _draw(axes, panel: Panel) -> None:
+def _draw(axes, panel: Panel, log_time: bool) -> None:
     for curve in panel.curves:
         colour = PALETTE[curve.colour % len(PALETTE)]
         axes.plot(curve.x, curve.y, color=colour, linestyle=STYLES[curve.style % len(STYLES)], label=curve.label,
@@ -127,9 +84,13 @@ def _draw(axes, panel: Panel) -> None:
             axes.fill_between(curve.x, low, high, color=colour, alpha=0.15, linewidth=0)
     if panel.reference is not None:
         axes.axhline(panel.reference, color="0.4", linewidth=0.8, zorder=0)
-    axes.set(xlabel="time $t$ (the chain runs to the right)", ylabel=panel.ylabel, yscale=panel.scale)
+    axes.set(xlabel=panel.xlabel or "time $t$ (the chain runs to the right)", ylabel=panel.ylabel, yscale=panel.scale)
     axes.set_title(panel.title, fontsize="medium")
-    axes.invert_xaxis()
+    if panel.xlabel is None:
+        axes.invert_xaxis()
+        if log_time:
+            axes.set_xscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(fontsize="small", frameon=False)
+    if any(curve.label for curve in panel.curves):
+        axes.legend(fontsize="small", frameon=False)

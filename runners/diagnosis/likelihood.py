@@ -72,7 +72,7 @@ def part(folder: Path, start: int) -> Path:
 def measure(diagnosis: Diagnosis, x0: Tensor, places: list[int]) -> dict[str, np.ndarray]:
     """Sums over the images of a batch, (3, S) each, lowest noise first; and each image's total and prior, (B,)."""
     settings, noise = diagnosis.settings, diagnosis.noise(LIKELIHOOD, places)
-    denoiser = diagnosis.sampler.conditioned(diagnosis.labels(places))
+    denoiser = diagnosis.sampler.conditioned(diagnosis.condition(places))
     terms = bound_terms(denoiser, x0, diagnosis.steps, noise_fn=lambda _: noise.randn(x0.shape),
                         var_type=settings.var_type, clip_denoised=settings.clip)
     total = prior = prior_bits(diagnosis.schedule, x0, diagnosis.steps[-1]).double()

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.sampling import SamplerSettings
+from datasets.latents import choose_variant
 from functions.exposure import (
     ExposureBias,
     Fit,
@@ -73,27 +74,32 @@ class Diagnosis:
         bar = tqdm(share, desc=title, unit="batch", leave=False, disable=distributed.rank() > 0)
         for (start, places), images in zip(bar, batches, strict=True):
             generator = torch.Generator(images.device).manual_seed(derive_seed(self.seed, PIXELS, start))
+            if images.is_floating_point():
+                images, _ = choose_variant(images, {})
             yield places, self.diffusion.codec.encode(images, generator).contiguous()
 
     def noise(self, stream: int, places: Sequence[int], *more: int) -> SeededNoise:
         return SeededNoise([derive_seed(self.seed, stream, place, *more) for place in places], self.diffusion.device)
 
-    def latent(self, places: Sequence[int]) -> tuple[Tensor, SeededNoise, Tensor | None]:
-        """What ``generate.py`` starts from: pure noise, the stream of the draws that follow, and labels."""
+    def latent(self, places: Sequence[int]) -> tuple[Tensor, SeededNoise, dict[str, Tensor]]:
+        """What ``generate.py`` starts from: pure noise, the stream of the draws that follow, and labels; of a
+        text-to-image network the captions of the real images."""
         seeds = [self.seed + place for place in places]
         noise = SeededNoise(seeds, self.diffusion.device)
-        return noise.randn((len(places), *self.diffusion.codec.shape)), noise, self.sampler.labels(seeds)
+        condition = self.condition(places) if self.sampler.prompts else self.sampler.condition(seeds)
+        return noise.randn((len(places), *self.diffusion.codec.shape)), noise, condition
 
-    def diffused(self, x0: Tensor, places: Sequence[int], t: float) -> tuple[Tensor, SeededNoise, Tensor | None]:
-        """A draw of q(x_t | x0), the stream of the draws that follow, and the images' labels."""
+    def diffused(self, x0: Tensor, places: Sequence[int], t: float) -> tuple[Tensor, SeededNoise, dict[str, Tensor]]:
+        """A draw of q(x_t | x0), the stream of the draws that follow, and what the images are conditioned on."""
         noise = self.noise(START, places, round(1e6 * t) if isinstance(t, float) else t)
         x = self.schedule.alpha(t) * x0 + self.schedule.sigma(t) * noise.randn(x0.shape)
-        return x, noise, self.labels(places)
+        return x, noise, self.condition(places)
 
-    def labels(self, places: Sequence[int]) -> Tensor | None:
-        """Of the real images, long (B,); None for networks without labels."""
-        labels = self.diffusion.labels_of(self.images)
-        return None if labels is None else labels[torch.as_tensor(self.chosen[places], device=labels.device)]
+    def condition(self, places: Sequence[int]) -> dict[str, Tensor]:
+        """Of the real images: their labels or captions."""
+        indices = torch.as_tensor(self.chosen[places])
+        condition = self.diffusion.conditions_of(self.images)(indices)
+        return choose_variant(torch.empty(len(indices), 1), condition)[1]
 
     # ----------------------------------------------------------------------------------------------------- measures
 
@@ -102,26 +108,39 @@ class Diagnosis:
         stats = FeatureStats(len(self.steps))
         for places, x0 in self.real_images("training"):
             draw = partial(self.noise(TRAINING, places).randn, x0.shape)
-            denoiser = self.sampler.conditioned(self.labels(places))
+            denoiser = self.sampler.conditioned(self.condition(places))
             norms = training_norms(denoiser, x0, self.steps, lambda _, draw=draw: draw())
             stats.update(norms.cpu())
         return gathered(stats)
 
-    def sampling_norms(self, sampler: Sampler | None = None) -> FeatureStats:
-        """The same along the chains, of ``sampler`` in place of this object's own."""
-        stats, sampler = FeatureStats(len(self.steps)), sampler or self.sampler
+    def sampling_norms(self, sampler: Sampler | None = None) -> dict[str, FeatureStats]:
+        """The same along the chains, of ``sampler`` in place of this object's own, by evaluation.
+
+        Returns:
+            ``first``: of the first evaluation of each step, at its time. With Heun's method also ``corrector``: of the
+            second, at the time where the step ends; the last step has none.
+        """
+        sampler, count = sampler or self.sampler, len(self.steps)
+        has_corrector = sampler.settings.sample_type == "heun" and sampler.settings.alpha == 1 and count > 1
+        each = 2 if sampler.settings.sample_type == "heun" else 1
+        stats = {"first": FeatureStats(count), **({"corrector": FeatureStats(count - 1)} if has_corrector else {})}
         for _, places in tqdm(self.share, "sampling", unit="batch", leave=False, disable=distributed.rank() > 0):
-            norms = []                                     # from the highest noise to the lowest
-            sampler.run(*self.latent(places), lambda index, t, x, x0, eps, norms=norms: norms.append(eps_norm(eps)))
-            stats.update(torch.stack(norms[::-1], 1).cpu())
-        return gathered(stats)
+            norms = []                                     # of all calls, from the highest noise to the lowest
+            sampler.run(*self.latent(places),
+                        watch=lambda t, estimate, norms=norms: norms.append(eps_norm(estimate.eps).float()))
+            for start, kind in enumerate(stats):
+                stats[kind].update(torch.stack(norms[start::each][::-1], 1).cpu())
+        return {kind: gathered(found) for kind, found in stats.items()}
 
     def eps_norms(self) -> list[dict]:
-        """A row for each step: mean ||eps|| of training and sampling with standard errors, and their ratio."""
+        """A row for each evaluation: mean ||eps|| of training and sampling with standard errors, and their ratio."""
         return norm_rows(self.steps, self.training_norms(), self.sampling_norms())
 
     def exposure(self, starts: Sequence[float | None]) -> list[dict]:
-        """delta_s below each start: a time of the list, or None for pure noise; the last s is the sample itself."""
+        """delta_s below each start: a time of the list, or None for pure noise; the last s is the sample itself.
+
+        Where churn or a time shift moves a step, it counts as one of its time in the list.
+        """
         data = Moments()
         for _, x0 in self.real_images("variance"):
             data.add("x0", x0)
@@ -136,12 +155,12 @@ class Diagnosis:
                 for start in starts for s in visited if (start, s) in bias.share.sums]
 
     def _record_chain(self, bias: ExposureBias, start: int | None, places: list[int], real: Tensor) -> None:
-        last = None
+        last, steps = None, self.steps if start is None else self.steps[:self.steps.index(start) + 1]
 
         def visit(index, t, x, x0, eps):
             nonlocal last
             if index or start is None:                     # where it starts it is q itself, unless that is pure noise
-                bias.add(start, t, x, real)
+                bias.add(start, steps[-1 - index], x, real)
             last = x0
 
         begin = self.latent(places) if start is None else self.diffused(real, places, start)
@@ -156,7 +175,7 @@ class Diagnosis:
         gaps, highest = Moments(), self.steps[-1]
         for places, real in self.real_images("gap"):
             self.sampler.run(*self.diffused(real, places, highest), lambda index, t, x, x0, eps, real=real: gaps.add(
-                t, estimation_gap(self.schedule, x, eps, real, t)), highest)
+                self.steps[-1 - index], estimation_gap(self.schedule, x, eps, real, t)), highest)
         gaps = gathered(gaps.cpu())
         mean = {t: gaps.mean(t) for t in self.steps}
         total = accumulated_gaps(self.schedule, self.steps, mean)
@@ -170,20 +189,29 @@ class Diagnosis:
 
         def norms_of(scaler):
             known[scaler] = self.sampling_norms(self.scaled(scaler))
-            if not np.isfinite(known[scaler].mean).all():
+            first = known[scaler]["first"]
+            if not np.isfinite(first.mean).all():
                 raise self._diverged(scaler)
-            ratio = 100 * known[scaler].mean / training.mean - 100
+            ratio = 100 * first.mean / training.mean - 100
             log.info("eps_scaler %.3g,%.5f: eps-norms %+.2f%% to %+.2f%% off", *scaler, ratio.min(), ratio.max())
-            return known[scaler]
+            return first
 
         fit = fit_scaler(norms_of, training, model)
-        ends = fit.b, fit.b + fit.k * (len(self.steps) - 1)
-        if distributed.rank() == 0 and max(abs(end - 1) for end in ends) > 0.1:
+        if distributed.rank() == 0 and self.is_no_correction(fit):
             log.warning("lambda from %.3f to %.3f is no correction of a few percent: long steps or an unfinished "
-                        "network bend the norms of this chain more than exposure bias does; try more steps", *ends)
+                        "network bend the norms of this chain more than exposure bias does; try more steps",
+                        *self.ends(fit))
         both = {0: known[0.0, 1.0], 1: known[fit.k, fit.b]}
         return fit, [{"scaled": scaled, **row} for scaled in both
                      for row in norm_rows(self.steps, training, both[scaled])]
+
+    def ends(self, fit: Fit) -> tuple[float, float]:
+        """lambda at the lowest and the highest noise."""
+        return fit.b, fit.b + fit.k * (len(self.steps) - 1)
+
+    def is_no_correction(self, fit: Fit) -> bool:
+        """Whether it changes eps by more than a tenth somewhere, or brings the norms no nearer."""
+        return max(abs(end - 1) for end in self.ends(fit)) > 0.1 or fit.mismatch >= fit.before
 
     def scaled(self, scaler: tuple[float, float]) -> Sampler:
         """This object's sampler with another epsilon scaling."""
@@ -213,11 +241,18 @@ def fid_of_scalings(diagnosis: Diagnosis, fit: Fit, num_images: int, reference, 
     return found
 
 
-def norm_rows(steps: list[int], training: FeatureStats, sampling: FeatureStats) -> list[dict]:
-    (a, error_a), (b, error_b) = ((each.mean, np.sqrt(np.diag(each.cov) / each.count)) for each in (training, sampling))
-    columns = {"t": np.array(steps), "training": a, "training_error": error_a, "sampling": b, "sampling_error": error_b,
-               "ratio": b / a, "ratio_error": b / a * np.hypot(error_a / a, error_b / b)}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+def norm_rows(steps: list, training: FeatureStats, sampling: dict[str, FeatureStats]) -> list[dict]:
+    """Rows of ``Diagnosis.eps_norms``; ``sampling`` as from ``Diagnosis.sampling_norms``."""
+    rows = []
+    for evaluation, found in sampling.items():
+        count = len(found.mean)                            # of the lowest steps
+        (a, error_a), (b, error_b) = ((each.mean[:count], np.sqrt(np.diag(each.cov) / each.count)[:count])
+                                      for each in (training, found))
+        columns = {"t": np.array(steps)[:count], "training": a, "training_error": error_a, "sampling": b,
+                   "sampling_error": error_b, "ratio": b / a, "ratio_error": b / a * np.hypot(error_a / a, error_b / b)}
+        rows += [{"evaluation": evaluation, **dict(zip(columns, row, strict=True))}
+                 for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+    return rows
 
 
 def gathered(sums):

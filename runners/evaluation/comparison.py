@@ -10,6 +10,7 @@ from pathlib import Path
 
 from utils.atomic import atomic_path
 from utils.errors import DataError
+from utils.files import MIB, open_regular, read_regular
 from utils.text import escape_control
 
 # What makes two results results of one run; seeds, seconds and machine do not. The last two parts of a path are not
@@ -17,7 +18,7 @@ from utils.text import escape_control
 IDENTITY = ("checkpoint", "origin", "weights_kind", "name", "reference", "reference_fingerprint", "preprocess", "amp")
 COMPARABLE = ("name", "reference", "reference_fingerprint", "preprocess")        # numbers of one axis share these
 CODES = {"origin": "checkpoint", "reference_fingerprint": "reference"}           # shown only where the name repeats
-LONGEST = 1 << 20                                                                # characters of a line that is read
+LARGEST = 64 * MIB                                                               # of a log
 MARK = "sa-ddim fid.py compare"                                                  # in our pictures
 COLUMNS = ["steps", "FID", "seed ranges", "min", "mean"]
 
@@ -55,13 +56,13 @@ def read_logs(paths: Sequence[str | Path]) -> list[dict]:
     entries = []
     for path in paths:
         try:
-            with open(path, encoding="utf-8") as file:
-                for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):     # noqa: B023
-                    entry = _parse(line, f"{path}, line {number}")
-                    if "fid" in entry:
-                        entries.append(entry)
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_regular(path, LARGEST, "log").decode().splitlines()
+        except UnicodeDecodeError as error:
             raise DataError(f"{path}: cannot be read: {error}") from None
+        for number, line in enumerate(lines, 1):
+            entry = _parse(line, f"{path}, line {number}")
+            if "fid" in entry:
+                entries.append(entry)
     if not entries:
         raise DataError(f"{', '.join(map(str, paths))}: no entry with an FID")
     return entries
@@ -120,13 +121,13 @@ def table(found: Sequence[Row]) -> str:
 
 def is_table(path: Path) -> bool:
     """Whether a file begins like a table of ours, so that it may be replaced."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(1 << 16).split(b"\n")[0].endswith(f"| {' | '.join(COLUMNS)} |".encode())
 
 
 def is_plot(path: Path) -> bool:
     """Whether a file is a picture of ours, so that it may be replaced."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return MARK.encode() in file.read(1 << 12)
 
 

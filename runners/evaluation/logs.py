@@ -1,6 +1,7 @@
 """What is written down of a result: the line on the screen, SA-DPM's line in a log, and one JSON object beside it."""
 
 import json
+import logging
 import os
 import platform
 import time
@@ -13,6 +14,7 @@ from runners.distributed import rank, world_size
 from utils.errors import UserError
 from utils.text import escape_control
 
+log = logging.getLogger(__name__)
 
 def count_name(num_images: int) -> str:
     """50000 -> "FID-50k", 1797 -> "FID-1797": the count is part of an FID's name."""
@@ -69,7 +71,9 @@ def append_log(fid_log: str | Path, checkpoint_path: str | Path, results: dict, 
              "world_size": world_size(), "threads": torch.get_num_threads(), "versions": versions(),
              "machine": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.machine()}
     objects = json_log(fid_log)
-    fid_log.parent.mkdir(parents=True, exist_ok=True)
+    if not fid_log.parent.exists():
+        log.info("%s does not exist yet: it is made for %s", fid_log.parent, fid_log.name)
+        fid_log.parent.mkdir(parents=True, exist_ok=True)
     if "fid" in results:
         _append(fid_log, f"Checkpoint {escape_control(checkpoint)}  --> FID {results['fid']}\n")
     _append(objects, json.dumps(entry) + "\n")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from datasets.arrays import npz_keys
 from datasets.specs import DATASETS
 from functions.frechet import covariance_root
 from runners.evaluation.outputs import check_output
-from runners.evaluation.statistics_files import read_features, read_spatial, read_statistics
+from runners.evaluation.statistics_files import is_npz, read_features, read_spatial, read_statistics
 from utils.atomic import atomic_write
 from utils.errors import DataError, UserError, choose
 from utils.names import safe_name
@@ -81,7 +80,7 @@ class Reference:
     @property
     def has_images(self) -> bool:
         """Whether the file also holds images (``arr_0``), as guided-diffusion's do."""
-        return self.path is not None and zipfile.is_zipfile(self.path) and "arr_0" in npz_keys(self.path)
+        return self.path is not None and is_npz(self.path) and "arr_0" in npz_keys(self.path)
 
     @property
     def fingerprint(self) -> str:

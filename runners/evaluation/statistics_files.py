@@ -8,9 +8,16 @@ import numpy as np
 
 from datasets.arrays import npz_array, npz_keys
 from utils.errors import DataError
+from utils.files import open_regular
 from utils.safe_load import load_pickle
 
 MEAN_KEYS, COV_KEYS = ("mu", "mean", "m"), ("sigma", "cov", "s")
+
+
+def is_npz(path: str | Path) -> bool:
+    """Whether a file is a zip archive, as npz files are. Raises DataError for what is no file, such as a pipe."""
+    with open_regular(path) as file:
+        return zipfile.is_zipfile(file)
 
 
 def holds_images(path: str | Path) -> bool:
@@ -38,12 +45,12 @@ def read_statistics(path: Path, dim: int) -> dict:
     Raises:
         DataError: Broken, of another dimension, not finite, or asking for code.
     """
-    return _read_npz(path, dim) if zipfile.is_zipfile(path) else _read_pickle(path, dim)
+    return _read_npz(path, dim) if is_npz(path) else _read_pickle(path, dim)
 
 
 def read_spatial(path: Path, dim: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Mean (dim,) and covariance of sFID's features, None where the file has none."""
-    if not zipfile.is_zipfile(path) or not {"mu_s", "sigma_s"} <= {*npz_keys(path)}:
+    if not is_npz(path) or not {"mu_s", "sigma_s"} <= {*npz_keys(path)}:
         return None
     names = ("mu_s", "sigma_s")
     return check_moments(path, *(_array(path, name, dim) for name in names), dim, names)
@@ -55,14 +62,14 @@ def read_features(path: Path, dim: int, count: int | None) -> np.ndarray | None:
     Raises:
         DataError: Of another shape or type, not finite, or another number of them than the file claims.
     """
-    if not zipfile.is_zipfile(path) or "features" not in npz_keys(path):
+    if not is_npz(path) or "features" not in npz_keys(path):
         return None
     features = npz_array(path, "features")
     if features.ndim != 2 or features.shape[1] != dim or features.dtype.kind != "f" or not len(features):
         raise DataError(f"{path}: features {features.dtype} {features.shape}, float (N, {dim}) expected")
     if count is not None and len(features) != count:
         raise DataError(f"{path}: {len(features)} features, but statistics of {count} images")
-    features = np.asarray(features, np.float32)
+    features = np.array(features, np.float32)                       # a copy: the file may be replaced meanwhile
     if not np.isfinite(features).all():
         raise DataError(f"{path}: features hold values that are not finite")
     return features

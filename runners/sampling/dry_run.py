@@ -5,8 +5,10 @@ import time
 import torch
 
 from functions.rng import SeededNoise
+from models import about_weights
 from runners import distributed
 from runners.diffusion import Diffusion
+from runners.sampling.prompts import prompts_of
 from utils.table import print_table
 
 
@@ -16,6 +18,7 @@ def dry_run_sampling(job, device: torch.device) -> None:
     diffusion = Diffusion(config, device)
     if weights:
         diffusion.load(weights, job.args.model_ema)
+    diffusion.prompts = prompts_of(job, device)
     sampler = diffusion.sampler(settings.model_copy(update={"guidance": None, "classifier_scale": None}))
     noise = SeededNoise([0], device)
     for turn in range(distributed.world_size() if device.type == "cpu" else 1):
@@ -23,7 +26,7 @@ def dry_run_sampling(job, device: torch.device) -> None:
             x = noise.randn((1, *diffusion.codec.shape))
             started = time.perf_counter()
             with torch.no_grad():
-                sampler.conditioned(sampler.labels([0]))(x, sampler.times[0]).x0.sum().item()
+                sampler.conditioned(sampler.condition([0]))(x, sampler.times[0]).x0.sum().item()
             seconds = time.perf_counter() - started
         distributed.barrier()
     if distributed.rank():
@@ -32,10 +35,12 @@ def dry_run_sampling(job, device: torch.device) -> None:
     hours = seconds * calls * num_images / distributed.world_size() / 3600
     print_table({
         "device": f"{distributed.world_size()} x {device.type}",
-        "weights": f"{weights} ({diffusion.weights.kind}, {diffusion.weights.fingerprint})" if weights else "random",
+        "weights": f"{weights} ({diffusion.weights.kind}, {diffusion.weights.fingerprint})" if weights else getattr(
+            config.model, "pretrained", "random"),
         "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
         "sampler": str(settings),
         "network calls": f"{calls} for each of {num_images:,} images",
         "time": f"{seconds:.2f} s for one call with one image; at that rate {hours:.1f} h (batches are faster)",
+        **(about_weights(weights) if weights else {}),
         "absent": ", ".join(job.absent) or "nothing",
     })

@@ -6,21 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.sampling import SamplerSettings
+from models.pretrained import ENCODERS, pipeline_fingerprint
+from runners.conditioning import PROMPT_STRIDE
+from runners.sampling.gamma import read_gamma
 from utils.atomic import remove_leftovers, write_json
 from utils.errors import DataError, UserError
+from utils.hub import local_folder
 
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Where image s lies: ``{s:06d}.png``, or in EDM's sub-folders of 1,000."""
+    """Where image s lies: ``{s:06d}.png``, or in EDM's sub-folders of 1,000; of several prompts in one for each."""
 
     path: Path
     subdirs: bool = False
+    prompts: int = 1
 
-    def image(self, seed: int) -> Path:
-        folder = self.path / f"{seed - seed % 1000:06d}" if self.subdirs else self.path
+    def image(self, number: int) -> Path:
+        prompt, seed = divmod(number, PROMPT_STRIDE)
+        folder = self.path / f"prompt_{prompt:04d}" if self.prompts > 1 else self.path
+        folder = folder / f"{seed - seed % 1000:06d}" if self.subdirs else folder
         return folder / f"{seed:06d}.png"
 
     def prepare(self, manifest: dict) -> None:
@@ -36,8 +43,10 @@ class ImageFolder:
                 stored = json.loads(file.read_text())
             except ValueError:
                 raise DataError(f"{file}: not readable; remove the folder, or choose another --image_folder") from None
-            different = [f"{key} {stored.get(key)!r}, now {manifest.get(key)!r}"
-                         for key in sorted(stored.keys() | manifest.keys()) if stored.get(key) != manifest.get(key)]
+            if not isinstance(stored, dict):
+                raise DataError(f"{file}: no manifest of this program; remove the folder, or choose another "
+                                "--image_folder")
+            different = changes(stored, manifest)
             if different:
                 raise UserError(f"{self.path} holds images made with other settings ({'; '.join(different)}); "
                                 "choose another --image_folder")
@@ -55,16 +64,45 @@ class ImageFolder:
                             f"{min(foreign).name}; choose another --image_folder")
 
 
+def gamma_fingerprint(settings: SamplerSettings) -> dict:
+    """Which numbers analytic variances are made of, wherever their file lies; empty without."""
+    return {"gamma": read_gamma(settings.gamma).fingerprint} if settings.gamma else {}
+
+
+def changes(stored: dict, given: dict, path: str = "") -> list[str]:
+    """What differs between two nested dictionaries, each value by its dotted key; absent is None."""
+    found = []
+    for key in sorted(stored.keys() | given.keys()):
+        old, new = stored.get(key), given.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{path}{key}.")
+        elif old != new:
+            found.append(f"{path}{key} was {old!r}, is {new!r}")
+    return found
+
+
 def manifest_of(diffusion, settings: SamplerSettings) -> dict:
     """What determines the images of a ``Diffusion`` beside the seed, as plain values."""
-    config = diffusion.config
+    config, gamma = diffusion.config, gamma_fingerprint(settings)
     manifest = {
-        "weights": diffusion.weights.fingerprint, "amp": str(diffusion.amp or "off"), "sampler": settings.given(),
-        "model": {"arch": config.model.arch}, "diffusion": config.diffusion.model_dump(mode="json"),
+        "weights": diffusion.weights.fingerprint, "amp": str(diffusion.amp or "off"),
+        "sampler": {**settings.given(), **gamma},
+        "model": {"arch": config.model.arch, **_pipeline_of(config)},
+        "diffusion": config.diffusion.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json", include={"image_size", "channels", "rescaled", "logit_transform"}),
     }
     if diffusion.guide:
         manifest["guide"] = diffusion.guide.weights.fingerprint
+    if diffusion.prompts:
+        manifest["prompts"], manifest["negative_prompt"] = diffusion.prompts.texts, diffusion.prompts.negative
     if diffusion.classifier:
         manifest["classifier"] = diffusion.classifier.fingerprint
     return manifest
+
+
+def _pipeline_of(config) -> dict:
+    """What comes from a pipeline's folder: autoencoder and text encoders, and the weights beside adapters."""
+    if config.model.arch != "diffusers":
+        return {}
+    parts = ENCODERS if config.model.lora_rank is None else ("unet", *ENCODERS)
+    return {"pipeline": pipeline_fingerprint(local_folder(config.model.pretrained), parts)}

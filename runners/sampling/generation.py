@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from functions.pixels import to_uint8
 from runners import distributed
+from runners.conditioning import PROMPT_STRIDE
 from runners.evaluation.metrics import Evaluation
 from runners.sampling.sampler import Sampler
 from runners.sampling.writers import NoWriter
-from utils.png import save_png, tile
+from utils.png import captioned, save_png, tile
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +81,22 @@ def gathered_images(shown: dict[int, Tensor]) -> Tensor | None:
 
 
 def write_grid(shown: dict[int, Tensor], path, sampler: Sampler, seeds: Sequence[int]) -> None:
-    """Tile the images of all ranks; those of a class-conditional network by class, one row for each. Collective."""
+    """Tile the images of all ranks; those of a class-conditional network by class, of prompts by prompt. Collective."""
     images = gathered_images(shown)
     if distributed.rank() == 0:
+        texts = getattr(sampler.prompts, "texts", None)
+        if texts:
+            return save_png(sheet_of_prompts(images, seeds, texts), path)
         labels = sampler.labels(seeds[:len(images)])
         save_png(tile(images) if labels is None else tile_by_class(images, labels.tolist()), path)
+
+
+def sheet_of_prompts(images: Tensor, seeds: Sequence[int], texts: Sequence[str], most: int = 8) -> Tensor:
+    """Under each prompt its images, ``most`` of them, uint8 (3, H', W')."""
+    rows = {}
+    for image, number in zip(images, seeds, strict=False):
+        rows.setdefault(number // PROMPT_STRIDE, []).append(image)
+    return captioned([(texts[p], torch.stack(row[:most])) for p, row in sorted(rows.items())])
 
 
 def tile_by_class(images: Tensor, labels: list[int], most: int = 16) -> Tensor:

@@ -3,20 +3,26 @@
 import re
 from pathlib import Path
 
+from configs.pipelines import is_pipeline, takes_text, unet_settings
 from configs.schema import load_config
 from functions.rng import parse_seeds
 from functions.schedule import make_schedule
 from models import make_codec
 from runners.cli import run_folder, safe_name
+from runners.conditioning import numbered
 from runners.evaluation.logs import json_log
 from runners.evaluation.references import MissingReference, find_reference
 from runners.sampling.classifier import Classifier
 from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
+from runners.sampling.gamma import read_gamma
 from runners.sampling.pictures import open_originals
-from runners.sampling.sampler import check_settings
-from runners.training.checkpoint import RunFolder, refuse_differences
+from runners.sampling.prompts import SEEDS_OF_A_PROMPT, read_prompts
+from runners.sampling.sampler import check_gamma, check_settings
+from runners.sampling.weights import configuration_of, local_weights, stored_config
+from runners.training.checkpoint import RunFolder
 from utils.errors import UserError
+from utils.hub import local_folder
 
 
 class SamplingJob:
@@ -25,31 +31,42 @@ class SamplingJob:
     def __init__(self, args):
         self.args, self.absent = args, []
         self.config, self.weights = self._configure()
+        self.prompts = self._prompts()
+        args.timesteps = args.timesteps or ("30" if self.prompted else "1000")
         self.settings = sampler_settings(args)
         self.guide, self.classifier = self._guide(), self._classifier()
-        self.seeds = self._seeds()
+        self.per_prompt = self._seeds()
+        self.seeds = numbered(max(1, len(self.prompts)), self.per_prompt)
         self.batch_size = args.batch_size or self.config.sampling.batch_size
-        default = args.doc or Path(args.config or "images").stem
+        default = args.doc or Path(args.config or self.weights or args.weights or "images").stem
         name = args.image_folder or default
         folder = Path(name) if Path(name).is_absolute() else Path(args.exp) / "image_samples" / safe_name("-i", name)
-        self.folder = ImageFolder(folder, args.subdirs)
+        self.folder = ImageFolder(folder, args.subdirs, max(1, len(self.prompts)))
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
         json_log(self.fid_log)                               # refuses a name that is the JSON file's own
-        self._check_sampler()
+        self.notes = []
+        if not args.export:
+            self._check_sampler()
 
     def _configure(self):
         """The run's own configuration wins over --config, which must not contradict it."""
         args = self.args
-        self.run = RunFolder(run_folder(args), Path(args.exp) / "datasets")
-        if not (args.config or self.run.config.exists()):
-            raise UserError(f"no configuration: {self.run.config} does not exist, and --config is not given")
-        config = load_config(args.config or self.run.config, args.overrides)
-        if self.run.config.exists() and not args.weights:
-            refuse_differences(load_config(self.run.config), config, self.run.config)
+        file = local_weights(args.weights) if args.weights else None
+        pipeline = file if file and is_pipeline(file) else None
+        alone = file and not (args.doc or args.config)
+        self.run = RunFolder(Path(args.exp) / "logs" / file.stem if alone else run_folder(args),
+                             Path(args.exp) / "datasets")
+        if pipeline:
+            stored = self.run.config if self.run.config.exists() and not alone else pipeline
+            config = load_config(args.config or stored, args.overrides)
+        else:
+            config = configuration_of(self.run, args.config, args.overrides, file)
+        if config.model.arch == "diffusers" and (pipeline or not file and not self.run.path.exists()):
+            return self._configure_pipeline(config, pipeline)
         try:
             ckpt_id = config.sampling.ckpt_id if args.ckpt_id is None else args.ckpt_id
-            weights = Path(args.weights) if args.weights else self.run.weights(ckpt_id, args.model_ema)
+            weights = file or self.run.weights(ckpt_id, args.model_ema)
             if not weights.exists():
                 raise UserError(f"--weights {weights}: no such file")
         except UserError as error:
@@ -59,9 +76,42 @@ class SamplingJob:
             weights = None
         return config, weights
 
+    def _configure_pipeline(self, config, pipeline: Path | None):
+        """A pipeline as it is (weights None), or as the base of what the run has trained."""
+        if pipeline:
+            config = config.replace("model.pretrained", str(pipeline))
+        if not self.args.doc:
+            return config, None
+        ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
+        return config, self.run.weights(ckpt_id, self.args.model_ema)
+
+    @property
+    def weights_name(self) -> str:
+        """What was loaded, for logs."""
+        return str(self.weights or getattr(self.config.model, "pretrained", None))
+
+    def _prompts(self) -> list[str]:
+        """The prompts of a text-to-image network.
+
+        Raises:
+            UserError: None given, or some for a network that takes none.
+        """
+        args, model = self.args, self.config.model
+        self.prompted = model.arch == "diffusers" and takes_text(unet_settings(local_folder(model.pretrained)))
+        given = bool(args.prompt or args.prompt_file or args.negative_prompt)
+        if given and not self.prompted:
+            raise UserError(f"--prompt: the network of {self.weights_name} takes no text")
+        if not self.prompted or args.export:
+            return []
+        if args.prompt and args.prompt_file:
+            raise UserError("--prompt and --prompt_file exclude each other")
+        if not (args.prompt or args.prompt_file):
+            raise UserError("this network makes images of text: give --prompt or --prompt_file")
+        return args.prompt or read_prompts(args.prompt_file)
+
     def _seeds(self) -> list[int]:
         args = self.args
-        default = 8 if self.pictures else 50000
+        default = 8 if self.pictures else SEEDS_OF_A_PROMPT if self.prompts else 50000
         try:
             seeds = parse_seeds(args.seeds) if args.seeds else range(args.num_samples or default)
         except ValueError as error:
@@ -72,13 +122,17 @@ class SamplingJob:
 
     def _guide(self):
         """(configuration, file) of the network that guides by being worse, or None."""
-        path = self.args.guide_weights and Path(self.args.guide_weights)
+        path = self.args.guide_weights and local_weights(self.args.guide_weights)
         if not path:
             return None
         if not path.exists():
             raise UserError(f"--guide_weights {path}: no such file")
         beside = (path if path.is_dir() else path.parent) / "config.yml"
-        return (load_config(beside) if beside.exists() else self.config), path
+        return stored_config(path) or (load_config(beside) if beside.exists() else self.config), path
+
+    def _classifier(self) -> Classifier | None:
+        """Read here already, because its tensors tell its classes and the size of its images."""
+        return Classifier(self.args.classifier, self.config.data.shape, "cpu") if self.args.classifier else None
 
     def _classifier(self) -> Classifier | None:
         """Read here already, because its tensors tell its classes and the size of its images."""
@@ -87,21 +141,27 @@ class SamplingJob:
     def _check_sampler(self) -> None:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
         args, settings, config = self.args, self.settings, self.config
-        self.times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                    config.model, bool(self.guide),
-                                    self.classifier.num_classes if self.classifier else 0)
+        schedule = make_schedule(config.diffusion)
+        self.times = check_settings(settings, config, make_codec(config), has_guide=bool(self.guide),
+                                    num_classes=self.classifier.num_classes if self.classifier else 0,
+                                    prompted=self.prompted)
+        if settings.gamma:
+            check_gamma(read_gamma(settings.gamma), self.times)
         if args.reconstruct:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
             raise UserError("--interpolation needs at least two seeds")
-        if args.save == "none" and not args.fid and not self.grid:
+        if args.save == "none" and not self.wants_fid and not self.grid:
             raise UserError("--save none with --no-fid and --grid 0 leaves nothing to do")
-        self.notes = []
         if str(args.timesteps).isdigit() and len(self.times) != int(args.timesteps):
-            self.notes.append(f"{settings.skip_type} gives {len(self.times)} distinct steps for --timesteps "
-                              f"{args.timesteps}")
+            self.notes.append(f"{settings.skip_type or schedule.skip_type} gives {len(self.times)} distinct steps for "
+                              f"--timesteps {args.timesteps}")
+        start = schedule.level(self.times[-1])
+        if settings.sigma_max and start < 0.99 * settings.sigma_max:
+            self.notes.append(f"the chain starts from level {start:.4g}, not from --sigma_max {settings.sigma_max:g}, "
+                              "which this network does not know")
         recorded = getattr(config.model, "var_type", settings.var_type)
-        if settings.sample_type == "ddpm_noisy" and config.model.gives_variances and settings.var_type != "learned":
+        if settings.sample_type == "ddpm_noisy" and config.model.learns_variance and settings.var_type != "learned":
             self.notes.append(f"sampling with --var_type {settings.var_type}; this network has learned its variances, "
                               "which --var_type learned uses")
         elif settings.sample_type == "ddpm_noisy" and settings.var_type != recorded:
@@ -110,8 +170,10 @@ class SamplingJob:
 
     def _check_reconstruction(self) -> None:
         args = self.args
-        if self.settings.sample_type == "ddpm_noisy" or self.settings.eta or self.settings.churn:
-            raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, not ddpm_noisy")
+        settings = self.settings
+        if settings.sample_type == "ddpm_noisy" or settings.eta or settings.churn or settings.restart or settings.gamma:
+            raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, --restart or "
+                            "analytic variance, not ddpm_noisy")
         found = len(open_originals(args.reconstruct, self.config))
         if max(self.seeds) >= found:
             raise UserError(f"--reconstruct {args.reconstruct} has {found} images; lower --num_samples")
@@ -129,7 +191,12 @@ class SamplingJob:
 
     @property
     def seed_text(self) -> str:
-        return self.args.seeds or f"0-{len(self.seeds) - 1}"
+        return self.args.seeds or f"0-{len(self.per_prompt) - 1}"
+
+    @property
+    def wants_fid(self) -> bool:
+        """Images of a few prompts are compared with nothing unless a reference is named."""
+        return self.args.fid and not self.args.export and bool(self.args.fid_stats or not self.prompts)
 
     @property
     def pictures(self) -> bool:
@@ -138,7 +205,7 @@ class SamplingJob:
     def reference(self):
         """The checked FID reference, or None where no FID is wanted."""
         args = self.args
-        if not args.fid or self.pictures:
+        if not self.wants_fid or self.pictures:
             return None
         try:
             return find_reference(self.config, None if args.fid_stats == "auto" else args.fid_stats, args.preprocess,

@@ -29,7 +29,7 @@ def interpolation_grid(sampler: Sampler, seeds: list[int], columns: int = 11) ->
         a, b = (SeededNoise([seed], sampler.device).randn(shape)[0] for seed in (first, second))
         x = torch.stack([slerp(a, b, i / (columns - 1)) for i in range(columns)])
         same = [first] * columns                                      # with eta > 0 a row shares its later draws too
-        rows.append(to_uint8(sampler.run(x, SeededNoise(same, sampler.device), sampler.labels(same))))
+        rows.append(to_uint8(sampler.run(x, SeededNoise(same, sampler.device), sampler.condition(same))))
     return tile(torch.cat(rows), columns)
 
 
@@ -69,10 +69,10 @@ def reconstruct(sampler: Sampler, path: str, originals, indices: list[int], batc
     for start in range(0, len(indices), batch_size):
         chunk = indices[start:start + batch_size]
         images = torch.from_numpy(np.stack([originals.read(i) for i in chunk])).permute(0, 3, 1, 2)
-        x0, labels = codec.encode(images.to(sampler.device)), sampler.labels(chunk)
-        latent = ddim_inversion(sampler.conditioned(labels), x0, sampler.times,
+        x0, condition = codec.encode(images.to(sampler.device)), sampler.condition(chunk)
+        latent = ddim_inversion(sampler.conditioned(condition), x0, sampler.times,
                                 eps_scaler=sampler.settings.eps_scaler)
-        decoded = sampler.run(latent, SeededNoise(chunk, sampler.device), labels, start=sampler.times[-1])
+        decoded = sampler.run(latent, SeededNoise(chunk, sampler.device), condition, start=sampler.times[-1])
         pairs.append(torch.stack([codec.decode(x0), decoded], 1))
     pairs = torch.cat(pairs).cpu()                                          # (N, 2, C, H, W) in [0, 1]
     error = (pairs[:, 1] - pairs[:, 0]).flatten(1)                          # (N, C H W)

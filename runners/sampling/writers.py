@@ -3,6 +3,7 @@
 A writer is told of batches by the position of their first image in the whole list, and knows which are there already.
 """
 
+import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,17 +66,38 @@ class NpzWriter:
         c, h, w = shape
         self.target = folder / f"samples_{count}x{h}x{w}x{c}.npz"
         self.rows, self.flags = folder / f".{self.target.stem}.npy", folder / f".{self.target.stem}.done.npy"
-        self.finished = self.target.exists()
+        self.finished = distributed.on_rank_zero(lambda: self._prepare((count, h, w, c)))
         if self.finished:
             with np.load(self.target) as file:
                 self.array = file["arr_0"]
             return
-        if distributed.rank() == 0 and not self.flags.exists():
-            np.lib.format.open_memmap(self.rows, "w+", np.uint8, (count, h, w, c)).flush()
-            atomic_write(self.flags, lambda file: np.save(file, np.zeros(count, np.uint8)))
-        distributed.barrier()
         self.array = np.load(self.rows, mmap_mode="r+")
         self.done = np.load(self.flags, mmap_mode="r+")
+
+    def _prepare(self, shape: tuple[int, ...]) -> bool:
+        """Whether the file is there already; else the rows are allocated, for a full disk would kill whoever maps them.
+
+        Raises:
+            DataError: No room for them.
+        """
+        if self.target.exists():
+            self._remove_rows()                                # of a process killed just after it had made the target
+        elif not self.flags.exists():
+            try:
+                np.lib.format.open_memmap(self.rows, "w+", np.uint8, shape).flush()
+                with open(self.rows, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            except OSError as error:
+                size = np.prod(shape) / 2**20
+                self.rows.unlink(missing_ok=True)
+                raise DataError(f"--save npz needs {size:,.1f} MiB in {self.target.parent} and as much again for the "
+                                f"archive: {error.strerror}") from None
+            atomic_write(self.flags, lambda file: np.save(file, np.zeros(shape[0], np.uint8)))
+        return self.target.exists()
+
+    def _remove_rows(self) -> None:
+        self.flags.unlink(missing_ok=True)                     # first: rows without flags are made anew
+        self.rows.unlink(missing_ok=True)
 
     def has(self, start: int, seeds: list[int]) -> bool:
         return self.finished or bool(self.done[start:start + len(seeds)].all())
@@ -95,8 +117,7 @@ class NpzWriter:
         if distributed.rank() == 0:
             with atomic_path(self.target) as temporary, zipfile.ZipFile(temporary, "w") as file:
                 file.write(self.rows, "arr_0.npy")
-            self.rows.unlink()
-            self.flags.unlink()
+            self._remove_rows()
 
 
 class NoWriter:

@@ -36,14 +36,20 @@ class Cell:
     def key(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
-    def sampler(self, scaler=None) -> SamplerSettings:
-        """The settings, with ``scaler`` in the place of a fit."""
-        return SamplerSettings(**(self.settings | {"eps_scaler": scaler} if self.fits else self.settings))
+    def sampler(self, scaler=None, gamma: str | None = None) -> SamplerSettings:
+        """The settings, with ``scaler`` in the place of a fit and the file ``gamma`` in that of a measurement."""
+        changes = {"eps_scaler": scaler} if self.fits else {}
+        return SamplerSettings(**self.settings | changes | ({"gamma": gamma} if gamma else {}))
 
     @property
     def fits(self) -> bool:
         """Whether its epsilon scaling is to be fitted."""
         return self.settings.get("eps_scaler") == "fit"
+
+    @property
+    def measures_gamma(self) -> bool:
+        """Whether the variances are analytic, of a Gamma that is to be measured."""
+        return self.settings.get("gamma") == "measure"
 
     @property
     def label(self) -> str:

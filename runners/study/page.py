@@ -72,12 +72,16 @@ def to_markdown(title: str, blocks: list, folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_html(title: str, blocks: list) -> str:
-    """One page with everything inside; tables scroll in their own box where the screen is narrow."""
+def to_html(title: str, blocks: list, style: str = "") -> str:
+    """One page with everything inside; tables scroll in their own box where the screen is narrow.
+
+    Args:
+        style: Rules that follow the page's own.
+    """
     body = "\n".join(_html(block) for block in blocks)
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-            f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n")
+            f"<style>{STYLE}{style}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n")
 
 
 def _html(block) -> str:

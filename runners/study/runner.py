@@ -11,22 +11,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configs.reading import parse_yaml
+from configs.sampling import SamplerSettings
 from configs.schema import Config, Data, Training, load_config
 from configs.study import Study, load_study, study_yaml
 from datasets import find_dataset
-from datasets.packed import open_images
-from functions.denoising import network_calls
+from functions.prediction import make_prediction
 from functions.schedule import make_schedule
 from models import make_codec
 from models.inception import load_inception
 from runners import distributed
 from runners.cli import safe_name
 from runners.diagnosis.measures import Diagnosis
+from runners.diagnosis.trajectories import Trajectories
 from runners.diffusion import Diffusion
 from runners.evaluation.metrics import Evaluation, append_log, find_reference, make_reference
 from runners.network import explain_out_of_memory
+from runners.sampling.folder import gamma_fingerprint
+from runners.sampling.gamma import write_gamma
 from runners.sampling.generation import generate_and_measure, write_grid
-from runners.sampling.sampler import Sampler, check_settings
+from runners.sampling.sampler import Sampler, calls_of, check_settings
 from runners.study.grid import Cell, cells_of, drop_broken_lines, read_cells
 from runners.training.checkpoint import RunFolder, differences
 from runners.training.plan import Plan
@@ -113,10 +116,9 @@ class StudyJob:
         self.calls = {}                                              # network calls for each image, by Cell.key
         for cell in self.all_cells:
             settings, config = cell.sampler(), self.configs[cell.doc]
-            times = check_settings(settings, make_schedule(config.diffusion), make_codec(config),
-                                   config.model)
-            guided = settings.guidance not in (None, 1)
-            self.calls[cell.key] = network_calls(settings.sample_type, len(times)) * (1 + guided)
+            times = check_settings(settings, config, make_codec(config))
+            schedule = make_schedule(config.diffusion)
+            self.calls[cell.key] = calls_of(settings, schedule, make_prediction(config.diffusion), times)
         find_dataset(self.any_config, self.datasets)
         self._refuse_mixing()
         self.reference()
@@ -282,7 +284,7 @@ class StudyRunner:
         details = {
             "study": asdict(cell), "weights": str(path), "weights_fingerprint": weights.fingerprint,
             "weights_kind": weights.kind, "step": self.job.step(cell.images_seen),
-            "sampler": sampler.settings.model_dump(mode="json"), "fit": fit,
+            "sampler": {**sampler.settings.model_dump(mode="json"), **gamma_fingerprint(sampler.settings)}, "fit": fit,
             "network_calls": self.job.calls[cell.key],
             "seeds": f"0-{study.num_images - 1}", "batch_size": batch_size, "amp": "off",
             "device": str(diffusion.device), "sampling_seconds": round(made.seconds, 2),
@@ -292,14 +294,25 @@ class StudyRunner:
         return {**details, **made.results}
 
     def _resolve(self, cell: Cell, diffusion: Diffusion) -> tuple[Sampler, dict | None]:
-        """The sampler, with a number for ``eps_scaler: fit``, and that fit."""
-        if not cell.fits:
+        """The sampler, with a number for ``eps_scaler: fit`` and a file for ``gamma: measure``, and that fit."""
+        if not (cell.fits or cell.measures_gamma):
             return diffusion.sampler(cell.sampler()), None
-        images = open_images(diffusion.config, self.job.datasets, "train", self.device)
-        diagnosis = Diagnosis(diffusion, images, cell.sampler(), num_images=self.job.study.fit_images,
-                              batch_size=diffusion.config.sampling.batch_size)
-        fit, _ = diagnosis.fit("constant")
-        return diffusion.sampler(cell.sampler(fit.b)), fit._asdict()
+        images = diffusion.open_images(self.job.datasets)
+
+        def diagnosis(settings):
+            return Diagnosis(diffusion, images, settings, num_images=self.job.study.fit_images,
+                             batch_size=diffusion.config.sampling.batch_size)
+
+        gamma = fit = None
+        if cell.measures_gamma:
+            path = self.job.folder / "gamma" / f"{cell.file_name}.json"
+            plain = SamplerSettings(timesteps=cell.settings["timesteps"], skip_type=cell.settings.get("skip_type"))
+            rows = Trajectories(diagnosis(plain)).gammas()
+            distributed.on_rank_zero(lambda: write_gamma(path, rows, diffusion, {"run": cell.doc}))
+            gamma = str(path)
+        if cell.fits:
+            fit, _ = diagnosis(cell.sampler(gamma=gamma)).fit("constant")
+        return diffusion.sampler(cell.sampler(fit and fit.b, gamma)), fit and fit._asdict()
 
     def _stop_if_told(self) -> None:
         event = max(distributed.gather_objects(self.signals.signum))

@@ -1,27 +1,23 @@
-"""The run folder exp/logs/DOC: its files, its lock, and full training states that survive anything."""
+"""The run folder exp/logs/DOC: its files, its lock, and what may continue in it."""
 
 import logging
 import os
 import re
-import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import torch
 
 from configs.networks import Network
 from configs.schema import Config, load_config, save_config
 from runners import distributed
-from utils.atomic import atomic_path, atomic_write, remove_leftovers
-from utils.errors import DataError, DivergedError, SaveError, UserError
+from runners.training.adopting import is_ours, take_over
+from utils.atomic import remove_leftovers
+from utils.errors import DataError, UserError
 from utils.locks import lock_folder
 from utils.safe_load import load_torch
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 1
 
 
 class RunFolder:
@@ -86,23 +82,32 @@ class RunFolder:
         raise UserError(f"{wanted} in {self.path}; " + (f"there are: {', '.join(map(str, known))}" if known else
                         "train first, or name a file with --weights"))
 
-    def prepare(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+    def prepare(self, config: Config, *, resume: bool, overwrite: bool, judge: Callable | None = None) -> None:
         """Make the folder ready for a run and write its config.yml.
+
+        Args:
+            judge: Refuses a state that cannot be gone on from; see ``runners.training.resuming.Judge``.
 
         Raises:
             UserError: It already holds checkpoints and neither flag is given, or resuming would change the network,
                 the data or the process.
         """
         self.check(config, resume=resume, overwrite=overwrite)
+        if resume and self.full_states() and self.config.exists():
+            for line in differences(load_config(self.config), config, MAY_CHANGE):
+                log.warning("resuming with another setting: %s", line)
         if overwrite and (self.full_states() or self.averages()):
             backup = self.path.with_name(f"{self.path.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(self.path, backup)
             log.info("%s moved to %s", self.path, backup)
-        self._loaded = self.load_newest() if resume else None      # before anything is changed
-        if resume and not self._loaded:
+        found = self.load_newest(judge) if resume else None         # before anything is changed
+        self._loaded = found if judge else None                     # one that nobody has judged is read again
+        if resume and not found:
             log.info("%s holds no checkpoint yet: starting fresh", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
+        if found and "adopted" in found[0]:
+            take_over(self.path, found[0])
         save_config(config, self.config)
 
     def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -117,36 +122,46 @@ class RunFolder:
                             f"--init_from {self.averages()[0]}")
         if resume and self.full_states() and self.config.exists():
             stored = load_config(self.config)
-            refuse_differences(stored, config, self.config, DECIDE_A_RUN)
-            for line in differences(stored, config, {"training": None, "optim": None}):
-                log.warning("resuming with another setting: %s", line)
+            refuse_differences(stored, config, self.config, DECIDE_A_RUN if self._is_ours() else DECIDE_ADOPTION)
 
-    def load_newest(self) -> tuple[dict, Path] | None:
+    def _is_ours(self) -> bool:
+        """Whether this program wrote the folder's configuration: the others keep the loss on their command line."""
+        return any(line.startswith("loss:") for line in self.config.read_text(errors="replace").splitlines())
+
+    def load_newest(self, judge: Callable | None = None) -> tuple[dict, Path] | None:
         """The newest full state that is whole; broken ones are named in a warning and passed over.
 
+        Args:
+            judge: ``judge(content, path)`` gives the state to go on from, DataError where that is not possible.
+
         Raises:
-            DataError: There are checkpoints, and none can be read.
+            DataError: There are checkpoints, and none can be used; gives the reason for the newest.
         """
         if self._loaded:
             found, self._loaded = self._loaded, None
             return found
-        states = self.full_states()
+        states, reasons = self.full_states(), []
         for path in states:
             try:
                 state = load_torch(path)
-                if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION or "step" not in state:
-                    raise UserError(f"{path} is not a full state of this program; start another --doc with "
-                                    f"--init_from {path}")
+                if judge:
+                    state = judge(state, path)
+                elif not is_ours(state):
+                    raise DataError(f"{path} is not a full state of this program")
                 return state, path
             except DataError as error:
-                log.warning("%s; trying the one before", error)
+                reasons.append(str(error))
+                if len(reasons) < len(states):
+                    log.warning("%s; trying the one before", error)
         if states:
-            raise DataError(f"{self.path}: none of the {len(states)} checkpoints can be read; --overwrite starts anew")
+            raise DataError(f"{self.path}: none of the {len(states)} checkpoints can be used; --overwrite starts anew. "
+                            f"The newest: {reasons[0]}")
         return None
 
 
 @contextmanager
-def prepared(run: RunFolder, config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+def prepared(run: RunFolder, config: Config, *, resume: bool, overwrite: bool,
+             judge: Callable | None = None) -> Iterator[RunFolder]:
     """Hold the lock of the run's folder and make it ready for ``config``. Collective: rank 0 does it.
 
     Raises:
@@ -154,114 +169,8 @@ def prepared(run: RunFolder, config: Config, *, resume: bool, overwrite: bool) -
     """
     with ExitStack() as held:
         distributed.on_rank_zero(lambda: held.enter_context(lock_folder(run.path)))
-        distributed.on_rank_zero(lambda: run.prepare(config, resume=resume, overwrite=overwrite))
+        distributed.on_rank_zero(lambda: run.prepare(config, resume=resume, overwrite=overwrite, judge=judge))
         yield run
-
-
-class CheckpointWriter:
-    """Writes states from a background thread, one at a time.
-
-    A write that fails (a full disk) leaves the old files whole; it is logged, and training goes on. Files are written
-    by rank 0; on the other ranks nothing happens.
-
-    Args:
-        run: Where to.
-        keep_last, keep_every: Retention, see training.keep_last. Only snapshots that this run wrote are ever removed.
-        snapshots: Epochs of the snapshots that this run has written so far.
-    """
-
-    def __init__(self, run: RunFolder, keep_last: int | None, keep_every: int | None, snapshots: list[int]):
-        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
-        self.snapshots, self.failure = snapshots, None
-        self._thread, self._pending = ThreadPoolExecutor(1), None
-
-    def save(self, state: dict, epoch: int | None = None) -> None:
-        """Write ckpt.pth; with ``epoch`` also ckpt_{epoch}.pth and model_{epoch}_ema.pth."""
-        self._wait()
-        if epoch is not None and epoch not in self.snapshots:
-            self.snapshots.append(epoch)
-        state = to_host({**state, "snapshots": list(self.snapshots)})
-        self._pending = self._thread.submit(self._write, state, epoch)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._thread.shutdown()                              # whatever happened, a write under way is finished
-
-    def close(self) -> None:
-        """Wait for the last write.
-
-        Raises:
-            SaveError: It failed.
-        """
-        self._wait()
-        if self.failure:
-            raise SaveError(f"the last checkpoint could not be saved: {self.failure}; free some space and resume")
-
-    def _wait(self) -> None:
-        if self._pending:
-            self._pending.result()
-
-    def _write(self, state: dict, epoch: int | None) -> None:
-        try:
-            path = self.run.path / "ckpt.pth"
-            if epoch is None:
-                atomic_write(path, lambda file: torch.save(state, file))
-            else:                                            # ckpt.pth last: a kill in between costs no snapshot
-                if state["ema"] is not None:
-                    average = self.run.path / f"model_{epoch}_ema.pth"
-                    atomic_write(average, lambda file: torch.save(state["ema"], file))
-                self._write_profiles(state, epoch)
-                snapshot = self.run.path / f"ckpt_{epoch}.pth"
-                atomic_write(snapshot, lambda file: torch.save(state, file))
-                with atomic_path(path) as temporary:
-                    shutil.copyfile(snapshot, temporary)
-                self._remove_old(state["best_fid"])
-            self.failure = None
-            log.info("saved %s at step %d", path, state["step"])
-        except (OSError, RuntimeError) as error:             # torch.save turns a full disk into a RuntimeError
-            self.failure = error
-            log.error("SAVING FAILED, training goes on with the old checkpoint: %s", error)
-
-    def _write_profiles(self, state: dict, epoch: int) -> None:
-        """phema_{epoch}_{length}.pth for each power-function average: what ``--ema_length`` makes others from."""
-        averages = [state["ema"], *state["more_averages"].values()]
-        for kind, average in zip(state["config"]["training"]["ema"], averages, strict=False):
-            if kind["length"] is not None:
-                content = {"step": state["step"], "length": kind["length"], "weights": average}
-                path = self.run.path / f"phema_{epoch}_{kind['length']:.3f}.pth"
-                atomic_write(path, lambda file, content=content: torch.save(content, file))
-
-    def _remove_old(self, best: dict | None) -> None:
-        if self.keep_last is None:
-            return
-        for epoch in self.snapshots[:-self.keep_last]:
-            if epoch != (best and best["snapshot"]) and not (self.keep_every and epoch % self.keep_every == 0):
-                self.snapshots.remove(epoch)
-                for name in (f"ckpt_{epoch}.pth", f"model_{epoch}_ema.pth"):
-                    (self.run.path / name).unlink(missing_ok=True)
-
-
-def to_host(value):
-    """A copy on the CPU of nested dictionaries and lists of tensors, which later steps cannot change."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_host(item) for key, item in value.items()}
-    return [to_host(item) for item in value] if isinstance(value, list) else value
-
-
-def refuse_non_finite(state: dict) -> None:
-    """DivergedError if a weight, an average or a moment is not finite."""
-    moments = {f"{index} {name}": value for index, slots in state["optimizer"]["state"].items()
-               for name, value in slots.items() if isinstance(value, torch.Tensor)}
-    for kind, tensors in (("model weight", state["model"]), ("ema weight", state["ema"]), ("optimizer state", moments),
-                          *((f"average ({name})", each) for name, each in state["more_averages"].items())):
-        for name, tensor in (tensors or {}).items():
-            if not torch.isfinite(tensor).all():
-                raise DivergedError(f"{kind} {name} is not finite at step {state['step']}; nothing is saved, the last "
-                                    "checkpoint is kept. Lower optim.lr, or set optim.grad_clip")
 
 
 # What makes two configurations the same network on the same images; None: every key of the section counts.
@@ -276,18 +185,32 @@ DECIDE_IMAGES = {
 DECIDE_A_RUN = {**DECIDE_IMAGES, "loss": None, "optim": ("optimizer", "amsgrad")}
 
 
+# What a run of another program keeps when it becomes one of this program.
+DECIDE_ADOPTION = {**DECIDE_IMAGES, "optim": ("optimizer", "amsgrad")}
+# What may change when a run is resumed, but changes what it computes: a warning names it.
+MAY_CHANGE = {"data": ("random_flip", "validation_fraction", "labels", "max_size"), "model": ("dropout",),
+              "training": None, "optim": None}
+
+
 def differences(stored: Config, given: Config, sections: dict) -> list[str]:
+    """The keys of ``sections`` with other values, in words; of ``model`` all or those named."""
     found = []
     for section, keys in sections.items():
-        old, new = (_plain(getattr(config, section)) for config in (stored, given))
-        found += [f"{section}.{key} is {old.get(key)!r} there, {new.get(key)!r} here" for key in {**old, **new}
-                  if (keys is None or key in keys) and old.get(key) != new.get(key)]
+        old, new = (_plain(getattr(config, section), keys) for config in (stored, given))
+        found += [f"{section}.{key} is {_told(old.get(key))} there, {_told(new.get(key))} here"
+                  for key in {**old, **new} if old.get(key) != new.get(key)]
     return found
 
 
-def _plain(section) -> dict:
-    """Keys and values; of ``model`` those that decide what the weights compute."""
-    return section.essence() if isinstance(section, Network) else dict(section)
+def _plain(section, keys: tuple | None) -> dict:
+    """Keys and values; of ``model``, unless they are named, those that decide what the weights compute."""
+    if keys is None:
+        return section.essence() if isinstance(section, Network) else dict(section)
+    return {key: value for key, value in section if key in keys}
+
+
+def _told(value) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else repr(value)
 
 
 def refuse_differences(stored: Config, given: Config, where: Path, sections: dict = DECIDE_IMAGES) -> None:

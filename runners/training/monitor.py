@@ -1,4 +1,4 @@
-"""What a training run shows: metrics.jsonl, TensorBoard, the log file, the progress bar, sample grids."""
+"""What a training run shows: metrics.jsonl, curves, the log file, the progress bar, sample grids."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from runners import distributed
 from runners.training.checkpoint import RunFolder
+from runners.training.loggers import LOGGERS
 from utils.atomic import write_text
-from utils.png import save_png, tile
+from utils.png import save_png
+from utils.text import LineFormatter
 
 log = logging.getLogger(__name__)
 LOSSES = ("loss", "loss_base", "loss_sequence", "loss_bits")         # the last only with a variational bound
@@ -33,22 +36,20 @@ class Monitor:
     """
 
     def __init__(self, run: RunFolder, plan, device: torch.device, first_step: int, sums: list | None = None,
-                 has_bits: bool = False):
+                 has_bits: bool = False, loggers: Sequence[str] = ("tensorboard",), config: dict | None = None):
         self.run, self.plan, self.device, self.has_bits = run, plan, device, has_bits
         self.sums = torch.zeros(len(LOSSES) + 2 * QUARTILES + 4, dtype=torch.float64, device=device)
         if sums is not None:                         # the part of an interval that a resumed run had already seen
             mine = sums[distributed.rank()] if len(sums) == plan.world_size else []
             if len(mine) == len(self.sums):          # else of a version with fewer losses
                 self.sums += torch.tensor(mine, dtype=torch.float64, device=device)
-        self.started, self.first_step = time.perf_counter(), first_step
-        self.board = self.bar = None
+        self.started, self.steps_timed = time.perf_counter(), 0
+        self.loggers, self.bar = [], None
         if distributed.rank() == 0:
             self.history = deque(keep_lines_before(run.metrics, first_step), maxlen=HISTORY)
             self.bar = tqdm(total=plan.last_step, initial=first_step, unit="step", dynamic_ncols=True,
                             disable=not sys.stderr.isatty())
-            from torch.utils.tensorboard import SummaryWriter  # 1 s that only training pays for
-
-            self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step)
+            self.loggers = [LOGGERS[name](run.path, first_step, config or {}) for name in loggers]
 
     def add(self, terms, ranks: Tensor) -> None:
         """Count one shard: LossTerms of (b,) and the ranks of its times, in [0, 1), (b,).
@@ -71,8 +72,20 @@ class Monitor:
         self.sums[-3] += torch.where(bad, 0, grad_norm.detach())
         self.sums[-2] += 1
         self.sums[-1] += bad
+        self.steps_timed += 1
         if self.bar is not None:
             self.bar.update()
+
+    @contextmanager
+    def paused(self):
+        """The time of this block is not training time: pictures, validation, FID."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)      # steps that are still under way belong to the time before
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - before
 
     def publish(self, step: int, lr: float) -> dict:
         """Means over all ranks since the last call, as a line of metrics.jsonl. Collective."""
@@ -87,10 +100,11 @@ class Monitor:
         sums, counts = values[len(LOSSES):len(LOSSES) + QUARTILES], values[len(LOSSES) + QUARTILES:]
         line |= {f"loss_base_q{q + 1}": _mean(s, n) for q, (s, n) in enumerate(zip(sums, counts, strict=True))}
         line |= {"grad_norm": _mean(grad_norm, steps - bad), "lr": lr, "skipped_steps": int(bad),
-                 "images_per_s": steps * self.plan.global_batch / elapsed}
+                 "images_per_s": self.steps_timed * self.plan.global_batch / elapsed}
         if self.device.type == "cuda":
             line["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.sums.zero_()
+        self.steps_timed = 0
         if self.bar is not None:
             self._write(line)
         return line
@@ -113,7 +127,8 @@ class Monitor:
                 file.write(json.dumps(line) + "\n")
             for key, value in line.items():
                 if key not in ("step", "epoch", "spikes") and value is not None:
-                    self.board.add_scalar(key, value, line["step"])
+                    for logger in self.loggers:
+                        logger.scalar(key, value, line["step"])
 
     @contextmanager
     def _despite_full_disk(self):
@@ -135,17 +150,18 @@ class Monitor:
             line["spikes"] = spikes
         self.history.append(line)
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """One value beside the regular lines, such as a validation loss. Rank 0 only."""
+    def scalar(self, name: str, value: float, step: int, told: bool = False) -> None:
+        """One value beside the regular lines, such as a validation loss; ``told``: not in the log. Rank 0 only."""
         self._record({"step": step, name: value})
-        log.info("step %d  %s %.5g", step, name, value)
+        if not told:
+            log.info("step %d  %s %.5g", step, name, value)
 
-    def grid(self, images: Tensor, epoch: int, step: int) -> None:
-        """Write samples/{epoch}.png from uint8 (N, C, H, W). Rank 0 only."""
-        tiled = tile(images)
+    def grid(self, sheet: Tensor, step: int) -> None:
+        """Write samples/{step}.png, a picture of uint8 (C, H, W). Rank 0 only."""
         with self._despite_full_disk():
-            save_png(tiled, self.run.path / "samples" / f"{epoch}.png")
-            self.board.add_image("samples", tiled, step)
+            save_png(sheet, self.run.path / "samples" / f"{step:07d}.png")
+            for logger in self.loggers:
+                logger.image("samples", sheet, step)
 
     def state(self) -> list:
         """What a checkpoint keeps, so that a resumed run logs the same means. Collective."""
@@ -155,7 +171,8 @@ class Monitor:
         if self.bar is not None:
             self.bar.close()
             with self._despite_full_disk():
-                self.board.close()
+                for logger in self.loggers:
+                    logger.close()
 
 
 class _LogFile(logging.FileHandler):
@@ -177,8 +194,10 @@ def log_to_file(run: RunFolder):
         return
     run.path.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(run.path / "stdout.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
+    if run.comment:
+        log.info("%s", run.comment)
     try:
         with logging_redirect_tqdm() if sys.stderr.isatty() else nullcontext():
             yield

@@ -1,5 +1,6 @@
 """How a global batch is cut into processes and network calls, and how many steps a run has."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from torch import Tensor
 from configs.schema import Training
 from datasets.order import batch_indices, steps_per_epoch
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,21 @@ class Plan:
         """
         process_batch, micro_batch, accumulate = split_batch(training, world_size)
         total = training.n_epochs * steps_per_epoch(num_images, process_batch * world_size)
+        if training.total_images:
+            total = -(-training.total_images // (process_batch * world_size))
         total = min(total, training.max_steps or total)
         return cls(num_images, world_size, rank, micro_batch, accumulate, total, min(total, max_steps or total),
                    training.seed)
+
+    def say_where_it_ends(self, training: Training, max_steps: int | None) -> None:
+        """Which of several limits counts; one line in the log where the caller gave one that is not the run's end."""
+        if max_steps and max_steps < self.total_steps:
+            log.info("--max_steps %d ends this call; the run and its learning rate schedule end at step %d",
+                     max_steps, self.total_steps)
+        elif max_steps and max_steps > self.total_steps:
+            limit = "training.max_steps" if self.total_steps == training.max_steps else \
+                f"training.n_epochs {training.n_epochs}"
+            log.info("--max_steps %d is beyond the run, which %s ends at step %d", max_steps, limit, self.total_steps)
 
     @property
     def global_batch(self) -> int:

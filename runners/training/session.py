@@ -9,17 +9,20 @@ from itertools import tee
 import torch
 from torch import Tensor
 
-from datasets.packed import open_images
+from datasets.latents import choose_variant
 from functions.losses import sequence_aware_loss
-from functions.pixels import to_uint8
 from functions.timesteps import TimeSampler
 from runners import distributed
-from runners.network import Network, resolve_amp, resolve_compile
-from runners.training.checkpoint import FORMAT_VERSION, CheckpointWriter, RunFolder, refuse_non_finite
+from runners.network import AMP, Network, amp_name, explain_amp, resolve_amp, resolve_compile
+from runners.training.adopting import FORMAT_VERSION
+from runners.training.checkpoint import RunFolder
+from runners.training.grids import training_sheet
 from runners.training.monitor import Monitor
 from runners.training.periodic_fid import PeriodicFid
 from runners.training.plan import Plan
+from runners.training.resuming import Judge, data_identity
 from runners.training.state import TrainingState
+from runners.training.writer import CheckpointWriter, refuse_non_finite
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ class Session:
         plan: Batches, shards and steps.
         images: ImageStore of the training images.
         signals: Whose vote saves and stops.
-        resume: Continue from the newest checkpoint, if there is one.
+        judge: Continue from the newest checkpoint, if there is one that passes it; None: start anew.
 
     Attributes:
         network: What a training step differentiates.
@@ -43,80 +46,111 @@ class Session:
         event: Outcome of the last vote: 0, Signals.SAVE, or the signal that ends the run.
     """
 
-    def __init__(self, diffusion, run: RunFolder, plan: Plan, images, signals, resume: bool):
+    def __init__(self, diffusion, run: RunFolder, plan: Plan, images, signals, judge: Judge | None):
         training = diffusion.config.training
         self.diffusion, self.run, self.plan, self.images, self.signals = diffusion, run, plan, images, signals
         self.training, self.held = training, ExitStack()
         self.network, self.state = self._prepare()
         diffusion.averages = self.state.averages
-        stored = self._restore() if resume else {}
+        self.data = data_identity(images)
+        stored = self._restore(judge) if judge else {}
+        if diffusion.inherited and not stored:
+            self.state.load_state_dict(diffusion.inherited)
+        diffusion.inherited = None                   # it is as large as the state itself
         self.step, self.best = stored.get("step", 0), stored.get("best_fid")
+        self.event, self.line, self.saved_at, self.began = 0, {}, time.monotonic(), time.monotonic()
+        self.first_grid_due = self.step == 0 and training.first_grid_minutes > 0
+        self._snapshots, self._sums = stored.get("snapshots") or [], stored.get("metric_sums")
+
+    def open(self) -> None:
+        """Open what a step reports to; nothing of an earlier run is touched before."""
+        training, diffusion = self.training, self.diffusion
         self.writer = self.held.enter_context(
-            CheckpointWriter(run, training.keep_last, training.keep_every, stored.get("snapshots", [])))
-        self.monitor = Monitor(run, plan, diffusion.device, self.step, stored.get("metric_sums"),
-                               diffusion.config.loss.variational != "none")
+            CheckpointWriter(self.run, training.keep_last, training.keep_every, self._snapshots))
+        self.monitor = Monitor(self.run, self.plan, diffusion.device, self.step, self._sums,
+                               diffusion.config.loss.variational != "none", training.loggers,
+                               diffusion.config.model_dump(mode="json"))
         self.held_out = self._open_held_out()
         self.fid = PeriodicFid(diffusion.config, diffusion.device) if training.fid_freq else None
         self.batches = self._batches()
-        self.event, self.line, self.saved_at = 0, {}, time.monotonic()
 
     def __enter__(self):
         return self
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier call has done all steps of this one."""
+        return self.step >= self.plan.last_step
 
     def __exit__(self, *exception) -> None:
         self.held.close()
 
     @property
     def goes_on(self) -> bool:
-        return self.step < self.plan.last_step and self.event <= self.signals.SAVE
+        return not self.finished and self.event <= self.signals.SAVE
 
     # ---------------------------------------------------------------------------------------------------- beginning
 
     def _prepare(self) -> tuple[Network, TrainingState]:
         diffusion, training, plan = self.diffusion, self.training, self.plan
-        amp = resolve_amp(training.amp, diffusion.device)
+        amp = distributed.on_rank_zero(lambda: resolve_amp(training.amp, diffusion.device))    # CPUs may differ
         state = TrainingState(diffusion.model, diffusion.config, plan.total_steps, plan.global_batch,
                               loss_scaling=amp is torch.float16)
         compiled = resolve_compile(training.compile, diffusion.device, plan.last_step)
         log.info("%d images, %d steps in an epoch, %d in this run; batch %d = %d processes x %d calls x %d images; "
                  "%s, amp %s, compile %s", plan.num_images, plan.steps_per_epoch, plan.last_step, plan.global_batch,
-                 plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device, amp or "off",
+                 plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device,
+                 explain_amp(training.amp, diffusion.device),
                  "on" if compiled else "off")
         return Network(diffusion.model, diffusion.device, amp, compiled=compiled, ddp=plan.world_size > 1,
                        accumulate=plan.accumulate), state
 
-    def _restore(self) -> dict:
+    def _restore(self, judge: Judge) -> dict:
         """Continue from the newest full state that is whole; an empty dictionary where there is none.
 
         Raises:
             UserError: The ranks do not see the same run folder.
         """
-        found = self.run.load_newest()
+        found = self.run.load_newest(judge)
         if len(set(distributed.gather_objects(found and found[0]["step"]))) > 1:
             raise UserError(f"the ranks find different checkpoints in {self.run.path}; it must lie on a shared file "
                             "system")
         if found is None:
             return {}
         stored, path = found
+        self._keep_precision(stored)
         self.state.load_state_dict(stored)
         log.info("resumed from %s: step %d, epoch %d", path, stored["step"], stored["epoch"])
         return stored
+
+    def _keep_precision(self, stored: dict) -> None:
+        """``amp: auto`` goes on with what the run began with, also where this device would have chosen otherwise."""
+        device, network = self.diffusion.device, self.network
+        began = stored.get("amp", "off" if device.type == "cpu" else None)    # an older file's auto
+        if self.training.amp != "auto" or began not in AMP or began == amp_name(network.amp):
+            return
+        if began == "fp16" and device.type == "cpu":
+            log.warning("amp auto: the run began with fp16, which a CPU has not; it goes on with %s",
+                        amp_name(network.amp))
+            return
+        log.info("amp auto: %s, with which the run began", began)
+        network.amp = AMP[began]
+        self.state.scale_loss(began == "fp16")
 
     def _open_held_out(self):
         """ImageStore of the held-out images on rank 0, or None."""
         if not self.training.validation_freq:
             return None
-        config, opened = self.diffusion.config, []
-        distributed.on_rank_zero(
-            lambda: opened.append(open_images(config, self.run.datasets, "test", self.diffusion.device)))
+        opened = []
+        distributed.on_rank_zero(lambda: opened.append(self.diffusion.open_images(self.run.datasets, "test")))
         return opened[0] if opened else None
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(images, labels) of this rank's network calls: uint8 (b, C, H, W), long (b,) or None."""
+    def _batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """(images, condition) of this rank's network calls, b images each, as ``Diffusion.draw`` takes them."""
         fed, again = tee(self.plan.index_lists(self.step))
-        labels = self.diffusion.labels_of(self.images)
+        condition = self.diffusion.conditions_of(self.images)
         for images, indices in zip(self.images.batches(fed), again, strict=False):
-            yield images, None if labels is None else labels[indices.to(labels.device, non_blocking=True)]
+            yield images, condition(indices)
 
     # ------------------------------------------------------------------------------------------- after each step
 
@@ -132,31 +166,38 @@ class Session:
     @torch.no_grad()
     def validate(self) -> None:
         """Plain loss of the averaged weights on held-out images, with the same noise at every call. Rank 0."""
-        if not self.held_out or self.step % self.training.validation_freq:
-            return
+        if self.held_out and not self.step % self.training.validation_freq:
+            with self.monitor.paused():
+                self.monitor.scalar("validation_loss", self._held_out_loss(), self.step)
+
+    def _held_out_loss(self) -> float:
         diffusion, config = self.diffusion, self.diffusion.config
         denoiser, generator = diffusion.denoiser(), torch.Generator(diffusion.device).manual_seed(0)
-        images, labels = self.held_out, diffusion.labels_of(self.held_out)
+        images, condition_of = self.held_out, diffusion.conditions_of(self.held_out)
         times = TimeSampler(self.diffusion.schedule) if self.state.times.learns else self.state.times
         num, total = min(self.training.validation_num, images.num_images), 0.0
         chunks = torch.arange(num).split(config.sampling.batch_size)
         for batch, chosen in zip(images.batches(chunks), chunks, strict=True):
+            condition = condition_of(chosen)
+            if batch.is_floating_point():
+                batch, condition = choose_variant(batch, condition)
             x0 = diffusion.codec.encode(batch, generator)
             t, _ = times.draw(len(x0), generator)
             noise = torch.randn((1, *x0.shape), generator=generator, device=x0.device)
-            given = denoiser if labels is None else denoiser.given({"labels": labels[chosen.to(labels.device)]})
+            given = denoiser.given(condition)
             total += float(sequence_aware_loss(given, x0, t, noise, lamda=0.0, reduce=config.loss.reduce).total.sum())
-        self.monitor.scalar("validation_loss", total / num, self.step)
+        return total / num
 
     def measure(self) -> None:
         """FID of the averaged weights where it is due; the snapshot of the best one is kept. Collective."""
         if not self.plan.fid_due(self.step, self.training):
             return
-        results = self.fid.measure(self.diffusion)
+        with self.monitor.paused():
+            results = self.fid.measure(self.diffusion)
         if self.best is None or results["fid"] < self.best["fid"]:
             self.best = {"fid": results["fid"], "snapshot": self.snapshot, "step": self.step}
         if distributed.rank() == 0:
-            self.monitor.scalar("fid", results["fid"], self.step)
+            self.monitor.scalar("fid", results["fid"], self.step, told=True)
             log.info("%s %.4f; the best so far: %.4f at step %d", results["name"], results["fid"], self.best["fid"],
                      self.best["step"])
 
@@ -177,8 +218,12 @@ class Session:
             full = self.full_state()
             if distributed.rank() == 0:
                 self.writer.save(full, snapshot)
-            if self.event <= self.signals.SAVE and (snapshot is not None or last):
-                self.draw_grid(snapshot or self.step // self.plan.steps_per_epoch)
+        if self.event <= self.signals.SAVE and (snapshot is not None or last or self._first_grid_now()):
+            self.draw_grid()
+
+    def _first_grid_now(self) -> bool:
+        """Once, when the first minutes of a run are over and nothing has been drawn yet. Rank 0 alone draws."""
+        return self.first_grid_due and time.monotonic() - self.began > 60 * self.training.first_grid_minutes
 
     def full_state(self) -> dict:
         """All that resuming needs. Collective, because the sums of all ranks belong into it.
@@ -188,17 +233,17 @@ class Session:
         """
         full = {"format_version": FORMAT_VERSION, "config": self.diffusion.config.model_dump(mode="json"),
                 "step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "best_fid": self.best,
-                "metric_sums": self.monitor.state(), "data_fingerprint": self.images.fingerprint,
+                "amp": amp_name(self.network.amp), "metric_sums": self.monitor.state(), **self.data,
                 **self.state.state_dict()}
         refuse_non_finite(full)
         return full
 
-    def draw_grid(self, epoch: int) -> None:
-        """A picture of samples of the averaged weights from the seeds 0, 1, ... Rank 0."""
-        training = self.training
-        if training.sample_num and distributed.rank() == 0:
-            batches = self.diffusion.sample(range(training.sample_num), timesteps=training.sample_timesteps)
-            self.monitor.grid(to_uint8(torch.cat([batch.images for batch in batches])), epoch, self.step)
+    def draw_grid(self) -> None:
+        """A sheet of real images and samples from the seeds 0, 1, ..., see ``runners.training.grids``. Rank 0."""
+        self.first_grid_due = False
+        if self.training.sample_num and distributed.rank() == 0:
+            with self.monitor.paused():
+                self.monitor.grid(training_sheet(self.diffusion, self.images), self.step)
 
     def finish(self) -> None:
         """Close the reports, wait for the last write. Collective."""

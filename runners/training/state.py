@@ -11,10 +11,12 @@ from configs.schema import Config
 from functions.schedule import make_schedule
 from functions.timesteps import TimeSampler
 from models import EMA, decay_of
+from models.trained import load_trained, trained
 from runners.training.optimizer import make_lr_schedule, make_optimizer
 from utils.errors import DivergedError
 
 log = logging.getLogger(__name__)
+REPLACED = 1e5                       # size of an infinite gradient under optim.replace_non_finite, as EDM has it
 
 
 class TrainingState:
@@ -35,16 +37,20 @@ class TrainingState:
     def __init__(self, model: nn.Module, config: Config, total_steps: int, global_batch: int = 1,
                  loss_scaling: bool = False):
         self.model, self.config = model, config
-        self.parameters = list(model.parameters())
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = self.parameters[0].device
         self.averages = [EMA(model, decay_of(average, global_batch)) for average in config.training.ema]
         self.times = TimeSampler.of(config, make_schedule(config.diffusion), device)
         self.optimizer = make_optimizer(self.parameters, config.optim)
-        self.lr_schedule = make_lr_schedule(self.optimizer, config.optim, total_steps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
+        self.lr_schedule = make_lr_schedule(self.optimizer, config.optim, total_steps, global_batch)
+        self.scale_loss(loss_scaling)
         self.last_lr = self.lr_schedule.get_last_lr()[0]                        # of the latest step
         self.bad_run = torch.zeros((), dtype=torch.long, device=device)         # skipped steps in a row, up to now
         self.longest_bad_run = self.bad_run.clone()                            # and the most since the last check
+
+    def scale_loss(self, on: bool) -> None:
+        """Begin to scale the loss anew, or do not scale it."""
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=on)
 
     @property
     def kinds(self):
@@ -58,6 +64,10 @@ class TrainingState:
             Its norm before clipping, and whether the step was skipped: () float and () bool, on the device.
         """
         self.scaler.unscale_(self.optimizer)
+        if self.config.optim.replace_non_finite:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    torch.nan_to_num_(parameter.grad, 0.0, REPLACED, -REPLACED)
         grad_norm = clip_grad_norm_(self.parameters, self.config.optim.grad_clip or math.inf)
         bad = ~torch.isfinite(grad_norm)
         self._step_unless(bad)
@@ -99,7 +109,7 @@ class TrainingState:
         """Tensors and plain values only, names without prefixes."""
         first, *more = self.averages or [None]
         return {
-            "model": self.model.state_dict(),
+            "model": trained(self.model),
             "ema": first.state_dict() if first else None, "ema_updates": first.updates if first else 0,
             "more_averages": {str(kind): average.state_dict()
                               for kind, average in zip(self.kinds[1:], more, strict=True)},
@@ -117,22 +127,29 @@ class TrainingState:
                     moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from ``state_dict()``; learning rate and other settings of the optimizer are those of this run."""
-        self.model.load_state_dict(state["model"])
+        """Continue from ``state_dict()``; learning rate and other settings of the optimizer are those of this run.
+
+        What comes from a file has passed ``runners.training.resuming.Judge``.
+        """
+        load_trained(self.model, state["model"])
         kept = state.get("more_averages", {})
         for kind, average in zip(self.kinds, self.averages, strict=True):
-            stored = state["ema"] if average is self.averages[0] else kept.get(str(kind))
+            stored = state.get("ema") if average is self.averages[0] else kept.get(str(kind))
             average.load_state_dict(stored or state["model"], state["ema_updates"])     # one that is new starts here
         self.times.load_state_dict(state.get("times", {}))
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
         self._lay_out_moments()
-        schedule, stored = self.lr_schedule, state["lr_schedule"]
-        rates = [base * factor(stored["last_epoch"])
-                 for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        schedule.load_state_dict(stored | {"base_lrs": schedule.base_lrs, "_last_lr": rates})
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        self.resume_schedule(state["lr_schedule"]["last_epoch"])
         if state["grad_scaler"]:                            # empty where the loss was not scaled
             self.scaler.load_state_dict(state["grad_scaler"])
         self.bad_run.fill_(state["bad_run"])
+
+    def resume_schedule(self, steps: int) -> None:
+        """Set the learning rate to what this run's schedule has after ``steps`` steps."""
+        schedule = self.lr_schedule
+        rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": steps, "_step_count": steps + 1,
+                                                          "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

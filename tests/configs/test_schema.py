@@ -73,8 +73,8 @@ def test_non_square_round_trip(tmp_path):
     (dict(optim__lr=float("inf")), "optim.lr: input should be a finite number, given inf"),
     (dict(model__dropout=1.0), "model.dropout: input should be less than 1, given 1.0"),
     (dict(data__channels=2), "data.channels: input should be 1 or 3, given 2"),
-    (dict(optim__optimizer="adam"), "optim.optimizer: input should be 'Adam', 'AdamW', 'RMSProp' or 'SGD', "
-                                    "given 'adam'"),
+    (dict(optim__optimizer="adam"), "optim.optimizer: input should be 'Adam', 'AdamW', 'Adafactor', 'RMSProp' or "
+                                    "'SGD', given 'adam'"),
     # conflicts
     (dict(loss__num_consecutive_steps=0), "loss: num_consecutive_steps 0 with lamda 1.0 is not possible; "
                                           "use lamda 0 for the plain loss, or at least 1 consecutive step"),

@@ -29,8 +29,14 @@ PUBLISHED = {
     "church": ("LSUN", "church_outdoor", 256, M256, (0, 0.0, 0.0), None, 64, 10000, True, 0.0, 0.999, 2e-5, None),
     "bedroom": ("LSUN", "bedroom", 256, M256, (0, 0.0, 0.0), None, 64, 10000, True, 0.0, 0.999, 2e-5, None),
 }
-OURS = ["digits", "digits_cond", "digits_flow", "digits_v", "cifar10_tiny"]
+OURS = ["digits", "digits_cond", "digits_flow", "digits_v", "cifar10_tiny", "folder64"]
 CONDITIONAL = "cifar10_cond"                                # cifar10 with labels
+# name: (side, gamma, global batch, batch of a call, epochs, optimizer, lr, decay, clip, rank, parameters)
+TEXT = {
+    "sdxl_ip": (1024, 0.1, 4, 1, 50, "Adafactor", 1e-5, 1e-2, 1.0, None, 2_567_463_684),
+    "sdxl_lora_ip": (1024, 0.1, 4, 1, 50, "AdamW", 1e-4, 1e-2, 1.0, 8, 2_567_463_684 + 11_612_160),
+    "sd15_ip": (512, 0.1, 4, 1, 50, "AdamW", 1e-5, 1e-2, 1.0, None, 859_520_964),
+}
 FID_STATS = {
     "cifar10": "cifar10_train_stat.npy", "cifar10_ip": "cifar10_train_stat.npy", "celeba": "fid_stats_celeba64.npz",
     "celebahq": "celebahq_stat.npy", "lsun_church": "lsun_church_stat.npy", "church": "lsun_church_stat.npy",
@@ -44,7 +50,7 @@ def parameter_count(config) -> int:
 
 
 def test_the_lists_above_are_complete():
-    assert sorted(f"{name}.yml" for name in [*PUBLISHED, *OURS, CONDITIONAL]) == SHIPPED
+    assert sorted(f"{name}.yml" for name in [*PUBLISHED, *OURS, *TEXT, CONDITIONAL]) == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -72,9 +78,24 @@ def test_has_the_published_values(name):
     assert config.optim.optimizer == "Adam"
 
 
+@pytest.mark.parametrize("name", TEXT)
+def test_text_to_image_recipes_and_the_size_of_their_networks(name):
+    from configs.shapes import SHAPES
+    from models.pretrained import shape_of_pretrained
+
+    config = load_config(name)
+    training, optim = config.training, config.optim
+    network = shape_of_pretrained(config, SHAPES[config.model.pretrained])
+    assert TEXT[name] == (
+        config.data.image_size, config.loss.input_perturbation, training.global_batch_size, training.micro_batch_size,
+        training.n_epochs, optim.optimizer, optim.lr, optim.weight_decay, optim.grad_clip, config.model.lora_rank,
+        sum(p.numel() for p in network.parameters()))
+    assert (training.amp, config.data.random_crop, config.data.random_flip) == ("bf16", True, True)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_ours_are_small_and_say_that_they_are_not_published(name):
-    assert parameter_count(load_config(name)) < 2_000_000
+    assert parameter_count(load_config(name)) < (15_000_000 if name == "folder64" else 2_000_000)
     assert "Nothing in it is published" in (CONFIG_FOLDER / f"{name}.yml").read_text().replace("\n# ", " ")
 
 

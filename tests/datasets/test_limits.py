@@ -179,6 +179,16 @@ def test_deflate_damage(make_config, noise, png, tmp_path, skip_bad):
         refused(config, tmp_path, "0.bmp: unreadable in the archive")
 
 
+def test_a_member_without_a_name(make_config, noise, write_zip, tmp_path):
+    path = write_zip({"0.png": noise(4, 4, 3), "x": b"text"})
+    content = path.read_bytes()
+    at = content.rindex(b"PK\x01\x02")                                              # the last entry of the directory
+    assert content[at + 46:at + 47] == b"x"
+    entry = content[at:at + 28] + b"\0\0" + b"\1\0" + content[at + 32:]               # its name becomes "extra"
+    path.write_bytes(content[:at] + entry)
+    assert open_images(make_config("ZIP", 4, root=path), tmp_path).num_images == 1
+
+
 def test_file_names_that_are_not_utf8(make_config, noise, png, tmp_path):
     folder = os.fsencode(tmp_path / "tree")
     os.mkdir(folder)

@@ -257,6 +257,7 @@ def test_gathering_ahead_keeps_the_order_and_takes_one_list_in_advance(make_conf
     ahead.close()
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("cache", ["auto", "device", "ram", "mmap", "off"])
 def test_batches_on_a_gpu(make_config, noise, write_zip, tmp_path, cache):

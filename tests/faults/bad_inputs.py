@@ -69,6 +69,19 @@ CASES = [
     ("image bomb", f"{FOLDER}/bomb", 3, "decompression bomb"),
     ("image bomb, converted", "dataset_tool.py convert --source {tmp}/bomb --dest {tmp}/o.zip", 3,
      "decompression bomb"),
+    ("array of pointers as statistics", "fid.py calc --images {tmp}/images --ref {tmp}/pointers.npy", 3,
+     "calls numpy.ndarray"),
+    ("web page instead of weights", f"{TRAIN} --init_from {{tmp}}/page.pth", 3, "a web page, not weights"),
+    ("pointer of Git LFS instead of weights", f"{TRAIN} --init_from {{tmp}}/lfs.pth", 3, "git lfs pull"),
+    ("flipped bit in weights", f"{TRAIN} --init_from {{tmp}}/flipped.pth", 3, "CRC-32"),
+    ("category that leaves its folder", f"{TRAIN} --data.dataset LSUN --data.category ../../x", 2, "data.category"),
+    ("aliases that write out to billions", "train_ddp.py --config {tmp}/laughs.yml", 2, "aliases write out"),
+    ("picture that is a pipe", f"{FOLDER}/pipe", 3, "is not a file"),
+    ("picture that never ends", f"{FOLDER}/zero", 3, "is not a file"),
+    ("array that claims 80 TB", f"{FOLDER}/claim.npz", 3, "it claims"),
+    ("seeds beyond the last", f"{GENERATE} --seeds 0-99999999999", 2, "the last seed, 4294967295"),
+    ("folder without pictures, converted", "dataset_tool.py convert --source {tmp}/exp --dest {tmp}/o.zip", 3,
+     "1 x .yml"),
     # broken files
     ("weights that are a text", f"{TRAIN} --init_from {{tmp}}/list.yml", 3, "truncated, or no torch file"),
     ("weights of another network", f"{TRAIN} --init_from {{tmp}}/other.pth", 3, "missing"),
@@ -101,7 +114,8 @@ def make_files(tmp: Path) -> Path:
     """Everything that the commands above name. Returns the mark that no payload may leave."""
     mark = tmp / "owned"
     payload = Payload(mark)
-    for name in ("images", "bomb", "truncated", "exp/logs/run", "exp/datasets", "cifar10/cifar-10-batches-py"):
+    for name in ("images", "bomb", "truncated", "pipe", "zero", "exp/logs/run", "exp/datasets",
+                 "cifar10/cifar-10-batches-py"):
         (tmp / name).mkdir(parents=True)
     for i in range(4):
         Image.fromarray(np.full((8, 8), 50 * i, np.uint8)).save(tmp / "images" / f"{i}.png")
@@ -120,6 +134,19 @@ def make_files(tmp: Path) -> Path:
         (tmp / f"cifar10/cifar-10-batches-py/data_batch_{i}").write_bytes(pickle.dumps({b"data": payload}))
     with zipfile.ZipFile(tmp / "escape.zip", "w") as archive:
         archive.writestr("../0.png", (tmp / "images/0.png").read_bytes())
+    (tmp / "pointers.npy").write_bytes(
+        b"\x80\x04cnumpy\nndarray\n(K\x01\x85cnumpy\ndtype\n(VO8\n\x89\x88tRC\x08" + b"A" * 8 + b"tR.")
+    (tmp / "page.pth").write_text("<!DOCTYPE html><html>please log in</html>")
+    (tmp / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    torch.save({"w": torch.full((9,), 1.5)}, tmp / "flipped.pth")
+    content = (tmp / "flipped.pth").read_bytes()
+    (tmp / "flipped.pth").write_bytes(content.replace(np.float32(1.5).tobytes(), np.float32(-1.5).tobytes(), 1))
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    (tmp / "laughs.yml").write_text("\n".join(["a0: &a0 [x, x]", *lines]))
+    os.mkfifo(tmp / "pipe/0.png")
+    (tmp / "zero/0.png").symlink_to("/dev/zero")
+    with zipfile.ZipFile(tmp / "claim.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"shape": (80 << 40,), "fortran_order": False, "descr": "|u1"})
     (tmp / "exp/logs/run/ckpt.pth").write_bytes((tmp / "evil.pth").read_bytes())
     (tmp / "exp/logs/run/config.yml").write_text(
         "data: {dataset: DIGITS, image_size: 8, channels: 1}\n"

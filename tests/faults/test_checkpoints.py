@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 
-from runners.training.checkpoint import CheckpointWriter, RunFolder
+from runners.training.checkpoint import RunFolder
+from runners.training.writer import CheckpointWriter
 from tests.faults import jobs
 from utils.atomic import atomic_path, remove_leftovers
 from utils.errors import SaveError

@@ -1,12 +1,18 @@
 """Image folders are resumed only with what belongs into them."""
 
+import math
+import os
 import shutil
+import signal
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import generate
+from tests.faults import jobs
 from tests.faults.bad_inputs import bomb_png
 
 
@@ -23,7 +29,8 @@ def test_rows_of_other_seeds_are_not_taken_for_the_ones_asked_for(run, tmp_path,
     made = tmp_path / "image_samples" / "digits" / "samples_4x8x8x1.npz"
     before = made.read_bytes()
     assert run("--seeds", "10-13", "--save", "npz") == 2
-    assert "seeds '0-3', now '10-13'" in capsys.readouterr().err and made.read_bytes() == before
+    assert "made with other settings (seeds was '0-3', is '10-13')" in capsys.readouterr().err
+    assert made.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", ["another size", "colours", "bomb", "cut"])
@@ -47,3 +54,95 @@ def test_what_a_killed_job_left_half_written_is_removed(run, tmp_path):
     left.touch()
     assert run("--num_samples", "1") == 0
     assert not left.exists()
+
+
+def test_other_settings_are_told_one_by_one(run, capsys):
+    assert run("--num_samples", "1", "--eta", "0.5") == 0
+    assert run("--num_samples", "1", "--eta", "0.25") == 2
+    error = capsys.readouterr().err
+    assert "made with other settings (sampler.eta was 0.5, is 0.25); choose" in error and "{" not in error
+
+
+def test_a_manifest_of_another_form_is_one_line(run, tmp_path, capsys):
+    assert run("--num_samples", "1") == 0
+    (tmp_path / "image_samples" / "digits" / "manifest.json").write_text("[1]")
+    assert run("--num_samples", "1") == 3
+    error = capsys.readouterr().err
+    assert "no manifest of this program" in error and "Traceback" not in error
+
+
+# ------------------------------------------------------------------------------------------------------ --save npz
+
+def job(exp, *flags, faults=()):
+    return jobs.Job("generate", ["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--no-fid", "--timesteps",
+                                 "2", "--grid", "0", "--verbose", "critical", "--save", "npz", *flags], faults)
+
+
+def test_a_disk_without_room_for_all_rows_is_found_before_they_are_mapped(run, tmp_path):
+    """Whoever writes to a mapped page that the disk has no room for dies of SIGBUS."""
+    full = job(tmp_path, "--num_samples", "20000", faults=[partial(jobs.limit_files, 100_000)])
+    assert full.wait() == 3, full.text
+    assert "--save npz needs 1.2 MiB" in full.text and full.text.count("\n") == 1, full.text
+    folder = tmp_path / "image_samples" / "digits"
+    assert {p.name for p in folder.iterdir()} <= {"manifest.json"}
+    assert job(tmp_path, "--num_samples", "20000", "--seeds", "0-19999", "--dry_run").wait() == 0
+
+
+def test_all_blocks_of_the_rows_are_there_from_the_start(tmp_path):
+    from runners.sampling.writers import NpzWriter
+
+    writer = NpzWriter(tmp_path, 1000, (3, 32, 32))
+    assert writer.rows.stat().st_blocks * 512 >= 1000 * 3 * 32 * 32
+
+
+def killed_before_cleaning() -> None:
+    from runners.sampling.writers import NpzWriter
+
+    NpzWriter._remove_rows = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_rows_left_by_a_kill_after_the_rename_are_removed(run, tmp_path):
+    killed = job(tmp_path, "--num_samples", "4", faults=[killed_before_cleaning])
+    assert killed.wait() == -signal.SIGKILL
+    folder = tmp_path / "image_samples" / "digits"
+    made = folder / "samples_4x8x8x1.npz"
+    before = made.read_bytes()
+    assert list(folder.glob(".samples*"))
+    assert run("--num_samples", "4", "--save", "npz") == 0
+    assert {p.name for p in folder.iterdir()} == {"manifest.json", made.name} and made.read_bytes() == before
+
+
+# -------------------------------------------------------------------------------------------------- nothing that is NaN
+
+def spoil(exp) -> None:
+    for path in (exp / "logs" / "digits").glob("*.pth"):
+        state = torch.load(path, weights_only=True)
+        for weights in ([state["model"], state["ema"]] if "model" in state else [state]):
+            weights["conv_in.bias"].fill_(math.nan)
+        state.pop("digests", None)
+        torch.save(dict(state), path)
+
+
+@pytest.mark.parametrize("save", ["png", "npz"])
+def test_weights_that_are_not_finite_end_with_4_and_name_the_seeds(run, tmp_path, capsys, save):
+    spoil(tmp_path)
+    assert run("--seeds", "3,7", "--save", save) == 4
+    error = capsys.readouterr().err
+    assert "not finite for 2 image(s), seeds 3, 7" in error and "Traceback" not in error
+    assert not list((tmp_path / "image_samples").rglob("*.png")) + list((tmp_path / "image_samples").rglob("*.npz"))
+
+
+def test_so_they_do_on_two_ranks(run, tmp_path):
+    spoil(tmp_path)
+    ranks = jobs.ranks("generate", ["--exp", str(tmp_path), "--doc", "digits", "--device", "cpu", "--no-fid",
+                                    "--timesteps", "1", "--num_samples", "4", "--batch_size", "2", "--grid", "0"])
+    assert [rank.wait() for rank in ranks] == [4, 4], [rank.text for rank in ranks]
+    assert any("seeds 0, 1" in rank.text or "seeds 2, 3" in rank.text for rank in ranks)
+    assert not any("Traceback" in rank.text for rank in ranks)
+
+
+@pytest.mark.parametrize("churn", ["10,0,inf,inf", "10,0,50,nan"])
+def test_churn_that_is_not_finite_is_refused(run, tmp_path, capsys, churn):
+    assert run("--num_samples", "1", "--sample_type", "heun", "--churn", churn) == 2
+    error = capsys.readouterr().err
+    assert "--churn" in error and error.count("\n") == 1 and not (tmp_path / "image_samples").exists()

@@ -39,9 +39,24 @@ def test_without_restarts_the_job_ends_soon_and_leaves_nobody(tmp_path):
     job = jobs.train(tmp_path, *STEPS, *TWO, "--training.max_steps", "100000", env={"OMP_NUM_THREADS": "1"})
     ranks = kill_a_rank(job, tmp_path)
     died = time.monotonic()
-    assert job.wait(60) > 0, job.text
+    assert job.wait(60) == 128 + signal.SIGKILL, job.text
     assert time.monotonic() - died < 60
+    assert "rank 1 died (signal 9); resume with" in job.text and "Traceback" not in job.text, job.text
     assert not any(jobs.alive(pid) for pid in ranks)
+
+
+def test_a_killed_launcher_takes_its_ranks_along_and_they_save(tmp_path):
+    job = jobs.train(tmp_path, *STEPS, *TWO, "--training.max_steps", "100000", "--verbose", "warning",
+                     env={"OMP_NUM_THREADS": "1"})
+    run = tmp_path / "logs" / "digits"
+    jobs.wait_until(lambda: (run / "ckpt.pth").exists())
+    ranks, lines = jobs.children(job.process.pid), (run / "metrics.jsonl").read_text().count("\n")
+    job.process.kill()
+    assert job.wait() == -signal.SIGKILL
+    jobs.wait_until(lambda: not any(jobs.alive(pid) for pid in ranks), seconds=30)
+    saved = jobs.state(tmp_path)["step"]
+    assert saved >= lines and saved == jobs.metrics(tmp_path)[-1]["step"], "after the step that was under way"
+    assert "Traceback" not in job.text, job.text
 
 
 def test_two_jobs_of_two_ranks_share_a_machine_and_a_data_set(tmp_path):

@@ -133,7 +133,7 @@ def test_a_classifiers_gradient_moves_the_mean_by_the_variance_and_ddims_eps_by_
     plain, guided = (generalized_steps(net, x, [500], gradient=each) for each in (None, gradient))
     shift = SCHEDULE.sigma(500) ** 2 / SCHEDULE.alpha(500) * g                                # x0' + sigma^2/alpha s g
     torch.testing.assert_close(guided - plain, torch.full_like(x, shift))
-    assert sorted(VAR_TYPES) == ["fixedlarge", "fixedsmall", "learned"]
+    assert sorted(VAR_TYPES) == ["analytic", "fixedlarge", "fixedsmall", "learned"]
 
 
 def test_times_are_float32_of_the_batch():
@@ -148,7 +148,7 @@ def test_times_are_float32_of_the_batch():
     (generalized_steps, {"eta": 1.5}, r"eta 1.5 is not in \[0, 1\]"),
     (generalized_steps, {"eta": 0.5}, "give noise_fn"),
     (ddpm_steps, {}, "give noise_fn"),
-    (ddpm_steps, {"var_type": "small"}, "fixedlarge, fixedsmall, learned"),
+    (ddpm_steps, {"var_type": "small"}, "analytic, fixedlarge, fixedsmall, learned"),
     (ddpm_steps, {"var_type": "learned"}, "gives no variances"),
     (generalized_steps, {"timesteps": [5, 5]}, "ascending"),
     (generalized_steps, {"timesteps": []}, "non-empty"),

@@ -135,7 +135,7 @@ def test_every_output_and_schedule_has_loss_zero_for_an_oracle(schedule, name):
     assert not sequence_aware_loss(plain, x0, t, noise, num_consecutive_steps=3).total.any()
     assert not sequence_aware_loss(plain, x0, t, noise, perturbation_target="unperturbed", **common).total.any()
     assert not sequence_aware_loss(perturbed, x0, t, noise, perturbation_target="noise", **common).total.any()
-    default = sequence_aware_loss(perturbed if name == "epsilon" else plain, x0, t, noise, **common)
+    default = sequence_aware_loss(perturbed if kind.perturbation_target == "noise" else plain, x0, t, noise, **common)
     assert not default.total.any()
 
 

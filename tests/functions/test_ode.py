@@ -10,7 +10,7 @@ from functions.denoiser import Denoiser
 from functions.denoising import SAMPLERS, generalized_steps, network_calls
 from functions.ode import Churn, add_churn, check_churn, ddim_inversion, euler_steps, heun_steps
 from functions.schedule import FlowSchedule, SigmaSchedule
-from functions.timesteps import rho_times, sampling_times
+from functions.timesteps import level_times, sampling_times
 from tests.functions.gaussian import SCHEDULE, exact, variance
 
 ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_inversion_with_one_noise_for_all_levels_is_exact():
 
 
 def test_rho_steps_are_edms_levels():
-    steps = rho_times(SCHEDULE, 18)
+    steps = level_times(SCHEDULE, 18)
     low, high = SCHEDULE.level(0), SCHEDULE.level(999)
     for i, t in enumerate(steps):
         level = (low ** (1 / 7) + i / 17 * (high ** (1 / 7) - low ** (1 / 7))) ** 7
@@ -164,7 +164,7 @@ def test_rho_steps_are_edms_levels():
         assert all(abs(SCHEDULE.level(t) - level) <= abs(SCHEDULE.level(s) - level) for s in neighbours)
     assert (steps[0], steps[-1], len(steps)) == (0, 999, 18)
     assert sampling_times(SCHEDULE, "18", "edm") == steps
-    assert len(rho_times(SCHEDULE, 1000)) < 1000 and rho_times(SCHEDULE, 1) == [999]
+    assert len(level_times(SCHEDULE, 1000)) < 1000 and level_times(SCHEDULE, 1) == [999]
     on_levels = sampling_times(SigmaSchedule(), 18)
     assert on_levels == pytest.approx([(0.002 ** (1 / 7) + i / 17 * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
                                        for i in range(18)], rel=1e-12)

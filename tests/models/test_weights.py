@@ -278,7 +278,7 @@ def test_missing_file_is_the_requests_fault(tmp_path):
 
 
 def test_folder_that_is_no_diffusers_folder(tmp_path):
-    with pytest.raises(DataError, match="holds no weights in a known form; known: diffusers, sa-ddim"):
+    with pytest.raises(DataError, match="holds no weights in a known form; known: edm, diffusers, sa-ddim"):
         load_weights(make_model(3), tmp_path)
 
 

@@ -1,6 +1,7 @@
 """References, the pass over images and its bookkeeping, with a feature network of 16 numbers that costs nothing."""
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -446,6 +447,12 @@ def test_odd_features_are_refused_when_they_are_needed(wide, content, message):
         _ = reference.features, reference.spatial
 
 
+def test_a_pipe_is_not_waited_for(wide):
+    os.mkfifo(wide / "x.npz")
+    with pytest.raises(DataError, match=r"x.npz: is not a file but a pipe"):
+        load_reference(wide / "x.npz")
+
+
 @pytest.mark.parametrize("values", [{"fid": {"mu": np.zeros(16)}}, {"fid": {**FINE}, "num_images": "x"}, {"fid": 3},
                                     {"fid": {**FINE}, "num_images": 1}, {"fid": {**FINE, "mu": "a"}}, [1]])
 def test_odd_pickles_of_statistics_are_refused(wide, values):
@@ -544,13 +551,14 @@ def test_a_reference_never_replaces_a_file_of_someone_else(wide, net, tmp_path):
         make_reference(source, net, wide / "folder.npz", overwrite=True)
 
 
-def test_an_npz_beside_an_absent_npy_is_read(wide, net, tmp_path):
+def test_an_npz_beside_an_absent_npy_is_read(wide, tmp_path, monkeypatch):
     """It used to be overwritten by ``--fid_stats auto``."""
     mean, cov = statistics()
-    np.savez(tmp_path / "mine.npz", mu=mean, sigma=cov)
-    config = Config.model_validate({**config_of().model_dump(mode="json"),
-                                    "sampling": {"fid_stats": str(tmp_path / "mine.npy")}})
-    assert find_reference(config).path == tmp_path / "mine.npz"
+    (tmp_path / "stats").mkdir()
+    np.savez(tmp_path / "stats" / "mine.npz", mu=mean, sigma=cov)
+    monkeypatch.chdir(tmp_path)
+    config = Config.model_validate({**config_of().model_dump(mode="json"), "sampling": {"fid_stats": "stats/mine.npy"}})
+    assert find_reference(config).path == Path("stats/mine.npz")
 
 
 # ---- the log

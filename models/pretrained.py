@@ -1,0 +1,191 @@
+"""U-Nets of diffusers as networks of this program: ``forward(x, t, **condition) -> F``, all of it or LoRA trained.
+
+    condition       prompt_embeds (B, L, D), and of SDXL pooled_embeds (B, P) and time_ids (B, 6)
+
+LoRA (2106.09685): a frozen layer W x becomes W x + (lora_alpha / lora_rank) B A x; A and B alone are trained.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from configs.pipelines import UNETS, known_unet, unet_settings
+from utils.errors import DataError, UserError
+from utils.hub import local_folder, needs_package, quiet_libraries
+
+# Parts of a pipeline beside its U-Net that decide what it makes of pictures and prompts.
+ENCODERS = ("vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def folder_of(config) -> Path:
+    """Where ``model.pretrained`` lies on this machine. UserError: nowhere, and the hub does not give it."""
+    return local_folder(config.model.pretrained)
+
+
+@cache
+def _classes() -> dict[str, tuple[type, type]]:
+    """Name in a pipeline's file -> (diffusers' class, ours with our forward). Imported when first needed: 2 s."""
+    try:
+        from diffusers import UNet2DConditionModel, UNet2DModel
+    except ImportError as error:
+        raise needs_package(error, "model.arch diffusers") from None
+
+    class Adapted:
+        @property
+        def checkpointing(self) -> bool:
+            """Whether activations are recomputed in the backward pass."""
+            return self.is_gradient_checkpointing
+
+        @checkpointing.setter
+        def checkpointing(self, on: bool) -> None:
+            (self.enable_gradient_checkpointing if on else self.disable_gradient_checkpointing)()
+
+    class ImageUNet(Adapted, UNet2DModel):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x, t, return_dict=False)[0]
+
+    class TextUNet(Adapted, UNet2DConditionModel):
+        def forward(self, x: Tensor, t: Tensor, prompt_embeds: Tensor, pooled_embeds: Tensor | None = None,
+                    time_ids: Tensor | None = None) -> Tensor:
+            sizes = None if time_ids is None else {"text_embeds": pooled_embeds, "time_ids": time_ids}
+            return super().forward(x, t, prompt_embeds, added_cond_kwargs=sizes, return_dict=False)[0]
+
+    return dict(zip(UNETS, ((UNet2DModel, ImageUNet), (UNet2DConditionModel, TextUNet)), strict=True))
+
+
+def build_pretrained(config) -> nn.Module:
+    """The U-Net of ``model.pretrained`` with its weights in float32, and adapters where ``lora_rank`` asks for them.
+
+    Raises:
+        UserError: No such folder; a library that is not installed. DataError: Another kind of model, or broken files.
+    """
+    folder = folder_of(config)
+    return _adapted(load_unet(folder / "unet", unet_settings(folder)), config.model)
+
+
+def shape_of_pretrained(config, settings: dict) -> nn.Module:
+    """The same network without numbers in it, on the meta device, from the settings of a U-Net."""
+    theirs, _ = _classes()[settings["_class_name"]]
+    with torch.device("meta"):
+        return _adapted(theirs.from_config(settings), config.model)
+
+
+def load_unet(folder: Path, settings: dict) -> nn.Module:
+    """diffusers' own object from ``unet/``, in float32; safetensors only, which cannot hold code.
+
+    Raises:
+        DataError: Weights that are missing, broken or of another network.
+    """
+    theirs, _ = _classes()[settings["_class_name"]]
+    _check_supported(folder, settings)
+    try:
+        with quiet_libraries():
+            return theirs.from_pretrained(folder, use_safetensors=True, local_files_only=True).float()
+    except Exception as error:                # OSError, ValueError, SafetensorError, RuntimeError: whatever files do
+        raise DataError(f"{folder}: not loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def _check_supported(folder: Path, settings: dict) -> None:
+    conditions = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None,
+                  "time_cond_proj_dim": None}
+    found = [f"{key} {settings[key]!r}" for key in conditions if settings.get(key) is not None]
+    if settings.get("addition_embed_type") not in (None, "text_time"):
+        found.append(f"addition_embed_type {settings['addition_embed_type']!r}")
+    if found:
+        raise DataError(f"{folder / 'config.json'}: conditions that are not known here: {', '.join(found)}")
+
+
+def _adapted(unet: nn.Module, model) -> nn.Module:
+    name = type(unet).__name__
+    if model.lora_rank is not None:
+        _add_lora(unet, model)
+    unet.lora_scale = None if model.lora_rank is None else (model.lora_alpha or model.lora_rank) / model.lora_rank
+    unet.__class__ = _classes()[name][1]      # a wrapper would put a prefix before every name of the state dict
+    return unet
+
+
+def _add_lora(unet: nn.Module, model) -> None:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise needs_package(error, "model.lora_rank") from None
+    unet.requires_grad_(False)
+    try:
+        unet.add_adapter(LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha or model.lora_rank,
+                                    target_modules=list(model.lora_targets), init_lora_weights="gaussian"))
+    except ValueError as error:
+        raise UserError(f"model.lora_targets {', '.join(model.lora_targets)}: {str(error).split('. ')[0]}") from None
+
+
+def plain_unet(unet: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """diffusers' own object with these weights, to be saved by diffusers."""
+    theirs, _ = _classes()[_name_of(unet)]
+    with torch.device("meta"):
+        plain = theirs.from_config(dict(unet.config))
+    plain.load_state_dict({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, assign=True)
+    return plain
+
+
+def _name_of(unet: nn.Module) -> str:
+    return next(name for name, (_, ours) in _classes().items() if isinstance(unet, ours))
+
+
+def pipeline_fingerprint(folder: Path, parts: Sequence[str]) -> str:
+    """16 hexadecimal digits over the contents of these sub-folders of a pipeline, those that exist."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for file in sorted((folder / part).glob("*.*")) if (folder / part).is_dir() else ():
+            digest.update(f"{part}/{file.name}".encode())
+            with open(file, "rb") as content:
+                while block := content.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether ``model`` is a U-Net of diffusers, of which parts may be frozen."""
+    return hasattr(model, "add_adapter")
+
+
+def read_unet_folder(path: Path) -> dict[str, Tensor]:
+    """The state dict in a ``unet/`` folder, or of the pipeline that holds one."""
+    folder = path / "unet" if (path / "unet" / "config.json").is_file() else path
+    return load_unet(folder, known_unet(folder / "config.json")).state_dict()
+
+
+# ------------------------------------------------------------------------------------------------------- LoRA files
+
+
+def lora_to_file(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Adapters under the names of ``load_lora_weights``; alpha / rank is multiplied into B, so that no reader has to
+    know it."""
+    return {f"unet.{name.replace('.default.', '.')}": (tensor * scale if ".lora_B." in name else tensor).contiguous()
+            for name, tensor in state.items()}
+
+
+def lora_from_file(state: dict[str, Tensor], scale: float, where: Path) -> dict[str, Tensor]:
+    """The inverse, for files of diffusers' present and older names.
+
+    Raises:
+        DataError: No adapters of a U-Net.
+    """
+    names = {".lora.down.": ".lora_A.default.", ".lora.up.": ".lora_B.default.",
+             ".lora_A.weight": ".lora_A.default.weight", ".lora_B.weight": ".lora_B.default.weight"}
+    found = {}
+    for name, tensor in state.items():
+        if not name.startswith("unet."):
+            continue
+        bare = name.removeprefix("unet.")
+        for theirs, ours in names.items():
+            bare = bare.replace(theirs, ours)
+        found[bare] = tensor / scale if ".lora_B." in bare else tensor
+    if not found:
+        raise DataError(f"{where}: holds no adapters of a U-Net")
+    return found
+
+

@@ -1,0 +1,97 @@
+"""What the images of a text-to-image network are conditioned on: typed prompts, or the captions of a data set.
+
+A condition is a dictionary of tensors by name, batch first: ``labels``; or ``prompt_embeds``, and of SDXL
+``pooled_embeds`` and ``time_ids``. Many prompts share one list of images: image number p * 2^32 + s is seed s of
+prompt p, so that its noise is that of seed s.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+PROMPT_STRIDE = 2**32                                # seeds are smaller
+
+
+def numbered(num_prompts: int, seeds: Sequence[int]) -> Sequence[int]:
+    """The images of all prompts, prompt by prompt."""
+    return seeds if num_prompts == 1 else [p * PROMPT_STRIDE + seed for p in range(num_prompts) for seed in seeds]
+
+
+class Prompts:
+    """What both kinds share.
+
+    Args:
+        empty: The rows of no prompt by name, one each.
+        sizes: ``time_ids`` of the images that are made, (1, 6), or None for networks that take none.
+        device: Where conditions go.
+    """
+
+    def __init__(self, empty: dict[str, Tensor], sizes: Tensor | None, device):
+        self.empty = {name: rows.to(device) for name, rows in empty.items()}
+        self.sizes, self.device = sizes if sizes is None else sizes.to(device), device
+
+    def of_seeds(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """The condition of each image."""
+        raise NotImplementedError
+
+    def sized(self, condition: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        return condition if self.sizes is None else {**condition, "time_ids": self.sizes.expand(count, -1)}
+
+
+def sizes_of(data) -> Tensor:
+    """SDXL's ``time_ids`` of a whole image of the configured size: nothing cut off."""
+    return torch.tensor([[data.height, data.width, 0, 0, data.height, data.width]], dtype=torch.float32)
+
+
+class StoredPrompts(Prompts):
+    """Captions of a LatentStore: image s has that of image s mod N."""
+
+    def __init__(self, store, data):
+        sizes = sizes_of(data) if "time_ids" in store.arrays else None
+        super().__init__({name: rows[None] for name, rows in store.empty.items()}, sizes, store.device)
+        self.store = store
+
+    def of_seeds(self, seeds):
+        rows = self.store.condition(torch.tensor([seed % self.store.num_images for seed in seeds]))
+        return self.sized({name: rows[name] for name in self.empty}, len(seeds))
+
+
+class TypedPrompts(Prompts):
+    """Prompts of a command line or a file; each is encoded on its own when it is needed.
+
+    Args:
+        texts: Prompt p is ``texts[p]``.
+        negative: The negative prompt; None: what the pipeline takes without one.
+        encoders: TextEncoders.
+        data: The ``data`` section of a configuration.
+    """
+
+    def __init__(self, texts: Sequence[str], negative: str | None, encoders, data):
+        _, without = encoders("", negative)
+        super().__init__(without, sizes_of(data) if encoders.pooled else None, encoders.device)
+        self.texts, self.negative = list(texts), negative
+        self._encoded = lru_cache(maxsize=64)(lambda text: encoders(text)[0])
+
+    def of_seeds(self, seeds):
+        rows = [self._encoded(self.texts[seed // PROMPT_STRIDE]) for seed in seeds]
+        given = {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        return self.sized(given, len(seeds))
+
+
+def without(condition: dict[str, Tensor], prompts: Prompts | None) -> dict[str, Tensor]:
+    """The same images with no label and no prompt; their sizes stay."""
+    return hide(condition, None, prompts)
+
+
+def hide(condition: dict[str, Tensor], hidden: Tensor | None, prompts: Prompts | None) -> dict[str, Tensor]:
+    """Labels and prompts taken away where ``hidden`` (B,) is true; None: everywhere."""
+    nothing = {"labels": torch.tensor(-1)} if prompts is None else prompts.empty
+    result = dict(condition)
+    for name in condition.keys() & nothing.keys():
+        rows = condition[name]
+        empty = nothing[name].to(rows.device, rows.dtype).expand_as(rows)
+        chosen = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if hidden is None else hidden
+        result[name] = torch.where(chosen.view(-1, *[1] * (rows.ndim - 1)), empty, rows)
+    return result

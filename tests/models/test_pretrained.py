@@ -1,0 +1,139 @@
+"""Pipelines of diffusers as networks, codecs and text encoders, against what diffusers itself computes from them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from configs.schema import load_config, save_config
+from functions.denoiser import Denoiser
+from models import build_model, load_weights, make_codec
+from models.pretrained import LORA_FILE, lora_from_file, lora_to_file
+from models.trained import trained
+from tests.conftest import REPOSITORY
+from utils.errors import ConfigError, DataError, UserError
+
+
+def test_the_scheduler_file_gives_the_chain_and_survives_saving(sdxl, tmp_path):
+    config = load_config(sdxl)
+    given = config.diffusion
+    assert (given.beta_schedule, given.beta_start, given.beta_end, given.prediction) == (
+        "scaled_linear", 0.00085, 0.012, "epsilon")
+    assert (given.skip_type, given.steps_offset, given.set_alpha_to_one) == ("leading", 1, False)
+    save_config(config, tmp_path / "config.yml")
+    assert load_config(tmp_path / "config.yml") == config
+
+
+def test_a_configuration_that_contradicts_the_scheduler_file_is_refused(sd):
+    with pytest.raises(ConfigError, match="contradicts the configuration: diffusion.prediction 'epsilon', 'v_pred"):
+        load_config(sd, ["diffusion.prediction=epsilon"])
+
+
+def test_the_network_computes_what_diffusers_computes(sdxl):
+    from diffusers import UNet2DConditionModel
+
+    config = load_config(sdxl)
+    model, theirs = build_model(config).eval(), UNet2DConditionModel.from_pretrained(sdxl, subfolder="unet").eval()
+    assert model.state_dict().keys() == theirs.state_dict().keys()
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(4, 4, 8, 8, generator=generator), torch.tensor([3.0, 500.0, 3.0, 500.0])
+    given = {"prompt_embeds": torch.randn(2, 16, 64, generator=generator),
+             "pooled_embeds": torch.randn(2, 32, generator=generator),
+             "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16], [30, 20, 4, 0, 16, 16]])}
+    ours = Denoiser.of(config, model).given(given).raw(x, t)                     # rows are repeated, K-major
+    expected = theirs(x, t, given["prompt_embeds"].repeat(2, 1, 1), added_cond_kwargs={
+        "text_embeds": given["pooled_embeds"].repeat(2, 1), "time_ids": given["time_ids"].repeat(2, 1)}).sample
+    assert torch.equal(ours, expected)
+
+
+def test_latents_are_those_of_the_autoencoder(sdxl):
+    from diffusers import AutoencoderKL
+
+    vae, codec = AutoencoderKL.from_pretrained(sdxl, subfolder="vae").eval(), make_codec(load_config(sdxl))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        posterior = vae.encode(images.float() / 127.5 - 1).latent_dist
+        decoded = vae.decode(posterior.mean).sample
+    assert codec.shape == (4, 8, 8) and not codec.bounded
+    moments = codec.moments(images)
+    torch.testing.assert_close(moments, torch.stack([posterior.mean, posterior.std], 1), atol=1e-5, rtol=1e-4)
+    x0 = codec.encode(moments)
+    torch.testing.assert_close(x0, 0.5 * posterior.mean, atol=1e-5, rtol=1e-4)          # the fixture's scaling_factor
+    torch.testing.assert_close(codec.decode(x0), (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-4)
+    drawn = codec.encode(moments, torch.Generator().manual_seed(1))
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, 0.5 * (posterior.mean + posterior.std * noise), atol=1e-5, rtol=1e-4)
+
+
+def test_adapters_alone_are_trained_and_their_file_round_trips(sdxl, tmp_path):
+    from safetensors.torch import save_file
+
+    config = load_config(sdxl, ["model.lora_rank=2", "model.lora_alpha=6"])
+    model = build_model(config)
+    state = trained(model)
+    assert state and all(".lora_" in name for name in state)
+    assert sum(p.requires_grad for p in model.parameters()) == len(state)
+    with torch.no_grad():
+        for tensor in state.values():
+            tensor.normal_(generator=torch.Generator().manual_seed(0))
+    file = lora_to_file(state, model.lora_scale)
+    assert model.lora_scale == 3
+    back = lora_from_file(file, model.lora_scale, tmp_path)
+    assert back.keys() == state.keys()
+    save_file(file, tmp_path / LORA_FILE)
+    other = build_model(config)
+    assert load_weights(other, tmp_path).format == "lora"
+    for name, tensor in trained(other).items():
+        torch.testing.assert_close(tensor, state[name])
+
+
+def test_adapters_are_refused_by_a_network_without_them(sdxl, tmp_path):
+    (tmp_path / LORA_FILE).write_bytes(b"")
+    with pytest.raises(UserError, match="set model.lora_rank"):
+        load_weights(build_model(load_config(sdxl)), tmp_path)
+
+
+def change(folder, file, **keys):
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**settings, **keys}))
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda f: (f / "vae" / "config.json").unlink(), "has no vae/config.json"),
+    (lambda f: (f / "unet" / "config.json").unlink(), "has no unet/config.json"),
+    (lambda f: (f / "unet" / "config.json").write_text("[1"), "cannot be read"),
+    (lambda f: change(f, "unet/config.json", _class_name="FluxTransformer2DModel"), "'FluxTransformer2DModel' is not"),
+    (lambda f: change(f, "vae/config.json", _class_name="VQModel"), "'VQModel' is not known here"),
+    (lambda f: change(f, "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
+     "'FlowMatchEulerDiscreteScheduler' is not known here"),
+    (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no tensors"), "unet: not loaded"),
+    (lambda f: change(f, "unet/config.json", num_class_embeds=10), "num_class_embeds 10"),
+])
+def test_folders_that_cannot_be_used_are_refused_in_one_line(sdxl_copy, spoil, message):
+    spoil(sdxl_copy)
+    with pytest.raises(DataError, match=message) as refused:
+        config = load_config(sdxl_copy)
+        make_codec(config), build_model(config)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("data.channels=1", "data.channels 1: the autoencoder"), ("data.image_size=17", "not a multiple of 2"),
+    ("model.lora_rank=0", "lora_rank"), ("model.lora_alpha=2", "needs model.lora_rank"),
+    ("model.lora_targets=[nothing]", "lora_targets nothing"),
+    ("model.pretrained=/nowhere", "'/nowhere': no such folder")])
+def test_settings_that_cannot_be_used_are_refused_in_one_line(sdxl, override, message):
+    more = ["model.lora_rank=2"] if "targets" in override else []
+    with pytest.raises(UserError, match=message) as refused:
+        config = load_config(sdxl, [override, *more])
+        make_codec(config), build_model(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_nothing_of_it_is_imported_before_it_is_used():
+    code = "import sys, runners.diffusion, generate, train_ddp, runners.sampling.job\n" \
+           "print([name for name in ('diffusers', 'transformers', 'peft', 'huggingface_hub') if name in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert told.stdout.strip() == "[]", told.stderr

@@ -1,0 +1,191 @@
+"""Text-to-image networks from packing to pictures, on tiny pipelines with random weights and captioned JPEGs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diagnose
+import generate
+import train_ddp
+from configs.sampling import SamplerSettings
+from configs.schema import load_config
+from functions.rng import SeededNoise
+from models.text import TextEncoders
+from runners.conditioning import TypedPrompts
+from runners.diffusion import Diffusion
+
+PROMPT = "a red square"
+
+
+def flags(exp, pipeline, data, *more):
+    return ["--exp", str(exp), "--device", "cpu", "--verbose", "critical", "--config", str(pipeline),
+            "--data.root", str(data), "--training.batch_size", "4", "--training.sample_num", "0",
+            "--training.time_sampler", "uniform", "--loss.num_consecutive_steps", "0", "--loss.lamda", "0.0",
+            "--loss.input_perturbation", "0.1", "--training.log_freq", "5", "--training.ema", "[0.9]",
+            "--training.label_dropout", "0.1", "--optim.lr", "0.003", *more]
+
+
+def losses(exp, doc):
+    lines = (exp / "logs" / doc / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, sdxl, captioned):
+    """An exp/ folder with 30 steps of all weights (gamma 0.1) and 30 of LoRA (K = 2)."""
+    exp = tmp_path_factory.mktemp("tuned")
+    assert train_ddp.main([*flags(exp, sdxl, captioned), "--doc", "whole", "--max_steps", "30",
+                           "--optim.optimizer", "Adafactor", "--optim.weight_decay", "0.01"]) == 0
+    assert train_ddp.main([*flags(exp, sdxl, captioned), "--doc", "lora", "--max_steps", "30", "--model.lora_rank", "4",
+                           "--model.lora_alpha", "8", "--optim.optimizer", "AdamW", "--optim.lr", "0.03",
+                           "--loss.num_consecutive_steps", "2", "--loss.lamda", "1.0"]) == 0
+    return exp
+
+
+def test_the_loss_falls(tuned):
+    whole, lora = losses(tuned, "whole"), losses(tuned, "lora")
+    assert len(whole) == len(lora) == 6
+    assert whole[-1] < 0.8 * whole[0] and min(lora[-2:]) < lora[0]
+
+
+def test_a_checkpoint_of_adapters_holds_nothing_else(tuned):
+    state = torch.load(tuned / "logs" / "lora" / "ckpt.pth", weights_only=True)
+    assert state["model"].keys() == state["ema"].keys() and all(".lora_" in name for name in state["model"])
+
+
+@pytest.mark.parametrize(("doc", "more"), [("whole", ["--optim.optimizer", "Adafactor"]),
+                                           ("lora", ["--model.lora_rank", "2", "--optim.optimizer", "AdamW",
+                                                     "--loss.num_consecutive_steps", "2", "--loss.lamda", "1.0"])])
+def test_resuming_is_exact(tmp_path, sdxl, captioned, doc, more):
+    base = [*flags(tmp_path, sdxl, captioned), *more]
+    assert train_ddp.main([*base, "--doc", "straight", "--max_steps", "4"]) == 0
+    assert train_ddp.main([*base, "--doc", "halved", "--max_steps", "2"]) == 0
+    assert train_ddp.main([*base, "--doc", "halved", "--max_steps", "4", "--resume_training"]) == 0
+    one, two = (torch.load(tmp_path / "logs" / each / "ckpt.pth", weights_only=True) for each in ("straight", "halved"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(tensor, two[part][name]) for name, tensor in one[part].items())
+    for index, slots in one["optimizer"]["state"].items():
+        for key, value in slots.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(two["optimizer"]["state"][index][key])), key
+
+
+# ------------------------------------------------------------------------------------- against diffusers' own pipelines
+
+
+def our_latents(folder, x, noise, **settings):
+    config = load_config(folder)
+    diffusion = Diffusion(config, "cpu")
+    diffusion.load(None)
+    diffusion.prompts = TypedPrompts([PROMPT], settings.pop("negative", None), TextEncoders(folder), config.data)
+    sampler = diffusion.sampler(SamplerSettings(**settings))
+    denoiser = sampler.conditioned(sampler.condition(noise.seeds))
+    return sampler.chain(denoiser, x, sampler.times, noise)
+
+
+@pytest.mark.parametrize("negative", [None, "big grey"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd"])
+def test_ddim_gives_the_latents_of_the_pipeline(kind, negative, request):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    folder = request.getfixturevalue(kind)
+    made = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}[kind]
+    pipeline = made.from_pretrained(folder)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = SeededNoise([3, 4])
+    x = noise.randn((2, 4, 8, 8))
+    theirs = pipeline([PROMPT] * 2, height=16, width=16, guidance_scale=5.0, num_inference_steps=10, eta=0.0, latents=x,
+                      negative_prompt=negative and [negative] * 2, output_type="latent").images
+    ours = our_latents(folder, x, noise, timesteps=10, guidance=5.0, negative=negative)
+    assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().mean()
+
+
+# --------------------------------------------------------------------------------------------------------- generate.py
+
+
+def pictures(folder):
+    return {str(path.relative_to(folder)): np.asarray(Image.open(path)).astype(int) for path in folder.rglob("*.png")}
+
+
+def test_an_image_depends_on_its_prompt_and_seed_only(tuned, tmp_path):
+    def make(name, *more):
+        assert generate.main(["--exp", str(tuned), "--doc", "whole", "--device", "cpu", "--verbose", "critical", "-i",
+                              str(tmp_path / name), "--timesteps", "3", "--guidance", "5", "--eta", "0.5",
+                              "--eps_scaler", "1.01", *more]) == 0
+        return pictures(tmp_path / name)
+
+    (tmp_path / "prompts.txt").write_text(f"a blue square\n\n{PROMPT}\n")
+    many = make("many", "--prompt_file", str(tmp_path / "prompts.txt"), "--seeds", "0-2", "--batch_size", "4")
+    one = make("one", "--prompt", PROMPT, "--seeds", "2", "--batch_size", "1")
+    assert sorted(many) == [f"prompt_{p:04d}/{s:06d}.png" for p in (0, 1) for s in (0, 1, 2)]
+    assert abs(many["prompt_0001/000002.png"] - one["000002.png"]).max() <= 1
+    assert (many["prompt_0000/000002.png"] != many["prompt_0001/000002.png"]).any()
+    manifest = json.loads((tmp_path / "many" / "manifest.json").read_text())
+    assert manifest["prompts"] == ["a blue square", PROMPT] and len(manifest["model"]["pipeline"]) == 16
+    assert Image.open(tmp_path / "many_grid.png").width > 500
+    (tmp_path / "many" / "prompt_0001" / "000001.png").unlink()
+    again = make("many", "--prompt_file", str(tmp_path / "prompts.txt"), "--seeds", "0-2", "--batch_size", "4")
+    assert all(np.array_equal(again[name], image) for name, image in many.items())
+
+
+def test_another_prompt_is_refused_for_the_same_folder(sdxl, tmp_path, capsys):
+    base = ["--weights", str(sdxl), "--device", "cpu", "--verbose", "critical", "-i", str(tmp_path / "images"),
+            "--timesteps", "2", "--seeds", "0", "--grid", "0"]
+    assert generate.main([*base, "--prompt", PROMPT]) == 0
+    assert generate.main([*base, "--prompt", "a green square"]) == 2
+    assert "prompts ['a red square'], now ['a green square']" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_another_copy_of_its_base(tuned, sdxl, tmp_path):
+    copy = shutil.copytree(sdxl, tmp_path / "elsewhere")
+    base = ["--exp", str(tuned), "--doc", "lora", "--device", "cpu", "--verbose", "critical", "--timesteps", "2",
+            "--seeds", "0", "--grid", "0", "--prompt", PROMPT]
+    assert generate.main([*base, "-i", str(tmp_path / "a")]) == 0
+    assert generate.main([*base, "-i", str(tmp_path / "b"), "--weights", str(copy)]) == 0
+    assert generate.main([*base[:2], *base[4:], "-i", str(tmp_path / "c"), "--weights", str(copy)]) == 0
+    a, b, c = (pictures(tmp_path / name)["000000.png"] for name in "abc")
+    assert np.array_equal(a, b) and (a != c).any()
+
+
+@pytest.mark.parametrize(("more", "code", "message"), [
+    ([], 2, "give --prompt or --prompt_file"),
+    (["--prompt", "x", "--prompt_file", "y"], 2, "exclude each other"),
+    (["--prompt_file", "/nowhere.txt"], 3, "/nowhere.txt: cannot be read"),
+    (["--prompt", "x", "--clip_denoised"], 2, "there is nothing to clip to"),
+    (["--prompt", "x", "--classes", "1"], 2, "takes no labels"),
+    (["--prompt", "x", "--sample_type", "diffusers:DDIMSheduler"], 2, "did you mean DDIMScheduler"),
+])
+def test_wrong_requests_are_one_line(sdxl, tmp_path, capsys, more, code, message):
+    assert generate.main(["--weights", str(sdxl), "--exp", str(tmp_path), "--device", "cpu", "--no-fid", *more]) == code
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_prompt_files_without_text_are_one_line(sdxl, tmp_path, capsys):
+    for content, code, message in ((b"\x89PNG\r\n\x1a\n\x00", 3, "not a text file"), (b"a\x00b", 3, "not a text file"),
+                                   (b"\n \n", 2, "holds no prompts")):
+        (tmp_path / "prompts").write_bytes(content)
+        assert generate.main(["--weights", str(sdxl), "--exp", str(tmp_path), "--device", "cpu", "--prompt_file",
+                              str(tmp_path / "prompts")]) == code
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_a_network_of_pixels_takes_no_prompts(trained, capsys):
+    base = ["--exp", str(trained), "--doc", "digits", "--device", "cpu", "--no-fid"]
+    assert generate.main([*base, "--prompt", "x"]) == 2
+    assert "takes no text" in capsys.readouterr().err
+
+
+def test_eps_norms_and_scalings_of_latents(tuned, capsys):
+    base = ["--exp", str(tuned), "--doc", "lora", "--device", "cpu", "--timesteps", "3", "--num_images", "4",
+            "--verbose", "critical"]
+    assert diagnose.main(["eps-norm", *base, "--guidance", "2"]) == 0
+    assert diagnose.main(["fit-eps-scaler", *base, "--model", "constant"]) == 0
+    assert "eps_scaler" in capsys.readouterr().out
+    tables = sorted((tuned / "diagnose" / "lora").glob("eps-norm*.csv"))
+    assert len(tables[0].read_text().splitlines()) == 4
