@@ -123,15 +123,6 @@ class Job:
             return config, None                                     # the pipeline as it is
         return config, run.weights(ckpt_id, self.args.model_ema)
 
-    def _open_file(self, file: Path):
-        from configs.schema import load_config
-
-        if not self.args.config or (self.args.doc and len(self.args.doc) > 1):
-            raise UserError("--weights needs --config, and at most one --doc for the name of the results")
-        if not file.exists():
-            raise UserError(f"--weights {file}: no such file")
-        return load_config(self.args.config, self.args.overrides), file
-
     def _starts(self) -> list[float | None]:
         """None for pure noise, then the times nearest to --start_t."""
         middle = self.steps[len(self.steps) // 2]

@@ -134,10 +134,6 @@ class SamplingJob:
         """Read here already, because its tensors tell its classes and the size of its images."""
         return Classifier(self.args.classifier, self.config.data.shape, "cpu") if self.args.classifier else None
 
-    def _classifier(self) -> Classifier | None:
-        """Read here already, because its tensors tell its classes and the size of its images."""
-        return Classifier(self.args.classifier, self.config.data.shape, "cpu") if self.args.classifier else None
-
     def _check_sampler(self) -> None:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
         args, settings, config = self.args, self.settings, self.config
