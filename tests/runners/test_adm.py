@@ -92,9 +92,11 @@ def test_the_history_holds_the_unweighted_losses_of_all_shards_in_their_order(co
     assert logged == pytest.approx([sum(weighted[i:i + 4]) / 4 for i in range(0, 24, 4)], rel=1e-5)
 
 
-def test_held_out_losses_have_the_same_times_whatever_the_history(config_file, tmp_path):
+def test_held_out_losses_have_the_same_times_whatever_the_history(exp, config_file, tmp_path):
+    """Of a trained network: the loss of a fresh one, which gives 0, is the same at all times."""
     held_out = "--training.validation_freq", 2, "--training.validation_num", 64, "--data.validation_fraction", 0.1
-    assert train_ddp.main(flags(config_file, tmp_path, "--max_steps", 6, "--optim.lr", 1e-12, *held_out)) == 0
+    assert train_ddp.main(flags(config_file, tmp_path, "--max_steps", 6, "--optim.lr", 1e-12, *held_out,
+                                "--init_from", exp / "logs" / "small" / "ckpt.pth")) == 0
     found = [line["validation_loss"] for line in metrics(tmp_path) if "validation_loss" in line]
     assert len(found) == 3 and found == pytest.approx([found[0]] * 3, rel=1e-5)
 
