@@ -34,6 +34,7 @@ test: lint
 
 soak: install
 	$(BIN)/python -m benchmarks.soak --minutes 10
+	$(BIN)/python -m benchmarks.fuzz --minutes 10
 
 bench: install
 	$(BIN)/python .ci/requirements.py bench > .venv/bench.txt

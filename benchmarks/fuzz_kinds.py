@@ -184,7 +184,7 @@ MANIFEST = {"weights": "0" * 16, "amp": "off", "sampler": {"timesteps": [0, 10],
 
 
 def read_manifest(folder: Path, rng) -> None:
-    from runners.sampling.generation import ImageFolder
+    from runners.sampling.folder import ImageFolder
 
     ImageFolder(folder / "images").prepare(MANIFEST)
 
@@ -250,7 +250,8 @@ def make_lmdb(folder: Path, rng) -> list[str]:
     with lmdb.open(str(folder / "x.lmdb"), map_size=1 << 22) as environment, environment.begin(write=True) as put:
         for i in range(60):
             image = noise()[i % 4]
-            put.put(b"%d" % i, image.tobytes() * 30 if i == 7 and raw else image.tobytes() if raw else png(image))
+            large = bytes(6000 * (i == 7))                # behind the picture, which then takes pages of its own
+            put.put(b"%d" % i, image.tobytes() if raw else png(image) + large)
     return ["x.lmdb/data.mdb"]
 
 
@@ -293,7 +294,7 @@ def make_pack(folder: Path, rng) -> list[str]:
     return [f"packs/.packed/{path.name}" for path in (folder / "packs/.packed").iterdir() if path.suffix != ".lock"]
 
 
-def read_dataset(name: str, root: str | None = None, cache: str | None = None):
+def read_dataset(name: str, root: str | None = None, cache: str | None = None, side: int = SIDE):
     """Open as training does, through a pack or (by chance) without one, and take every image."""
     def read(folder: Path, rng: random.Random) -> None:
         import torch
@@ -301,7 +302,7 @@ def read_dataset(name: str, root: str | None = None, cache: str | None = None):
         from configs.schema import Config
         from datasets.packed import open_images
 
-        data = {**TINY["data"], "dataset": name, "cache": cache or rng.choice(("mmap", "off")),
+        data = {**TINY["data"], "dataset": name, "image_size": side, "cache": cache or rng.choice(("mmap", "off")),
                 "skip_bad": rng.choice((0, 2)), "root": str(folder / root) if root else None}
         config = Config.model_validate({**TINY, "data": data})
         store = open_images(config, folder / "packs" if root else folder)
@@ -379,7 +380,7 @@ KINDS = {
     "tree": (make_tree, read_dataset("FOLDER", "tree")), "zip": (make_zip, read_dataset("ZIP", "x.zip")),
     "npz": (make_npz, read_dataset("FOLDER", "x.npz")), "npy": (make_npy, read_dataset("FOLDER", "x.npy")),
     "lmdb": (make_lmdb, read_dataset("FOLDER", "x.lmdb")), "ffhq": (make_ffhq, read_dataset("FFHQ")),
-    "cifar": (make_cifar, read_dataset("CIFAR10")), "imagenet": (make_imagenet, read_dataset("IMAGENET32")),
+    "cifar": (make_cifar, read_dataset("CIFAR10", side=32)), "imagenet": (make_imagenet, read_dataset("IMAGENET32")),
     "celeba": (make_celeba, read_dataset("CELEBA")), "pack": (make_pack, read_dataset("ZIP", "x.zip", "mmap")),
     "tool": (make_any, read_by_tool), "arguments": (lambda folder, rng: [], read_arguments),
 }

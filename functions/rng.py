@@ -85,23 +85,24 @@ def parse_seeds(text: str) -> Seeds:
     return Seeds(_joined(ranges))
 
 
-def check_seeds(seeds: Sequence[int]) -> Sequence[int]:
+def check_seeds(seeds: Sequence[int], last: int = LAST_SEED) -> Sequence[int]:
     """``seeds`` as whole numbers of Python; ranges stay ranges.
 
     Raises:
-        ValueError: One is no whole number, negative, above 2^32 - 1, or there twice.
+        ValueError: One is no whole number, negative, above ``last``, or there twice.
     """
     if isinstance(seeds, Seeds):
-        return seeds
-    if not isinstance(seeds, range):
+        ends = [end for part in seeds.ranges for end in (part[0], part[-1])]
+    elif isinstance(seeds, range):
+        ends = [seeds[0], seeds[-1]] if seeds else []
+    else:
         try:
-            seeds = [index(seed) for seed in seeds]
+            seeds = ends = [index(seed) for seed in seeds]
         except TypeError:
             raise ValueError(f"seeds {str(seeds)[:80]} must be whole numbers") from None
-    ends = (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds
-    if wrong := next((seed for seed in ends if not 0 <= seed <= LAST_SEED), None):
-        raise ValueError(f"seed {wrong}: seeds are 0 to {LAST_SEED}")
-    if not isinstance(seeds, range) and len(set(seeds)) < len(seeds):
+    if wrong := next((seed for seed in ends if not 0 <= seed <= last), None):
+        raise ValueError(f"seed {wrong}: seeds are 0 to {last}")
+    if isinstance(seeds, list) and len(set(seeds)) < len(seeds):
         twice = next(seed for seed, times in Counter(seeds).items() if times > 1)
         raise ValueError(f"seed {twice} is given twice")
     return seeds

@@ -11,12 +11,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from functions.rng import Seeds
+
 PROMPT_STRIDE = 2**32                                # seeds are smaller
 
 
-def numbered(num_prompts: int, seeds: Sequence[int]) -> Sequence[int]:
-    """The images of all prompts, prompt by prompt."""
-    return seeds if num_prompts == 1 else [p * PROMPT_STRIDE + seed for p in range(num_prompts) for seed in seeds]
+def numbered(num_prompts: int, seeds: Seeds | range) -> Seeds | range:
+    """The images of all prompts, prompt by prompt; ranges stay ranges."""
+    if num_prompts == 1:
+        return seeds
+    parts = getattr(seeds, "ranges", [seeds])
+    return Seeds(range(p * PROMPT_STRIDE + part.start, p * PROMPT_STRIDE + part.stop)
+                 for p in range(num_prompts) for part in parts)
 
 
 class Prompts:
@@ -27,6 +33,8 @@ class Prompts:
         sizes: ``time_ids`` of the images that are made, (1, 6), or None for networks that take none.
         device: Where conditions go.
     """
+
+    count = 1                                        # of prompts that share a list of images
 
     def __init__(self, empty: dict[str, Tensor], sizes: Tensor | None, device):
         self.empty = {name: rows.to(device) for name, rows in empty.items()}
@@ -71,7 +79,7 @@ class TypedPrompts(Prompts):
     def __init__(self, texts: Sequence[str], negative: str | None, encoders, data):
         _, without = encoders("", negative)
         super().__init__(without, sizes_of(data) if encoders.pooled else None, encoders.device)
-        self.texts, self.negative = list(texts), negative
+        self.texts, self.negative, self.count = list(texts), negative, len(texts)
         self._encoded = lru_cache(maxsize=64)(lambda text: encoders(text)[0])
 
     def of_seeds(self, seeds):

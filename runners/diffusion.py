@@ -26,7 +26,7 @@ from functions.training_remedies import Rollout, ramp_up, scheduled_noise, slowe
 from functions.variational import Transitions, with_bound
 from models import WeightsInfo, build_model, load_profile, load_weights, make_codec, weights_fingerprint
 from runners import distributed
-from runners.conditioning import StoredPrompts, hide
+from runners.conditioning import PROMPT_STRIDE, StoredPrompts, hide
 from runners.latents import open_latent_images
 from runners.network import Network, explain_out_of_memory, memory_format
 from runners.sampling.gamma import read_gamma
@@ -370,8 +370,8 @@ class Diffusion:
         """Generate one image for each seed, batch by batch.
 
         Args:
-            seeds: From 0 to 2^32 - 1, each once. Image s depends on the weights, s and the settings, not on the batch
-                it is made in.
+            seeds: From 0 to 2^32 - 1, each once; with several prompts as ``runners.conditioning`` numbers them. Image s
+                depends on the weights, s and the settings, not on the batch it is made in.
             settings: SamplerSettings; or its fields as keywords, such as ``timesteps=50, eta=1``.
             batch_size: Images at a time; default: sampling.batch_size.
             callback: See ``functions.chain.Chain``.
@@ -380,7 +380,7 @@ class Diffusion:
             UserError: Seeds or settings that are not possible. DivergedError: Images that are not finite.
         """
         try:
-            seeds = check_seeds(seeds)
+            seeds = check_seeds(seeds, PROMPT_STRIDE * (self.prompts.count if self.prompts else 1) - 1)
         except ValueError as error:
             raise UserError(str(error)) from None
         sampler = self.sampler(settings or SamplerSettings(**keywords))

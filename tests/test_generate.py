@@ -10,7 +10,9 @@ from PIL import Image
 
 import generate
 from configs.sampling import SamplerSettings
+from functions.rng import parse_seeds
 from runners import distributed
+from runners.conditioning import PROMPT_STRIDE, numbered
 from runners.diffusion import Diffusion
 from runners.sampling.flags import numbers
 from tests.conftest import TINY
@@ -220,8 +222,11 @@ def test_seeds_from_python_are_checked(exp):
     assert next(diffusion.sample(range(2**32), timesteps=1, batch_size=2)).seeds == [0, 1]        # none is listed
 
 
-def test_batches_of_billions_of_seeds_are_not_listed():
+def test_billions_of_seeds_are_not_listed():
     assert next(distributed.deal(range(2**32), 64)) == (0, list(range(64)))
+    numbers = numbered(2, parse_seeds("5-4294967295,0"))
+    assert len(numbers) == 2 * (2**32 - 4) and numbers[0] == 5 and numbers[-1] == PROMPT_STRIDE
+    assert list(numbered(2, range(2))) == [0, 1, PROMPT_STRIDE, PROMPT_STRIDE + 1]
 
 
 def test_dealing_is_complete_and_disjoint(monkeypatch):

@@ -198,7 +198,7 @@ def log_to_file(run: RunFolder):
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     if run.comment:
-        log.info("%s", run.comment)
+        log.info("comment: %s", run.comment)
     try:
         with logging_redirect_tqdm() if sys.stderr.isatty() else nullcontext():
             yield

@@ -64,8 +64,6 @@ class Session:
 
     def open(self) -> None:
         """Open what a step reports to; nothing of an earlier run is touched before."""
-        if self.run.comment and distributed.rank() == 0:
-            log.info("comment: %s", self.run.comment)
         training, diffusion = self.training, self.diffusion
         self.writer = self.held.enter_context(
             CheckpointWriter(self.run, training.keep_last, training.keep_every, self._snapshots))

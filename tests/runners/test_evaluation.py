@@ -447,10 +447,23 @@ def test_odd_features_are_refused_when_they_are_needed(wide, content, message):
         _ = reference.features, reference.spatial
 
 
+@pytest.mark.parametrize("change", [(b"'<f4'", b"'<q4'"), (b"(4, 16)", b"(4, 16L"), (b"(4, 16)", b"(9, 99)"),
+                                    (b"\x93NUMPY", b"\x93NUMBER"[:6])])
+def test_a_damaged_header_of_features_is_one_line(wide, change):
+    np.savez(wide / "x.npz", **FINE, features=np.zeros((4, 16), np.float32))
+    content = bytearray((wide / "x.npz").read_bytes())
+    start = content.rindex(b"\x93NUMPY")
+    content[start:] = content[start:].replace(*change, 1)
+    (wide / "x.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"x.npz: array 'features' cannot be read"):
+        _ = load_reference(wide / "x.npz").features
+
+
 def test_a_pipe_is_not_waited_for(wide):
     os.mkfifo(wide / "x.npz")
-    with pytest.raises(DataError, match=r"x.npz: is not a file but a pipe"):
-        load_reference(wide / "x.npz")
+    for load in (lambda: load_reference(wide / "x.npz"), lambda: find_reference(stats=wide / "x.npz")):
+        with pytest.raises(DataError, match=r"x.npz: is not a file but a pipe"):
+            load()
 
 
 @pytest.mark.parametrize("values", [{"fid": {"mu": np.zeros(16)}}, {"fid": {**FINE}, "num_images": "x"}, {"fid": 3},
@@ -523,7 +536,7 @@ def test_the_folder_is_the_repositorys():
     assert (references.FOLDER / "README.md").is_file() and references.FOLDER == REPOSITORY / "pytorch_fid"
 
 
-@pytest.mark.parametrize("category", ["../../x", "/tmp/x", "a\nb"])
+@pytest.mark.parametrize("category", ["../../x", "/tmp/x", "a\nb", "a/b"])
 def test_a_category_cannot_lead_out_of_the_folder(wide, net, tmp_path, category):
     """``--fid_stats auto`` with a stranger's configuration."""
     config = config_of("LSUN", 64, category=category, root=str(tmp_path))
