@@ -153,7 +153,7 @@ class Job:
             raise UserError("nll is of the ancestral chain and the images' own labels: no other --sample_type, no "
                             "--eps_scaler, no --classes, no --guidance")
         args.timesteps = args.timesteps or str(lengths[0])
-        learned = all(config.model.gives_variances for config in configs)
+        learned = all(config.model.learns_variance for config in configs)
         args.var_type = args.var_type or ("learned" if learned else "fixedlarge")
 
     def _check_fit(self) -> None:

@@ -168,7 +168,8 @@ def sampling_growth(args, folder: Path) -> None:
 def process_rate(folder: Path, pictures: Path, processes: int, threads: int, steps: int = 6) -> float:
     """Images/s of ``train_ddp.py``, the median of its logging intervals but the first; the global batch is the same."""
     with tempfile.TemporaryDirectory(dir=folder) as exp:
-        flags = {"config": "cifar10_tiny.yml", "exp": exp, "device": "cpu", "max_steps": steps, "verbose": "critical",
+        flags = {"config": "cifar10_tiny.yml", "exp": exp, "device": "cpu", "amp": "off", "max_steps": steps,
+                 "verbose": "critical",
                  "num_process_per_node": processes, "data.dataset": "FOLDER", "data.root": pictures,
                  "training.global_batch_size": 16, "training.micro_batch_size": 8, "training.log_freq": 1,
                  "training.sample_num": 0}

@@ -105,9 +105,9 @@ def test_refusals_of_a_conditional_network(conditional, capsys, flags, message):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--classes", "1"], "takes no labels"), (["--guidance", "2"], "needs a class-conditional network"),
+    (["--classes", "1"], "takes no labels"), (["--guidance", "2"], "needs a network with classes or prompts"),
     (["--sample_type", "ddpm_noisy", "--eta", "0.5"], "eta is for generalized, not for ddpm_noisy"),
-    (["--var_type", "fixedsmall"], "var_type is for ddpm_noisy, not for generalized"),
+    (["--var_type", "fixedsmall"], "var_type fixedsmall is for ddpm_noisy"),
     (["--sample_type", "ddpm_noisy", "--var_type", "learned"], "learned no variances")])
 def test_refusals_of_a_plain_network(trained, capsys, flags, message):
     _, code = sample(trained, *flags, name="refused")

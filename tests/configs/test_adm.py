@@ -85,6 +85,16 @@ def test_imagenet64_has_the_published_network(ip):
     assert config.model.num_classes == 1000 and config.model.dropout == 0.1
 
 
+def test_without_channel_mult_the_size_decides():
+    def shapes(**model):
+        config = Config(data={"dataset": "ZIP", "image_size": 64},
+                        model={"arch": "adm", "num_channels": 32, "num_head_channels": 32, **model})
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in build_model(config).state_dict().items()}
+
+    assert shapes() == shapes(channel_mult=[1, 2, 3, 4]) != shapes(channel_mult=[1, 2, 2, 2])
+
+
 # What a configuration refuses
 
 def refusal(**changes) -> str:

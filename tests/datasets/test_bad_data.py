@@ -54,7 +54,7 @@ def test_missing_folder_shows_where_and_what(make_config, refused, tmp_path):
         refused(make_config(name, 32, category="tower"), f"{name} not found", "expected: ")
     with pytest.raises(UserError, match="FOLDER needs data.root"):
         find_dataset(make_config("FOLDER", 8), tmp_path)
-    with pytest.raises(UserError, match="data.dataset 'CIFAR' is unknown; known: AFHQ, CELEBA"):
+    with pytest.raises(UserError, match="data.dataset 'CIFAR' is unknown; known: AFHQ, CAPTIONS, CELEBA"):
         find_dataset(make_config("CIFAR", 8), tmp_path)
     with pytest.raises(UserError, match="split 'valid' is unknown"):
         find_dataset(make_config("DIGITS", 8, 1), tmp_path, "valid")

@@ -270,4 +270,4 @@ def test_cifar10_without_network_is_one_line(tmp_path, make_config, monkeypatch)
 
 def test_every_data_set_of_the_documentation_is_there():
     assert set(DATASETS) == {"CIFAR10", "CELEBA", "CELEBAHQ", "FFHQ64", "AFHQ", "LSUN", "FFHQ", "IMAGENET32",
-                             "IMAGENET64", "ZIP", "FOLDER", "DIGITS"}
+                             "IMAGENET64", "ZIP", "FOLDER", "DIGITS", "CAPTIONS"}

@@ -59,8 +59,12 @@ def exp(config_file, tmp_path_factory):
     return folder
 
 
+def metrics(exp) -> list[dict]:
+    return [json.loads(line) for line in (exp / "logs" / "small" / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_all_terms_of_the_loss_fall(exp):
-    lines = [json.loads(line) for line in (exp / "logs" / "small" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(exp)
     assert lines[0].keys() >= {"loss", "loss_base", "loss_sequence", "loss_bits"}
     for key in ("loss", "loss_base", "loss_sequence"):
         assert lines[-1][key] < 0.7 * lines[0][key], key
@@ -83,6 +87,24 @@ def test_the_history_holds_the_unweighted_losses_of_all_shards_in_their_order(co
     stored = torch.load(tmp_path / "logs" / "small" / "ckpt.pth", weights_only=True)["times"]["losses"]
     for step in range(8):
         assert torch.equal(stored[step], losses[t == step][-10:].double())
+    logged = [line["loss"] for line in metrics(tmp_path)]
+    weighted = [(importance * loss).mean().item() for _, loss, importance in seen]           # what is differentiated
+    assert logged == pytest.approx([sum(weighted[i:i + 4]) / 4 for i in range(0, 24, 4)], rel=1e-5)
+
+
+def test_held_out_losses_have_the_same_times_whatever_the_history(exp, config_file, tmp_path):
+    """Of a trained network: the loss of a fresh one, which gives 0, is the same at all times."""
+    held_out = "--training.validation_freq", 2, "--training.validation_num", 64, "--data.validation_fraction", 0.1
+    assert train_ddp.main(flags(config_file, tmp_path, "--max_steps", 6, "--optim.lr", 1e-12, *held_out,
+                                "--init_from", exp / "logs" / "small" / "ckpt.pth")) == 0
+    found = [line["validation_loss"] for line in metrics(tmp_path) if "validation_loss" in line]
+    assert len(found) == 3 and found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
+def test_a_linear_rate_ends_at_zero_after_the_last_step(config_file, tmp_path):
+    assert train_ddp.main(flags(config_file, tmp_path, "--training.max_steps", 4, "--optim.lr_schedule", "linear")) == 0
+    rates = [line["lr"] for line in metrics(tmp_path)]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
 @pytest.mark.parametrize("sampler", [
