@@ -28,3 +28,8 @@ def test_every_file_that_a_page_cites_is_there(page):
     bare = {path.name for path in (REPOSITORY / "tests").rglob("test_*.py")}
     assert not [name for name, path in found if not path.exists()]
     assert not {name for name in re.findall(r"`(test_\w+\.py)`", text)} - bare
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_leads_out_of_the_repository(page):
+    assert "../shared" not in page.read_text()
