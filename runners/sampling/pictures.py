@@ -59,7 +59,7 @@ def open_originals(path: str, config) -> ImageDataset:
     return ImageDataset("reconstruct", reader, "resize-center-crop", config.data.shape)
 
 
-def reconstruct(sampler: Sampler, path: str, originals, indices: list[int], batch_size: int,
+def reconstruct(sampler: Sampler, path: str, originals, indices: Sequence[int], batch_size: int,
                 target: Path) -> None:
     """Encode images by the reversed chain and decode them (DDIM, section 5.4).
 
@@ -77,7 +77,7 @@ def reconstruct(sampler: Sampler, path: str, originals, indices: list[int], batc
         pairs.append(torch.stack([codec.decode(x0), decoded], 1))
     pairs = torch.cat(pairs).cpu()                                          # (N, 2, C, H, W) in [0, 1]
     error = (pairs[:, 1] - pairs[:, 0]).flatten(1)                          # (N, C H W)
-    line = {"images": str(path), "indices": indices, "sampler": sampler.settings.given(),
+    line = {"images": str(path), "indices": list(indices), "sampler": sampler.settings.given(),
             "network_calls": len(sampler.times) + sampler.calls,
             "mse": error.square().mean().item(), "mean_absolute_error": error.abs().mean().item(),
             "largest_error": error.abs().max().item(), "mse_of_each": error.square().mean(1).tolist()}

@@ -65,14 +65,14 @@ class CheckpointWriter:
             path = self.run.path / "ckpt.pth"
             if epoch is None:
                 atomic_write(path, lambda file: torch.save(state, file))
-            else:                                            # ckpt.pth last: a kill in between costs no snapshot
+            else:       # ckpt.pth last: a kill in between costs no snapshot; a full state first: the first can be resumed
+                snapshot = self.run.path / f"ckpt_{epoch}.pth"
+                atomic_write(snapshot, lambda file: torch.save(state, file))
                 if state["ema"] is not None:
                     average = self.run.path / f"model_{epoch}_ema.pth"
                     weights = with_digest(state["ema"], state["digests"]["ema"])
                     atomic_write(average, lambda file: torch.save(weights, file))
                 self._write_profiles(state, epoch)
-                snapshot = self.run.path / f"ckpt_{epoch}.pth"
-                atomic_write(snapshot, lambda file: torch.save(state, file))
                 with atomic_path(path) as temporary:
                     shutil.copyfile(snapshot, temporary)
                 self._remove_old(state["best_fid"])
