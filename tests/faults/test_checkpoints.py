@@ -13,7 +13,7 @@ import torch
 from runners.training.checkpoint import RunFolder
 from runners.training.writer import CheckpointWriter
 from tests.faults import jobs
-from utils.atomic import atomic_path, remove_leftovers
+from utils.atomic import atomic_path, atomic_write, remove_leftovers
 from utils.errors import SaveError
 
 
@@ -64,6 +64,27 @@ def check_folder(run: RunFolder, saved: int, started: int) -> int:
         step = content.get("step", int(content["w"][0]) if "w" in content else None)
         assert all((t == step).all() for t in (content.get("model") or content).values())
     return state["step"]
+
+
+@pytest.mark.parametrize("writes", [1, 2])
+def test_a_first_save_cut_off_after_any_file_can_be_resumed(tmp_path, monkeypatch, writes):
+    """A run whose only files are from a save that did not end still has a full state."""
+    done = []
+
+    def cut_off(path, write):
+        if len(done) == writes:
+            raise OSError(errno.EIO, "cut off here")
+        done.append(path)
+        return atomic_write(path, write)
+
+    monkeypatch.setattr("runners.training.writer.atomic_write", cut_off)
+    monkeypatch.setattr("runners.training.writer.atomic_path", lambda path: cut_off(path, None))
+    run, state = RunFolder(tmp_path), make_state(3, size=10)
+    writer = CheckpointWriter(run, keep_last=2, keep_every=None, snapshots=[])
+    writer.save(state, epoch=3)
+    with pytest.raises(SaveError, match="cut off here"):
+        writer.close()
+    assert len(done) == writes and torch.load(run.full_states()[0])["step"] == 3
 
 
 def test_ten_sigkills_while_writing(tmp_path):
