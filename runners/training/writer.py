@@ -65,7 +65,7 @@ class CheckpointWriter:
             path = self.run.path / "ckpt.pth"
             if epoch is None:
                 atomic_write(path, lambda file: torch.save(state, file))
-            else:             # a full state first, so a first save can be resumed; ckpt.pth last, so no snapshot is lost
+            else:            # a full state first: a first save can be resumed; ckpt.pth last: no snapshot is lost
                 snapshot = self.run.path / f"ckpt_{epoch}.pth"
                 atomic_write(snapshot, lambda file: torch.save(state, file))
                 if state["ema"] is not None:
