@@ -1,5 +1,6 @@
 """The ``model`` section: one class for each ``arch``, with the keys of the program that the network comes from."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -7,7 +8,7 @@ from pydantic import Field, model_validator
 from configs.base import AsTuple, Count, Counts, Fraction, Natural, Positive, Section
 
 
-class Network(Section):
+class Network(Section, ABC):
     """What the rest of the program asks of a ``model`` section, whatever its arch."""
 
     NOT_THE_NETWORK: ClassVar[set[str]] = {"dropout"}
@@ -16,9 +17,9 @@ class Network(Section):
     arch: str
 
     @property
+    @abstractmethod
     def num_labels(self) -> int:
         """Size of the label set; 0: not conditioned on labels."""
-        raise NotImplementedError
 
     @property
     def conditional(self) -> bool:
@@ -31,13 +32,13 @@ class Network(Section):
         return False
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Channels at the highest resolution, by which the memory format is chosen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, data) -> None:
         """ValueError where the network cannot work on images of the ``data`` section."""
-        raise NotImplementedError
 
     def essence(self) -> dict:
         """The keys that decide which weights fit and what they compute."""

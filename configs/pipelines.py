@@ -3,11 +3,10 @@
     model_index.json   unet/config.json   scheduler/scheduler_config.json   vae/config.json
 """
 
-import json
 from pathlib import Path
 
 from utils.errors import ConfigError, DataError
-from utils.files import MIB, read_regular
+from utils.files import read_settings
 
 INDEX, SCHEDULER = "model_index.json", Path("scheduler", "scheduler_config.json")
 # Schedulers whose files describe a chain of betas, and how they space steps where the file does not say.
@@ -22,17 +21,6 @@ SPACING = {
 }
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-def read_settings(file: Path) -> dict:
-    """The object in a JSON file of a pipeline. Raises DataError: missing, or no such object."""
-    try:
-        settings = json.loads(read_regular(file, MIB, "description of a model"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(settings, dict):
-        raise DataError(f"{file}: must hold settings by name")
-    return settings
 
 
 def is_pipeline(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Files of strangers: regular ones of a stated size, read without waiting for what lies behind a link or a pipe."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -44,6 +45,17 @@ def read_regular(path: str | Path, limit: int, what: str = "file") -> bytes:
             return file.read(limit)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_settings(path: Path) -> dict:
+    """The settings in the JSON file that describes a network or pipeline. Raises DataError: missing, or no object."""
+    try:
+        settings = json.loads(read_regular(path, MIB, "description of a model"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise DataError(f"{path}: cannot be read: it must hold settings by name")
+    return settings
 
 
 def _kind(mode: int) -> str:

@@ -1,12 +1,11 @@
 """diffusers' ``UNet2DModel`` folders, as far as they hold DDIM's network."""
 
-import json
 import re
 from pathlib import Path
 
 from models.formats.common import State, StoredWeights, bare
 from utils.errors import DataError
-from utils.files import MIB, open_regular, read_regular
+from utils.files import open_regular, read_settings
 from utils.safe_load import load_torch
 
 _DIFFUSERS_NAMES = [(re.compile(pattern), name) for pattern, name in (
@@ -54,13 +53,12 @@ _DIFFUSERS_SETTINGS = {
 # What names and shapes of the weights show, or what only training reads.
 _SEEN_IN_WEIGHTS = {"sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block",
                     "down_block_types", "up_block_types", "time_embedding_dim", "num_train_timesteps", "dropout"}
-CONFIG_LIMIT = MIB
 
 
 def read_diffusers(path: Path, content: None, ema: bool) -> StoredWeights:
     """A folder of ``UNet2DModel.save_pretrained``, or of a pipeline that has it in ``unet/``."""
     folder = diffusers_folder(path)
-    settings = _read_settings(folder / "config.json")
+    settings = read_settings(folder / "config.json")
     given = {key: settings.get(key, default) for key, (_, default) in _DIFFUSERS_SETTINGS.items()}
     state = _rename_diffusers(bare(_diffusers_tensors(folder), folder, "weights file"))
     widths = {tensor.shape[:1] for name, tensor in state.items() if name.endswith(".q.bias")}
@@ -77,16 +75,6 @@ def read_diffusers(path: Path, content: None, ema: bool) -> StoredWeights:
     if differing:
         raise DataError(f"{folder / 'config.json'}: another network than DDIM's: {'; '.join(differing)[:400]}")
     return StoredWeights(state)
-
-
-def _read_settings(file: Path) -> dict:
-    try:
-        settings = json.loads(read_regular(file, CONFIG_LIMIT, "description of a network"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(settings, dict):
-        raise DataError(f"{file}: cannot be read: it must hold the settings of a network by name")
-    return settings
 
 
 def diffusers_folder(path: Path) -> Path:
