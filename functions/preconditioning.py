@@ -16,6 +16,7 @@ The e of the table never subtracts D from y, of which little is left in float32 
 c_in y of vp and iddpm is x_t itself.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import inf, log
 
@@ -36,7 +37,7 @@ from functions.levels import (
 )
 
 
-class _Preconditioned:
+class _Preconditioned(ABC):
     """What the four share. Levels are floats, or tensors (B, 1, 1, 1).
 
     Attributes:
@@ -46,22 +47,25 @@ class _Preconditioned:
 
     perturbation_target = "noise"
 
+    @abstractmethod
     def c_in(self, s):
-        raise NotImplementedError
+        """A float, or a tensor in the shape of s."""
 
+    @abstractmethod
     def c_noise(self, s):
         """A float, or a tensor in the shape of s."""
-        raise NotImplementedError
 
+    @abstractmethod
     def denoised(self, y: Tensor, s, raw: Tensor) -> Tensor:
-        raise NotImplementedError
+        """D."""
 
+    @abstractmethod
     def noise(self, y: Tensor, s, raw: Tensor) -> Tensor:
-        raise NotImplementedError
+        """e."""
 
+    @abstractmethod
     def answer(self, x0: Tensor, eps: Tensor, s) -> Tensor:
         """F* = (x0 - c_skip y)/c_out with y = x0 + s eps."""
-        raise NotImplementedError
 
     def feed(self, schedule, x: Tensor, t) -> tuple[Tensor, Tensor | float]:
         """c_in y (B, C, H, W), and c_noise: a float where t is one, else (B,)."""

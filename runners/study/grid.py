@@ -8,6 +8,7 @@ from configs.sampling import SamplerSettings
 from configs.study import Sampler, Study
 from utils.atomic import write_text
 from utils.errors import DataError
+from utils.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def read_cells(folder: Path) -> dict[str, dict]:
     """
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for text in path.read_text(errors="replace").splitlines():
+        for text in _lines(path):
             entry = _parse(text)
             if entry is None:
                 continue
@@ -105,15 +106,20 @@ def read_cells(folder: Path) -> dict[str, dict]:
 def drop_broken_lines(path: Path) -> None:
     """So that the next line does not stick to half a line; only for the job that has locked the run."""
     if path.exists():
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        lines = _lines(path)
         whole = [line for line in lines if line.endswith("\n") and _parse(line) is not None]
         if whole != lines:
             write_text(path, "".join(whole))
 
 
+def _lines(path: Path) -> list[str]:
+    with open_regular(path) as file:
+        return file.read().decode(errors="replace").splitlines(keepends=True)
+
+
 def _parse(text: str) -> dict | None:
     try:
         entry = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

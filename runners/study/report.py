@@ -1,12 +1,12 @@
 """What a study found, complete or not: tables, curves and sample grids, as report.md and report.html."""
 
-import json
 from pathlib import Path
 
 from runners.diagnosis.curves import PALETTE
 from runners.evaluation.metrics import count_name
 from runners.study.page import Gallery, Heading, Picture, Table, Text, to_html, to_markdown
 from runners.study.runner import StudyJob
+from runners.training.metrics_file import read_metrics
 from utils.atomic import atomic_path, write_text
 from utils.errors import UserError
 
@@ -88,10 +88,9 @@ def runs_table(findings: Findings) -> list:
 
 def _training_minutes(job: StudyJob, doc: str) -> float:
     """From the speeds that metrics.jsonl has, so that pauses do not count."""
-    seconds, before, path = 0.0, 0, job.run(doc).metrics
-    for text in path.read_text().splitlines() if path.exists() else []:
-        line = json.loads(text)
-        if "images_per_s" in line:
+    seconds, before = 0.0, 0
+    for line in read_metrics(job.run(doc).metrics):
+        if line.get("images_per_s"):
             batch = job.configs[doc].training.global_batch_size
             seconds, before = seconds + (line["step"] - before) * batch / line["images_per_s"], line["step"]
     return seconds / 60

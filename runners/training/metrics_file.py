@@ -5,7 +5,7 @@ from pathlib import Path
 
 from utils.files import open_regular
 
-NUMBERS = ("loss", "loss_base", "grad_norm", "validation_loss")
+NUMBERS = ("loss", "loss_base", "grad_norm", "validation_loss", "images_per_s")
 LARGEST = 2**63                                      # of whole numbers; floats may be anything
 
 
