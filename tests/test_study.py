@@ -1,6 +1,7 @@
 """study.py: the grid is trained and measured once, a stopped study goes on, what would mix results is refused."""
 
 import json
+import os
 import signal
 
 import numpy as np
@@ -16,6 +17,7 @@ from runners.diffusion import Diffusion
 from runners.evaluation import references
 from runners.study.grid import cells_of, drop_broken_lines, read_cells
 from tests.faults import jobs
+from utils.errors import DataError
 
 TINY = {
     "config": "digits.yml",
@@ -223,6 +225,12 @@ def test_shipped_studies_load_and_survive_a_round_trip(tmp_path):
     shipped = load_study("cifar10_tiny")
     (tmp_path / "study.yml").write_text(study_yaml(shipped))
     assert load_study(tmp_path / "study.yml") == shipped and len(shipped.runs) == 4
+
+
+def test_a_pipe_among_the_cells_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "base.jsonl")
+    with pytest.raises(DataError, match="is not a file but a pipe"):
+        read_cells(tmp_path)
 
 
 def test_only_broken_lines_are_dropped(tmp_path):
