@@ -110,10 +110,10 @@ class Judge:
                         for where in (state, self.data))
         if not self.data or stored["data_fingerprint"] in (None, mine["data_fingerprint"]):
             return
-        held_out = state.get("config", {}).get("data", {}).get("validation_fraction")
+        held_out = (state.get("config") or {}).get("data", {}).get("validation_fraction")
         if stored["data_content"] == mine["data_content"]:
             log.info("the images lie elsewhere or have another date than in %s, their content is the same", path)
-        elif held_out != self.config.data.validation_fraction:
+        elif held_out not in (None, self.config.data.validation_fraction):
             log.warning("resuming on another part of the images: data.validation_fraction was %s, is %s", held_out,
                         self.config.data.validation_fraction)
         elif self.force:
@@ -239,7 +239,7 @@ def _moments(stored: dict, shapes: dict, optional, name: str, dtype: torch.dtype
 def _other_digests(state: dict) -> Iterator[str]:
     """States of this version carry digests of their weights; they are compared once all else is in order."""
     for key, digest in (state.get("digests") or {}).items():
-        if key in ("model", "ema") and (state[key] is None or digest != weights_fingerprint(state[key])):
+        if key in ("model", "ema") and (state.get(key) is None or digest != weights_fingerprint(state[key])):
             yield f"its {key} weights have another digest than it says: the file was changed or damaged"
 
 

@@ -102,6 +102,7 @@ BROKEN = [                                                     # key, what it be
     ("times", [1], "times is a list"),
     ("model/conv_in.bias", lambda t: t + 1, "model weights have another digest"),
     ("ema/conv_in.bias", lambda t: t + 1, "ema weights have another digest"),
+    ("ema", ..., "ema weights have another digest"),
 ]
 
 
@@ -173,6 +174,16 @@ def test_other_images_are_refused_unless_forced(tmp_path, capsys, caplog):
     with caplog.at_level(logging.WARNING):
         assert train(exp, *others, *resume, "--force", level="warning") == 0
     assert "because of --force" in caplog.text
+
+
+def test_other_images_are_refused_whatever_a_state_says_of_its_configuration(tmp_path, capsys):
+    mine, others = (make_photos(tmp_path / name, seed) for name, seed in (("mine", 0), ("others", 1)))
+    exp = tmp_path / "exp"
+    assert train(exp, *mine, "--max_steps", "1") == 0
+    for path in (exp / "logs" / "digits").glob("ckpt*.pth"):
+        torch.save(torch.load(path, weights_only=True) | {"config": None}, path)
+    assert train(exp, *others, "--resume_training", "--max_steps", "2") == 2
+    assert "other images" in capsys.readouterr().err
 
 
 def test_the_same_images_elsewhere_are_no_others(tmp_path, caplog):
