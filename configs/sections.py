@@ -326,6 +326,15 @@ class Training(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the network; auto: on CUDA for runs of 2,000 steps or more."""
 
+    @model_validator(mode="after")
+    def _averages_have_names(self):
+        """Full states know all but the first by its words, phema_{epoch}_{length}.pth three digits of a length."""
+        others = [str(average) for average in self.ema[1:]]
+        for names in (others, [f"length {average.length:.3f}" for average in self.ema if average.length]):
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"ema has two averages of {twice[0]}; leave one of them out")
+        return self
+
 
 class Sampling(Section):
     batch_size: Count = 64

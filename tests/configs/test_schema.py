@@ -54,6 +54,11 @@ def test_non_square_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
+    # averages that a full state could not tell apart, or whose files have one name
+    (dict(training__ema=[0.9, 0.99, {"rate": 0.99, "warmup": True}]),
+     "training: ema has two averages of rate 0.99; leave one of them out"),
+    (dict(training__ema=[{"length": 0.05}, {"length": 0.0502}]),
+     "training: ema has two averages of length 0.050; leave one of them out"),
     # unknown keys
     (dict(training__batchsize=3), "training.batchsize: unknown key; did you mean training.batch_size?"),
     (dict(optim__dropout=0.1), "optim.dropout: unknown key; did you mean model.dropout?"),
