@@ -70,6 +70,7 @@ class Session:
         self.monitor = Monitor(self.run, self.plan, diffusion.device, self.step, self._sums,
                                diffusion.config.loss.variational != "none", training.loggers,
                                diffusion.config.model_dump(mode="json"))
+        self.held.callback(self.monitor.close)
         self.held_out = self._open_held_out()
         self.fid = PeriodicFid(diffusion.config, diffusion.device) if training.fid_freq else None
         self.batches = self._batches()
@@ -246,6 +247,5 @@ class Session:
                 self.monitor.grid(training_sheet(self.diffusion, self.images), self.step)
 
     def finish(self) -> None:
-        """Close the reports, wait for the last write. Collective."""
-        self.monitor.close()
+        """Wait for the last write. Collective."""
         distributed.on_rank_zero(self.writer.close)

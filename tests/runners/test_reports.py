@@ -42,6 +42,30 @@ def test_tensorboard_keeps_the_step_that_is_gone_on_from(tmp_path):
     assert curve(tmp_path, "samples") == [3, 5]
 
 
+@pytest.mark.parametrize("code", [0, 4])
+def test_curves_are_closed_however_a_run_ends(tmp_path, monkeypatch, code):
+    """A run of Weights & Biases that is not would go on for ever."""
+    from runners.training.loggers import LOGGERS, TensorBoard
+    from runners.training.state import TrainingState
+    from utils.errors import DivergedError
+
+    closed = []
+
+    class Recorder(TensorBoard):
+        def close(self):
+            super().close()
+            closed.append(self)
+
+    def diverge(self, step):
+        raise DivergedError("it did")
+
+    monkeypatch.setitem(LOGGERS, "tensorboard", Recorder)
+    if code:
+        monkeypatch.setattr(TrainingState, "check_divergence", diverge)
+    assert train(tmp_path, "--max_steps", "1") == code
+    assert len(closed) == 1 and curve(tmp_path) == [1]
+
+
 def test_a_finished_run_is_left_alone(tmp_path, caplog):
     assert train(tmp_path, "--training.max_steps", "2") == 0
     run = tmp_path / "logs" / "digits"
