@@ -21,6 +21,7 @@ from runners import distributed
 from runners.diffusion import Diffusion
 from runners.network import Network, explain_amp, resolve_amp
 from runners.training.loggers import check_loggers
+from runners.training.optimizer import fixed_bytes
 from runners.training.plan import Plan, split_batch
 from utils.errors import DataError, UserError
 from utils.live_bytes import LiveBytes
@@ -147,8 +148,7 @@ def training_memory(diffusion: Diffusion, images: torch.Tensor, plan: Plan) -> t
     Returns:
         All of it, the part of weights and optimizer, and what each further image of a network call adds.
     """
-    parameters = sum(p.numel() for p in diffusion.model.parameters())
-    fixed = parameters * 4 * (4 + len(diffusion.config.training.ema))     # weights, gradients, two moments, averages
+    fixed = fixed_bytes(diffusion.model, diffusion.config)
     one, two = (_step_memory(diffusion, images[:count]) for count in (1, 2))
     further = two - one
     return fixed + one + further * (plan.micro_batch - 1), fixed, further

@@ -7,7 +7,7 @@ import torch
 from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 
-from configs.schema import Optim
+from configs.schema import Config, Optim
 from utils.hub import needs_package
 
 OPTIMIZERS = {
@@ -59,6 +59,14 @@ def _adafactor_moments(shape) -> dict:
 
 def _adam_moments(o: Optim, shape) -> dict:
     return {"step": (), "exp_avg": shape, "exp_avg_sq": shape, **({"max_exp_avg_sq": shape} if o.amsgrad else {})}
+
+
+def fixed_bytes(model: torch.nn.Module, config: Config) -> int:
+    """Float32 weights; of what is trained gradients, the optimizer's moments and the averages."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = [shape for p in trained for shape in MOMENTS[config.optim.optimizer](config.optim, p.shape).values()]
+    return 4 * (sum(p.numel() for p in model.parameters()) + sum(math.prod(shape) for shape in moments if shape)
+                + (1 + len(config.training.ema)) * sum(p.numel() for p in trained))
 
 
 def make_optimizer(params: Iterable[torch.nn.Parameter], config: Optim) -> optim.Optimizer:

@@ -6,7 +6,6 @@ in bf16 from copies of the float32 weights, normalisations in float32, attention
 
 from contextlib import nullcontext
 from functools import partial
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.pipelines import takes_sizes, takes_text, unet_settings, vae_factor, vae_settings
 from configs.shapes import FACTOR, SHAPES, TOKENS
 from models.pretrained import shape_of_pretrained
-from runners.training.optimizer import MOMENTS
+from runners.training.optimizer import fixed_bytes
 from utils.errors import UserError
 from utils.hub import local_folder
 from utils.live_bytes import LiveBytes
@@ -92,14 +91,6 @@ def _shapes(config, absent: list[str]) -> tuple[dict, tuple[int, int], int]:
     settings, vae = unet_settings(folder), vae_settings(folder)
     factor = vae_factor(vae) if vae else 1
     return settings, (data.height // factor, data.width // factor), TOKENS
-
-
-def fixed_bytes(model: nn.Module, config) -> int:
-    """Float32 weights; of what is trained gradients, the optimizer's moments and the averages."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    moments = [shape for p in trained for shape in MOMENTS[config.optim.optimizer](config.optim, p.shape).values()]
-    return 4 * (sum(p.numel() for p in model.parameters()) + sum(prod(shape) for shape in moments if shape)
-                + (1 + len(config.training.ema)) * sum(p.numel() for p in trained))
 
 
 def recompute(model: nn.Module, amp: bool) -> None:

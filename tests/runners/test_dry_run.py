@@ -31,6 +31,17 @@ def test_activation_checkpointing_is_seen():
     assert 0 < further[1] < 0.8 * further[0]
 
 
+@pytest.mark.parametrize(("optimizer", "copies"), [("Adam", 5), ("SGD", 4), ("RMSProp", 4)])
+def test_the_moments_are_those_of_the_optimizer(optimizer, copies):
+    """Weights, gradients, an average, and of SGD and RMSProp one moment."""
+    config = Config.model_validate({
+        "data": {"dataset": "DIGITS", "image_size": 8}, "optim": {"optimizer": optimizer},
+        "model": {"ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": []}})
+    diffusion, plan = Diffusion(config, "cpu"), Plan.make(config.training, 1000, 1)
+    fixed = training_memory(diffusion, torch.zeros(2, *config.data.shape, dtype=torch.uint8), plan)[1]
+    assert fixed == 4 * copies * sum(p.numel() for p in diffusion.model.parameters())
+
+
 def test_two_ranks_say_once_what_is_wrong(tmp_path):
     argv = ["--config", "cifar10_tiny.yml", "--device", "cpu", "--exp", str(tmp_path), "--dry_run"]
     ranks = jobs.ranks("train_ddp", argv)

@@ -8,15 +8,8 @@ from configs.pipelines import unet_settings
 from configs.schema import load_config
 from models import build_model
 from models.pretrained import shape_of_pretrained
-from runners.training.optimizer import MOMENTS, make_optimizer
-from runners.training.shape_run import (
-    AutocastShapes,
-    fixed_bytes,
-    meta_inputs,
-    recompute,
-    step_bytes,
-    step_flops,
-)
+from runners.training.optimizer import MOMENTS, fixed_bytes, make_optimizer
+from runners.training.shape_run import AutocastShapes, meta_inputs, recompute, step_bytes, step_flops
 from utils.live_bytes import LiveBytes
 
 
