@@ -50,13 +50,18 @@ class Session:
         training = diffusion.config.training
         self.diffusion, self.run, self.plan, self.images, self.signals = diffusion, run, plan, images, signals
         self.training, self.held = training, ExitStack()
-        self.network, self.state = self._prepare()
+        amp = distributed.on_rank_zero(lambda: resolve_amp(training.amp, diffusion.device))    # CPUs may differ
+        stored = self._find_stored(judge) if judge else {}
+        if stored:
+            amp = self._keep_precision(amp, stored)
+        self.state = TrainingState(diffusion.model, diffusion.config, plan.total_steps, plan.global_batch,
+                                   loss_scaling=amp is torch.float16)
+        self.network = self._make_network(amp)
+        if begin := stored or diffusion.inherited:
+            self.state.load_state_dict(begin)
         diffusion.averages = self.state.averages
-        self.data = data_identity(images)
-        stored = self._restore(judge) if judge else {}
-        if diffusion.inherited and not stored:
-            self.state.load_state_dict(diffusion.inherited)
         diffusion.inherited = None                   # it is as large as the state itself
+        self.data = judge.data if judge else data_identity(images)
         self.step, self.best = stored.get("step", 0), stored.get("best_fid")
         self.event, self.line, self.saved_at, self.began = 0, {}, time.monotonic(), time.monotonic()
         self.first_grid_due = self.step == 0 and training.first_grid_minutes > 0
@@ -92,11 +97,8 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------------- beginning
 
-    def _prepare(self) -> tuple[Network, TrainingState]:
+    def _make_network(self, amp: torch.dtype | None) -> Network:
         diffusion, training, plan = self.diffusion, self.training, self.plan
-        amp = distributed.on_rank_zero(lambda: resolve_amp(training.amp, diffusion.device))    # CPUs may differ
-        state = TrainingState(diffusion.model, diffusion.config, plan.total_steps, plan.global_batch,
-                              loss_scaling=amp is torch.float16)
         compiled = resolve_compile(training.compile, diffusion.device, plan.last_step)
         log.info("%d images, %d steps in an epoch, %d in this run; batch %d = %d processes x %d calls x %d images; "
                  "%s, amp %s, compile %s", plan.num_images, plan.steps_per_epoch, plan.last_step, plan.global_batch,
@@ -104,10 +106,10 @@ class Session:
                  explain_amp(training.amp, diffusion.device),
                  "on" if compiled else "off")
         return Network(diffusion.model, diffusion.device, amp, compiled=compiled, ddp=plan.world_size > 1,
-                       accumulate=plan.accumulate), state
+                       accumulate=plan.accumulate)
 
-    def _restore(self, judge: Judge) -> dict:
-        """Continue from the newest full state that is whole; an empty dictionary where there is none.
+    def _find_stored(self, judge: Judge) -> dict:
+        """The newest full state that is whole; an empty dictionary where there is none.
 
         Raises:
             UserError: The ranks do not see the same run folder.
@@ -119,24 +121,20 @@ class Session:
         if found is None:
             return {}
         stored, path = found
-        self._keep_precision(stored)
-        self.state.load_state_dict(stored)
         log.info("resumed from %s: step %d, epoch %d", path, stored["step"], stored["epoch"])
         return stored
 
-    def _keep_precision(self, stored: dict) -> None:
+    def _keep_precision(self, amp: torch.dtype | None, stored: dict) -> torch.dtype | None:
         """``amp: auto`` goes on with what the run began with, also where this device would have chosen otherwise."""
-        device, network = self.diffusion.device, self.network
+        device = self.diffusion.device
         began = stored.get("amp", "off" if device.type == "cpu" else None)    # an older file's auto
-        if self.training.amp != "auto" or began not in AMP or began == amp_name(network.amp):
-            return
+        if self.training.amp != "auto" or began not in AMP or began == amp_name(amp):
+            return amp
         if began == "fp16" and device.type == "cpu":
-            log.warning("amp auto: the run began with fp16, which a CPU has not; it goes on with %s",
-                        amp_name(network.amp))
-            return
+            log.warning("amp auto: the run began with fp16, which a CPU has not; it goes on with %s", amp_name(amp))
+            return amp
         log.info("amp auto: %s, with which the run began", began)
-        network.amp = AMP[began]
-        self.state.scale_loss(began == "fp16")
+        return AMP[began]
 
     def _open_held_out(self):
         """ImageStore of the held-out images on rank 0, or None."""

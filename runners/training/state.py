@@ -43,14 +43,10 @@ class TrainingState:
         self.times = TimeSampler.of(config, make_schedule(config.diffusion), device)
         self.optimizer = make_optimizer(self.parameters, config.optim)
         self.lr_schedule = make_lr_schedule(self.optimizer, config.optim, total_steps, global_batch)
-        self.scale_loss(loss_scaling)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
         self.last_lr = self.lr_schedule.get_last_lr()[0]                        # of the latest step
         self.bad_run = torch.zeros((), dtype=torch.long, device=device)         # skipped steps in a row, up to now
         self.longest_bad_run = self.bad_run.clone()                            # and the most since the last check
-
-    def scale_loss(self, on: bool) -> None:
-        """Begin to scale the loss anew, or do not scale it."""
-        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=on)
 
     @property
     def kinds(self):

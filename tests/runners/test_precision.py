@@ -15,6 +15,7 @@ from runners.compilation import layers_of, resolve_sampling_compile
 from runners.diffusion import Diffusion
 from runners.frozen import cast_once
 from runners.network import Network, explain_amp, resolve_amp
+from runners.training import session
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -47,13 +48,17 @@ def same(a, b):
     return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
 
 
-def test_a_resumed_run_keeps_what_auto_chose(cpu_has, tmp_path):
+def test_a_resumed_run_keeps_what_auto_chose(cpu_has, tmp_path, monkeypatch):
+    """The network is made with it: in float32 a GPU must be told to leave out TF32."""
+    made = []
+    monkeypatch.setattr(session, "Network", lambda model, device, amp, **more: made.append(amp) or Network(
+        model, device, amp, **more))
     cpu_has("avx512_bf16")
     whole = train(tmp_path / "whole", *AUTO, "--training.max_steps", "4")
     train(tmp_path / "moved", *AUTO, "--training.max_steps", "4", "--max_steps", "2")
     cpu_has("avx2")                                            # on another machine, whose auto would be off
     moved = train(tmp_path / "moved", *AUTO, "--training.max_steps", "4", "--resume_training")
-    assert whole["amp"] == moved["amp"] == "bf16" and same(whole, moved)
+    assert whole["amp"] == moved["amp"] == "bf16" and same(whole, moved) and made == [torch.bfloat16] * 3
     off = train(tmp_path / "off", "--amp", "off", "--training.max_steps", "4")
     assert off["amp"] == "off" and not same(whole, off)
 
