@@ -214,9 +214,8 @@ class Session:
         if due or snapshot is not None:
             self.saved_at = time.monotonic()
         if self.event or snapshot is not None or last:
-            full = self.full_state()
-            if distributed.rank() == 0:
-                self.writer.save(full, snapshot)
+            sums = self.monitor.state()                      # of all ranks; the rest of the state is the same on each
+            distributed.on_rank_zero(lambda: self.writer.save(self.full_state(sums), snapshot))
         if self.event <= self.signals.SAVE and (snapshot is not None or last or self._first_grid_now()):
             self.draw_grid()
 
@@ -224,16 +223,15 @@ class Session:
         """Once, when the first minutes of a run are over and nothing has been drawn yet. Rank 0 alone draws."""
         return self.first_grid_due and time.monotonic() - self.began > 60 * self.training.first_grid_minutes
 
-    def full_state(self) -> dict:
-        """All that resuming needs. Collective, because the sums of all ranks belong into it.
+    def full_state(self, metric_sums: list) -> dict:
+        """All that resuming needs.
 
         Raises:
-            DivergedError: On all ranks alike: a weight or a moment is not finite.
+            DivergedError: A weight or a moment is not finite.
         """
         full = {"format_version": FORMAT_VERSION, "config": self.diffusion.config.model_dump(mode="json"),
                 "step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "best_fid": self.best,
-                "amp": amp_name(self.network.amp), "metric_sums": self.monitor.state(), **self.data,
-                **self.state.state_dict()}
+                "amp": amp_name(self.network.amp), "metric_sums": metric_sums, **self.data, **self.state.state_dict()}
         refuse_non_finite(full)
         return full
 
