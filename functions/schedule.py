@@ -130,47 +130,50 @@ class DiscreteSchedule(Schedule):
         abar = torch.cumprod(1 - betas, 0)
         first = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else abar[:1]
         abar = torch.cat([first, abar])                                     # (T + 1,), index t + 1
-        self._alphas, self._sigmas = abar.sqrt(), (1 - abar).sqrt()
-        self._alpha_list, self._sigma_list = self._alphas.tolist(), self._sigmas.tolist()
-        self._levels = [self.level(t) for t in range(self.num_timesteps)]
-        self._network_times = torch.as_tensor(range(self.num_timesteps) if network_times is None else network_times)
+        self._numbers = {"alpha": abar.sqrt().tolist(), "sigma": (1 - abar).sqrt().tolist()}
+        self._numbers["level"] = [self.level(t) for t in range(self.num_timesteps)]
+        self._numbers["network_time"] = list(range(self.num_timesteps) if network_times is None else network_times)
         self._tables = {}
 
     def alpha(self, t, dtype=torch.float32):
-        return self._look_up(self._alphas, t, dtype) if isinstance(t, Tensor) else self._alpha_list[int(t) + 1]
+        return self._coefficient("alpha", t, dtype)
 
     def sigma(self, t, dtype=torch.float32):
-        return self._look_up(self._sigmas, t, dtype) if isinstance(t, Tensor) else self._sigma_list[int(t) + 1]
+        return self._coefficient("sigma", t, dtype)
 
-    def _look_up(self, table: Tensor, t: Tensor, dtype) -> Tensor:
-        """Entries of ``table`` at t (B,), from a copy on t's device that is made once: (B, 1, 1, 1)."""
-        key = id(table), t.device, dtype
+    def _coefficient(self, name: str, t, dtype):
+        if isinstance(t, Tensor):
+            return self._table(name, t.device, dtype)[t.long() + 1].view(-1, 1, 1, 1)
+        return self._numbers[name][int(t) + 1]
+
+    def _table(self, name: str, device, dtype) -> Tensor:
+        """The numbers of that name on a device, to which they go once: copying them again would wait for it."""
+        key = name, device, dtype
         if key not in self._tables:
-            self._tables[key] = table.to(t.device, dtype)
-        return self._tables[key][t.long() + 1].view(-1, 1, 1, 1)
+            self._tables[key] = torch.tensor(self._numbers[name], dtype=torch.float64).to(device, dtype)
+        return self._tables[key]
 
     def time(self, level):
         """The step whose level is nearest."""
         if isinstance(level, Tensor):
-            return torch.tensor([self.time(each) for each in level.tolist()], device=level.device)
-        above = min(bisect_left(self._levels, level), self.start)
+            levels, level = self._table("level", level.device, torch.float64), level.double()
+            above = torch.searchsorted(levels, level).clamp(max=self.start)
+            below = (above - 1).clamp(min=0)
+            return torch.where(level - levels[below] <= levels[above] - level, below, above)
+        levels = self._numbers["level"]
+        above = min(bisect_left(levels, level), self.start)
         below = max(0, above - 1)
-        return below if level - self._levels[below] <= self._levels[above] - level else above
+        return below if level - levels[below] <= levels[above] - level else above
 
     @property
     def level_range(self):
-        finite = [level for level in self._levels if level < inf]
+        finite = [level for level in self._numbers["level"] if level < inf]
         return finite[0], finite[-1]
 
     def network_time(self, t):
         if isinstance(t, Tensor):
-            return self._look_up_time(t)
-        return int(self._network_times[int(t)])
-
-    def _look_up_time(self, t: Tensor) -> Tensor:
-        if t.device != self._network_times.device:
-            self._network_times = self._network_times.to(t.device)
-        return self._network_times[t.long()]
+            return self._table("network_time", t.device, torch.long)[t.long()]
+        return self._numbers["network_time"][int(t)]
 
     def at(self, u):
         return (u * self.num_timesteps).long().clamp(max=self.start)
@@ -187,7 +190,7 @@ class DiscreteSchedule(Schedule):
     def respaced(self, times):
         """Index k stands for ``times[k]``: betas 1 - abar_k/abar_{k-1}, and the network is told ``times[k]``."""
         self.check_times(times)
-        abar = [1.0, *(self._alpha_list[t + 1] ** 2 for t in times)]
+        abar = [1.0, *(self.alpha(t) ** 2 for t in times)]
         betas = [1 - below / above for above, below in zip(abar, abar[1:], strict=False)]
         return DiscreteSchedule(betas, [self.network_time(t) for t in times])
 
