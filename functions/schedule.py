@@ -192,7 +192,8 @@ class DiscreteSchedule(Schedule):
         self.check_times(times)
         abar = [1.0, *(self.alpha(t) ** 2 for t in times)]
         betas = [1 - below / above for above, below in zip(abar, abar[1:], strict=False)]
-        return DiscreteSchedule(betas, [self.network_time(t) for t in times])
+        return DiscreteSchedule(betas, [self.network_time(t) for t in times], self.alpha(self.end) == 1,
+                                self.steps_offset)
 
     def check_times(self, times):
         super().check_times(times)
