@@ -80,7 +80,8 @@ def sequence_aware_loss(denoiser, x0: Tensor, t: Tensor, noise: Tensor, *, num_c
     noise = noise[:K].flatten(0, 1)                                        # (K*B, C, H, W)
     steps, exists = zip(*(schedule.below(t, k) for k in range(K)), strict=True)
     steps, exists = torch.cat(steps), torch.cat(exists).view(-1, 1, 1, 1)  # (K*B,), (K*B, 1, 1, 1)
-    x0, driver, meant = x0.repeat(K, 1, 1, 1), noise, x0.repeat(K, 1, 1, 1)
+    x0 = x0.repeat(K, 1, 1, 1)                                             # (K*B, C, H, W)
+    driver, meant = noise, x0
     if input_perturbation > 0:
         shift = input_perturbation * perturbation_noise[:K].flatten(0, 1)  # (K*B, C, H, W)
         driver = noise + shift
