@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functions.schedule import root
+from functions.schedule_base import root
 
 
 class Gamma:
