@@ -11,13 +11,14 @@ too. The last step draws none; on the one before, sqrt(v) is at most ``pixels`` 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import inf, isfinite, log, pi
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from functions.schedule import root
+from functions.schedule_base import root
 
 
 class Gamma:
@@ -48,18 +49,32 @@ class Gamma:
 
     def at(self, schedule, t: float) -> float:
         """Gamma_t, within the measured range."""
-        levels = [log(schedule.level(each)) for each in self.times]
-        return float(np.interp(log(schedule.level(t)), levels, self.values))
+        return float(np.interp(log(schedule.level(t)), _log_levels(self, schedule), self.values))
 
     def open_variance(self, schedule, t, like: Tensor):
-        """c_t: a float for a number, (B, 1, 1, 1) in the type of ``like`` for times (B,)."""
+        """c_t: a float for a number, (B, 1, 1, 1) in the type of ``like`` for steps (B,) of a discrete schedule."""
         if isinstance(t, Tensor):
-            found = [self.open_variance(schedule, each, like) for each in t.tolist()]
-            return torch.tensor(found, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
+            return _open_variances(self, schedule, like.dtype, like.device)[t].view(-1, 1, 1, 1)
         level = schedule.level(t)
         if level == inf:
             return 1.0                                         # of pure noise, about which eps says nothing
         return min(max(level**2 * (1 - self.at(schedule, t)), 0.0), 1.0 if self.pixels else inf)
+
+
+# A chain asks at every step: what does not depend on the step is kept.
+
+
+@lru_cache(maxsize=8)
+def _log_levels(gamma: Gamma, schedule) -> np.ndarray:
+    """Of the times at which Gamma was measured."""
+    return np.array([log(schedule.level(t)) for t in gamma.times])
+
+
+@lru_cache(maxsize=8)
+def _open_variances(gamma: Gamma, schedule, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """c_t of all steps of a discrete schedule, (T,)."""
+    found = [gamma.open_variance(schedule, t, None) for t in range(schedule.num_timesteps)]
+    return torch.tensor(found, dtype=dtype, device=device)
 
 
 def analytic_variance(chain, link, gamma: Gamma, kept, x: Tensor, pixels: float | None):

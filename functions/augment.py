@@ -22,6 +22,7 @@ Shapes depend on nothing that was drawn, and an image does not depend on its bat
 """
 
 from collections.abc import Callable
+from functools import cache
 from math import pi
 
 import torch
@@ -152,6 +153,12 @@ def _translation(x: Tensor, y: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- resampling
 
 
+@cache
+def _taps(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: a copy to a GPU waits for it."""
+    return torch.tensor(TAPS, dtype=dtype, device=device)
+
+
 def resample(images: Tensor, source: Tensor) -> Tensor:
     """Images whose pixel q shows what lay at G q; beyond the border the image is mirrored.
 
@@ -163,7 +170,7 @@ def resample(images: Tensor, source: Tensor) -> Tensor:
         source: G in pixels from the centre, (N, 3, 3).
     """
     count, channels, height, width = images.shape
-    taps = torch.tensor(TAPS, dtype=images.dtype, device=images.device)
+    taps = _taps(images.dtype, images.device)
     horizontal, vertical = (taps.view(1, 1, *shape).expand(channels, 1, *shape) for shape in ((1, 12), (12, 1)))
     x = F.pad(images, (width - 1, width - 1, height - 1, height - 1), mode="reflect")        # (N, C, 3H - 2, 3W - 2)
     x = F.conv_transpose2d(x, horizontal, stride=(1, 2), padding=(0, 5), groups=channels)

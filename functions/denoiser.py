@@ -66,7 +66,7 @@ class Denoiser:
         fed, time = self.told(x, t)
         if isinstance(self.network, nn.Module):
             fed = fed.to(next(self.network.parameters()).dtype)
-        condition = {name: rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))
+        condition = {name: rows if len(rows) == len(x) else rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))
                      for name, rows in self.condition.items()}
         out = self.network(fed, time, **condition)
         n, c, h, w = x.shape

@@ -10,7 +10,6 @@ With analytic variances (``functions.analytic``) generalized draws sqrt(v) z in 
 """
 
 from collections.abc import Sequence
-from math import log
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from functions.analytic import Gamma, analytic_variance
 from functions.chain import Chain
 from functions.ode import dpmpp_2m_steps, euler_steps, heun_steps
-from functions.schedule import root
+from functions.schedule_base import logarithm, root
 
 
 def generalized_steps(denoiser, x: Tensor, times: Sequence[float], *, eta: float = 0.0, eps_scaler=None,
@@ -82,7 +81,7 @@ def _learned(chain: Chain, link, estimate, gamma):
     small, large = step_variances(chain.schedule, link.i, link.j, dtype)
     if not isinstance(link.j, Tensor) and chain.schedule.sigma(link.j) == 0:
         small = large if link.above is None else step_variances(chain.schedule, link.above, link.i, dtype)[0]
-    small, large = (each.log() if isinstance(each, Tensor) else log(each) for each in (small, large))
+    small, large = logarithm(small), logarithm(large)
     return torch.exp(estimate.variance * large + (1 - estimate.variance) * small)
 
 

@@ -1,6 +1,6 @@
 """Exposure bias: what a network sees along its own chain, compared with what it saw in training.
 
-Notation (alpha, sigma, level as in ``functions.schedule``); all means run over images and their noise:
+Notation (alpha, sigma, level as in ``functions.schedule_base``); all means run over images and their noise:
 
     ||eps||_i   mean of ||eps(x_i, i)||_2, for x_i ~ q(x_i | x_0) ("training") or along a chain ("sampling");
                 EDM-ES (2308.15321), figure 6

@@ -23,6 +23,6 @@ def classifier_gradient(classifier: Callable, denoiser, labels: Tensor, scale: f
             x = x.detach().requires_grad_()
             log_p = classifier(*denoiser.told(x, t)).log_softmax(dim=1)                      # (B, classes)
             chosen = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]                     # (B,)
-            return scale * torch.autograd.grad(chosen[labels >= 0].sum(), x)[0]
+            return scale * torch.autograd.grad(torch.where(labels >= 0, chosen, 0).sum(), x)[0]
 
     return gradient

@@ -1,6 +1,6 @@
 """The training loss: DDPM's L_simple, the sequence-aware term (SA-DPM) and input perturbation (DDPM-IP), for any F.
 
-Notation (schedule and F as in ``functions.schedule`` and ``functions.prediction``): K = num_consecutive_steps,
+Notation (schedule as in ``functions.schedule_base``, F as in ``functions.prediction``): K = num_consecutive_steps,
 k = 0..K-1, t_k the k-th training time below t, m_k = 1 if there is one, else 0.
 
     x_k   = alpha x_0 + sigma (n_k + gamma xi_k)  at t_k     input; gamma = 0 without perturbation  (2301.11706, alg. 1)
@@ -80,7 +80,8 @@ def sequence_aware_loss(denoiser, x0: Tensor, t: Tensor, noise: Tensor, *, num_c
     noise = noise[:K].flatten(0, 1)                                        # (K*B, C, H, W)
     steps, exists = zip(*(schedule.below(t, k) for k in range(K)), strict=True)
     steps, exists = torch.cat(steps), torch.cat(exists).view(-1, 1, 1, 1)  # (K*B,), (K*B, 1, 1, 1)
-    x0, driver, meant = x0.repeat(K, 1, 1, 1), noise, x0.repeat(K, 1, 1, 1)
+    x0 = x0.repeat(K, 1, 1, 1)                                             # (K*B, C, H, W)
+    driver, meant = noise, x0
     if input_perturbation > 0:
         shift = input_perturbation * perturbation_noise[:K].flatten(0, 1)  # (K*B, C, H, W)
         driver = noise + shift

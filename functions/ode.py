@@ -10,13 +10,14 @@ Where alpha is 0 (pure noise, level infinite) the first step is Euler's, x_j = a
 """
 
 from collections.abc import Sequence
-from math import inf, log, sqrt
+from math import inf, sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from functions.chain import Chain
+from functions.schedule_base import logarithm
 
 
 class Churn(NamedTuple):
@@ -166,7 +167,7 @@ def dpmpp_2m_steps(denoiser, x: Tensor, times: Sequence[float], *, eps_scaler=No
     def step(x, link):
         nonlocal before, h_before
         x0, e, _ = chain.guide(chain.look(x, link), x, link.i)
-        h = inf if link.last else _log(schedule.level(link.i, x.dtype) / schedule.level(link.j, x.dtype))
+        h = inf if link.last else logarithm(schedule.level(link.i, x.dtype) / schedule.level(link.j, x.dtype))
         used = x0
         if not link.last and (isinstance(h_before, Tensor) or h_before < inf):
             used = x0 + h / (2 * h_before) * (x0 - before)
@@ -175,10 +176,6 @@ def dpmpp_2m_steps(denoiser, x: Tensor, times: Sequence[float], *, eps_scaler=No
         return euler(schedule, used, e, link.j)
 
     return chain.run(x, step)
-
-
-def _log(ratio):
-    return ratio.log() if isinstance(ratio, Tensor) else log(ratio)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ c_in y of vp and iddpm is x_t itself.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from math import inf, log
 
 import torch
@@ -191,15 +192,19 @@ class IDDPM(_NoiseNetwork):
         return iddpm_chain()[0]
 
     def c_noise(self, s):
-        chain = iddpm_chain()
         if not isinstance(s, Tensor):
-            return float(M - 1 - chain.index(nearest(chain, s)))
-        u = torch.tensor(chain, dtype=torch.float32, device=s.device)
-        return M - 1 - (u - s.float()).abs().argmin(dim=-1, keepdim=True).float()
+            return float(M - 1 - iddpm_chain().index(nearest(iddpm_chain(), s)))
+        return M - 1 - (_iddpm_levels(s.device) - s.float()).abs().argmin(dim=-1, keepdim=True).float()
 
     def round(self, level: float) -> float:
         """The nearest u_j."""
         return nearest(iddpm_chain(), level)
+
+
+@cache
+def _iddpm_levels(device: torch.device) -> Tensor:
+    """u, float32 (M + 1,), made once: a copy to a GPU waits for it."""
+    return torch.tensor(iddpm_chain(), dtype=torch.float32, device=device)
 
 
 def _log(s):

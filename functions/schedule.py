@@ -1,16 +1,11 @@
-"""Schedules: from a time to the scale of the image and of the noise, x_t = alpha(t) x_0 + sigma(t) n.
+"""The schedules: DDPM's chain of steps, EDM's levels, and rectified flow. Notation: ``functions.schedule_base``, and
 
-Notation:
-
-    level(t) = sigma / alpha      noise over image; rises with t, infinite where alpha is 0
     abar_t   = prod_{s<=t} (1 - beta_s)                DDPM (2006.11239), section 2; abar_{-1} = 1
-
-A time is a Python number, and its coefficients are exact Python floats; or a tensor (B,), and they are (B, 1, 1, 1).
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import inf
 
 import torch
 from torch import Tensor
@@ -18,89 +13,9 @@ from torch import Tensor
 from functions.betas import make_betas
 from functions.levels import RANGES
 from functions.prediction import make_prediction
+from functions.schedule_base import Schedule
 from functions.timesteps import sampling_times
 from utils.errors import ConfigError
-
-
-class Schedule:
-    """What all schedules share.
-
-    Attributes:
-        start: The noisiest time.
-        end: The time of the clean image: alpha 1, sigma 0.
-    """
-
-    start: float
-    end: float
-    skip_type = "uniform"                   # how the steps of a chain are spaced unless somebody says otherwise
-    state_dtype = torch.float32             # of x along a chain
-
-    def alpha(self, t, dtype: torch.dtype = torch.float32):
-        """Scale of the image: float for a number, (B, 1, 1, 1) of ``dtype`` for a tensor (B,)."""
-        raise NotImplementedError
-
-    def sigma(self, t, dtype: torch.dtype = torch.float32):
-        """Scale of the noise, as ``alpha``."""
-        raise NotImplementedError
-
-    def level(self, t, dtype: torch.dtype = torch.float32):
-        """sigma / alpha, as ``alpha``; infinite where alpha is 0."""
-        alpha, sigma = self.alpha(t, dtype), self.sigma(t, dtype)
-        return sigma / alpha if isinstance(t, Tensor) or alpha else inf
-
-    def time(self, level: float) -> float:
-        """The time at ``level`` in [0, inf], number or tensor: the inverse of ``level``."""
-        raise NotImplementedError
-
-    @property
-    def level_range(self) -> tuple[float, float]:
-        """The lowest and the highest finite level that training sees."""
-        raise NotImplementedError
-
-    def prior_std(self, t: float) -> float:
-        """A chain whose first executed time is t starts from a normal draw times this."""
-        return 1.0
-
-    def network_time(self, t):
-        """What a network is told for time t, number or tensor."""
-        return t
-
-    def at(self, u: Tensor) -> Tensor:
-        """The training time at rank u in [0, 1], float64 (B,); evenly spread u are evenly spread training times."""
-        raise NotImplementedError
-
-    def rank(self, t: Tensor) -> Tensor:
-        """The inverse of ``at`` up to rounding: where among the training times t lies, in [0, 1), (B,)."""
-        raise NotImplementedError
-
-    def below(self, t: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k-th training time below t, and whether there is one, each (B,); k = 0 gives t itself, always."""
-        raise NotImplementedError
-
-    def above(self, t: Tensor, k: int) -> Tensor:
-        """The k-th training time above t, or the highest where there are not so many, (B,)."""
-        raise NotImplementedError
-
-    def respaced(self, times: Sequence[int]) -> "Schedule":
-        """The shorter chain that consists of these times."""
-        raise ValueError(f"{type(self).__name__} has no steps to leave out; respacing is for discrete schedules")
-
-    def check_times(self, times: Sequence[float]) -> None:
-        """ValueError unless a chain can visit ``times``, ascending."""
-        if not times or any(not a < b for a, b in zip(times, times[1:], strict=False)):
-            raise ValueError("timesteps must be non-empty, ascending and distinct")
-        if not self.end < times[0] or not times[-1] < inf:
-            raise ValueError(f"times must lie above {self.end}, given {times[0]} to {times[-1]}")
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Sample q(x_t | x_0) = N(alpha x_0, sigma^2 I), DDPM eq. 4.
-
-        Args:
-            x0: Clean images, (B, C, H, W).
-            noise: Standard normal draw, same shape.
-            t: Times, (B,); ``end`` returns ``x0`` unchanged.
-        """
-        return self.alpha(t, x0.dtype) * x0 + self.sigma(t, x0.dtype) * noise
 
 
 class DiscreteSchedule(Schedule):
@@ -130,47 +45,50 @@ class DiscreteSchedule(Schedule):
         abar = torch.cumprod(1 - betas, 0)
         first = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else abar[:1]
         abar = torch.cat([first, abar])                                     # (T + 1,), index t + 1
-        self._alphas, self._sigmas = abar.sqrt(), (1 - abar).sqrt()
-        self._alpha_list, self._sigma_list = self._alphas.tolist(), self._sigmas.tolist()
-        self._levels = [self.level(t) for t in range(self.num_timesteps)]
-        self._network_times = torch.as_tensor(range(self.num_timesteps) if network_times is None else network_times)
+        self._numbers = {"alpha": abar.sqrt().tolist(), "sigma": (1 - abar).sqrt().tolist()}
+        self._numbers["level"] = [self.level(t) for t in range(self.num_timesteps)]
+        self._numbers["network_time"] = list(range(self.num_timesteps) if network_times is None else network_times)
         self._tables = {}
 
     def alpha(self, t, dtype=torch.float32):
-        return self._look_up(self._alphas, t, dtype) if isinstance(t, Tensor) else self._alpha_list[int(t) + 1]
+        return self._coefficient("alpha", t, dtype)
 
     def sigma(self, t, dtype=torch.float32):
-        return self._look_up(self._sigmas, t, dtype) if isinstance(t, Tensor) else self._sigma_list[int(t) + 1]
+        return self._coefficient("sigma", t, dtype)
 
-    def _look_up(self, table: Tensor, t: Tensor, dtype) -> Tensor:
-        """Entries of ``table`` at t (B,), from a copy on t's device that is made once: (B, 1, 1, 1)."""
-        key = id(table), t.device, dtype
+    def _coefficient(self, name: str, t, dtype):
+        if isinstance(t, Tensor):
+            return self._table(name, t.device, dtype)[t.long() + 1].view(-1, 1, 1, 1)
+        return self._numbers[name][int(t) + 1]
+
+    def _table(self, name: str, device, dtype) -> Tensor:
+        """The numbers of that name on a device, to which they go once: copying them again would wait for it."""
+        key = name, device, dtype
         if key not in self._tables:
-            self._tables[key] = table.to(t.device, dtype)
-        return self._tables[key][t.long() + 1].view(-1, 1, 1, 1)
+            self._tables[key] = torch.tensor(self._numbers[name], dtype=torch.float64).to(device, dtype)
+        return self._tables[key]
 
     def time(self, level):
         """The step whose level is nearest."""
         if isinstance(level, Tensor):
-            return torch.tensor([self.time(each) for each in level.tolist()], device=level.device)
-        above = min(bisect_left(self._levels, level), self.start)
+            levels, level = self._table("level", level.device, torch.float64), level.double()
+            above = torch.searchsorted(levels, level).clamp(max=self.start)
+            below = (above - 1).clamp(min=0)
+            return torch.where(level - levels[below] <= levels[above] - level, below, above)
+        levels = self._numbers["level"]
+        above = min(bisect_left(levels, level), self.start)
         below = max(0, above - 1)
-        return below if level - self._levels[below] <= self._levels[above] - level else above
+        return below if level - levels[below] <= levels[above] - level else above
 
     @property
     def level_range(self):
-        finite = [level for level in self._levels if level < inf]
+        finite = [level for level in self._numbers["level"] if level < inf]
         return finite[0], finite[-1]
 
     def network_time(self, t):
         if isinstance(t, Tensor):
-            return self._look_up_time(t)
-        return int(self._network_times[int(t)])
-
-    def _look_up_time(self, t: Tensor) -> Tensor:
-        if t.device != self._network_times.device:
-            self._network_times = self._network_times.to(t.device)
-        return self._network_times[t.long()]
+            return self._table("network_time", t.device, torch.long)[t.long()]
+        return self._numbers["network_time"][int(t)]
 
     def at(self, u):
         return (u * self.num_timesteps).long().clamp(max=self.start)
@@ -187,9 +105,10 @@ class DiscreteSchedule(Schedule):
     def respaced(self, times):
         """Index k stands for ``times[k]``: betas 1 - abar_k/abar_{k-1}, and the network is told ``times[k]``."""
         self.check_times(times)
-        abar = [1.0, *(self._alpha_list[t + 1] ** 2 for t in times)]
+        abar = [1.0, *(self.alpha(t) ** 2 for t in times)]
         betas = [1 - below / above for above, below in zip(abar, abar[1:], strict=False)]
-        return DiscreteSchedule(betas, [self.network_time(t) for t in times])
+        return DiscreteSchedule(betas, [self.network_time(t) for t in times], self.alpha(self.end) == 1,
+                                self.steps_offset)
 
     def check_times(self, times):
         super().check_times(times)
@@ -338,8 +257,3 @@ def make_schedule(diffusion) -> Schedule:
         raise ConfigError(f"diffusion: {error}") from None
     schedule.skip_type = diffusion.skip_type or schedule.skip_type
     return schedule
-
-
-def root(value):
-    """Square root of a variance, number or tensor, that rounding may have put just below 0."""
-    return value.clamp(min=0).sqrt() if isinstance(value, Tensor) else sqrt(max(0.0, value))

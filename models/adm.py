@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.adm_blocks import GroupNorm, Parts, Stage, full_precision, timestep_embedding, zeroed
+from models.unet import embed_labels
 
 
 class Encoder(nn.Module):
@@ -85,9 +86,7 @@ class Encoder(nn.Module):
                              "labels were given to a network without classes")
         with full_precision(t):
             emb = self.time_embed(timestep_embedding(t, self.num_channels).to(self.time_embed[0].weight.dtype))
-            if labels is None:
-                return emb
-            return emb + self.label_emb(labels.clamp(min=0)) * (labels >= 0)[:, None]
+            return emb if labels is None else emb + embed_labels(self.label_emb, labels)
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The state after the middle, and the states that the way up takes."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.unet import Dropout
+from models.unet import Dropout, Upsample
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -139,17 +139,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Double the sides by nearest neighbour, then convolve if ``with_conv``."""
-
-    def __init__(self, width: int, with_conv: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1) if with_conv else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(double(x))
 
 
 class Stage(nn.Sequential):

@@ -1,4 +1,4 @@
-"""What EDM's two networks (Karras et al., 2206.00364, appendix F.1) have in common, by its state-dict names.
+"""What EDM's two networks (Karras et al., 2206.00364, appendix F.4) have in common, by its state-dict names.
 
 Notation: B batch, C channels, H x W pixels, E width of the embedding.
 """

@@ -52,7 +52,6 @@ class FeatureNet:
         source: Where the weights came from, in words.
         fingerprint: Of the loaded tensors: 16 hex digits, the same for one network from any source.
         preprocess: Key of ``PREPROCESS``.
-        has_classifier: Whether ``logits`` works.
     """
 
     dim = 2048
@@ -65,10 +64,6 @@ class FeatureNet:
         self.classifier = None if classifier is None else classifier.to(self.device, torch.float64)    # (1008, 2048)
         self.source, self.fingerprint, self.preprocess = source, fingerprint, preprocess
         self._resize = choose(PREPROCESS, preprocess, "preprocessing")
-
-    @property
-    def has_classifier(self) -> bool:
-        return self.classifier is not None
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:

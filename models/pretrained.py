@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.pipelines import UNETS, known_unet, unet_settings
+from models.formats.diffusers import diffusers_folder
 from utils.errors import DataError, UserError
 from utils.hub import local_folder, needs_package, quiet_libraries
 
@@ -91,8 +92,7 @@ def load_unet(folder: Path, settings: dict) -> nn.Module:
 
 
 def _check_supported(folder: Path, settings: dict) -> None:
-    conditions = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None,
-                  "time_cond_proj_dim": None}
+    conditions = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
     found = [f"{key} {settings[key]!r}" for key in conditions if settings.get(key) is not None]
     if settings.get("addition_embed_type") not in (None, "text_time"):
         found.append(f"addition_embed_type {settings['addition_embed_type']!r}")
@@ -154,7 +154,7 @@ def is_pretrained(model: nn.Module) -> bool:
 
 def read_unet_folder(path: Path) -> dict[str, Tensor]:
     """The state dict in a ``unet/`` folder, or of the pipeline that holds one."""
-    folder = path / "unet" if (path / "unet" / "config.json").is_file() else path
+    folder = diffusers_folder(path)
     return load_unet(folder, known_unet(folder / "config.json")).state_dict()
 
 
@@ -187,5 +187,3 @@ def lora_from_file(state: dict[str, Tensor], scale: float, where: Path) -> dict[
     if not found:
         raise DataError(f"{where}: holds no adapters of a U-Net")
     return found
-
-

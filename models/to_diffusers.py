@@ -1,35 +1,10 @@
-"""DDIM's network as diffusers' ``UNet2DModel``: the same numbers under its names. The inverse of ``formats.diffusers``.
-
-diffusers numbers the up side from the lowest resolution, DDIM from the highest; its attention has linear layers where
-DDIM has 1x1 convolutions.
-"""
-
-import re
+"""DDIM's network as diffusers' ``UNet2DModel``: the same numbers under its names."""
 
 from torch import Tensor, nn
 
+from models.formats.diffusers import to_diffusers_names
 from utils.errors import UserError
 from utils.hub import needs_package
-
-_NAMES = [(re.compile(pattern), name) for pattern, name in (
-    (r"^temb\.dense\.0\.", "time_embedding.linear_1."),
-    (r"^temb\.dense\.1\.", "time_embedding.linear_2."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"^mid\.block_1\.", "mid_block.resnets.0."),
-    (r"^mid\.attn_1\.", "mid_block.attentions.0."),
-    (r"^mid\.block_2\.", "mid_block.resnets.1."),
-    (r"^(down|up)\.", r"\1_blocks."),
-    (r"\.block\.", ".resnets."),
-    (r"\.attn\.", ".attentions."),
-    (r"\.(down|up)sample\.", r".\1samplers.0."),
-    (r"\.temb_proj\.", ".time_emb_proj."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.q\.", r"\1.to_q."),
-    (r"(attentions\.\d+)\.k\.", r"\1.to_k."),
-    (r"(attentions\.\d+)\.v\.", r"\1.to_v."),
-    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
-)]
 
 
 def unet_keys(config) -> dict:
@@ -66,13 +41,6 @@ def to_diffusers(config, state: dict[str, Tensor]) -> nn.Module:
     except ImportError as error:
         raise needs_package(error, "--export") from None
     unet = UNet2DModel(**unet_keys(config))
-    top = len(config.model.ch_mult) - 1
-    renamed = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^up\.(\d+)", lambda found: f"up.{top - int(found[1])}", name)
-        for pattern, replacement in _NAMES:
-            name = pattern.sub(replacement, name)
-        is_linear = re.search(r"attentions\.\d+\.to_\w+(\.0)?\.weight$", name)
-        renamed[name] = (tensor[:, :, 0, 0] if is_linear else tensor).detach().cpu().contiguous()
-    unet.load_state_dict(renamed)
+    renamed = to_diffusers_names(state)
+    unet.load_state_dict({name: tensor.detach().cpu().contiguous() for name, tensor in renamed.items()})
     return unet.eval()

@@ -82,6 +82,8 @@ def _load_pretrained(model: nn.Module, path: Path) -> WeightsInfo:
         name, state = "lora", lora_from_file(read_safetensors(lora), model.lora_scale, lora)
     _copy_into(model, state, f"{path} ({name})")
     return WeightsInfo(name, "unknown", None, None, weights_fingerprint(state))
+
+
 def stored_settings(path: str | Path) -> dict[str, dict] | None:
     """Sections of a configuration that a file of weights brings itself; None where it does not.
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from models.formats.adm import is_adm, read_adm, read_settings
 from models.formats.common import StoredWeights, bare_name, is_state
-from models.formats.ddim import read_ddim, read_sa_dpm
+from models.formats.ddim import is_ddim, is_sa_dpm, read_ddim, read_sa_dpm
 from models.formats.diffusers import diffusers_folder, read_diffusers
 from models.formats.edm import is_snapshot, read_edm
-from models.formats.ours import EMA_FILE, read_bare, read_ema_file, read_ours
+from models.formats.ours import EMA_FILE, is_ours, read_bare, read_ema_file, read_ours
 
 __all__ = ["FORMATS", "SETTINGS", "StoredWeights", "bare_name", "is_snapshot"]
 
@@ -22,11 +22,11 @@ FORMATS: dict[str, tuple[Callable, Callable]] = {
     "diffusers": (
         lambda path, content: content is None and (diffusers_folder(path) / "config.json").is_file(), read_diffusers),
     "sa-ddim": (
-        lambda path, content: isinstance(content, dict) and {"format_version", "model"} <= content.keys(), read_ours),
+        lambda path, content: is_ours(content), read_ours),
     "sa-dpm": (
-        lambda path, content: isinstance(content, dict) and "model_dict" in content, read_sa_dpm),
+        lambda path, content: is_sa_dpm(content), read_sa_dpm),
     "ddim": (
-        lambda path, content: isinstance(content, (list, tuple)) and len(content) in (4, 5), read_ddim),
+        lambda path, content: is_ddim(content), read_ddim),
     "sa-dpm-ema": (
         lambda path, content: is_state(content) and EMA_FILE.fullmatch(path.name)
         and all(name.startswith("module.") for name in content), read_ema_file),

@@ -1,32 +1,25 @@
-"""diffusers' ``UNet2DModel`` folders, as far as they hold DDIM's network."""
+"""diffusers' ``UNet2DModel`` folders, as far as they hold DDIM's network, and the same numbers under either's names."""
 
 import re
 from pathlib import Path
 
-from models.formats.common import State, StoredWeights, bare
+from models.formats.common import State, StoredWeights, bare, read_safetensors
 from utils.errors import DataError
-from utils.files import open_regular, read_settings
+from utils.files import read_settings
 from utils.safe_load import load_torch
 
-_DIFFUSERS_NAMES = [(re.compile(pattern), name) for pattern, name in (
-    (r"^time_embedding\.linear_1\.", "temb.dense.0."),
-    (r"^time_embedding\.linear_2\.", "temb.dense.1."),
-    (r"^conv_norm_out\.", "norm_out."),
-    (r"^mid_block\.resnets\.0\.", "mid.block_1."),
-    (r"^mid_block\.attentions\.0\.", "mid.attn_1."),
-    (r"^mid_block\.resnets\.1\.", "mid.block_2."),
-    (r"^(down|up)_blocks\.", r"\1."),
-    (r"\.resnets\.", ".block."),
-    (r"\.attentions\.", ".attn."),
-    (r"\.(down|up)samplers\.0\.", r".\1sample."),
-    (r"\.time_emb_proj\.", ".temb_proj."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.group_norm\.", ".norm."),
-    (r"\.(to_q|query)\.", ".q."),
-    (r"\.(to_k|key)\.", ".k."),
-    (r"\.(to_v|value)\.", ".v."),
-    (r"\.(to_out\.0|proj_attn)\.", ".proj_out."),
-)]
+# A piece of a name, between dots, in DDIM's network and in diffusers': in either direction one after the other.
+NAMES = (
+    ("temb.dense.0", "time_embedding.linear_1"), ("temb.dense.1", "time_embedding.linear_2"),
+    ("norm_out", "conv_norm_out"),
+    ("mid.block_1", "mid_block.resnets.0"), ("mid.attn_1", "mid_block.attentions.0"),
+    ("mid.block_2", "mid_block.resnets.1"),
+    ("down", "down_blocks"), ("up", "up_blocks"), ("block", "resnets"), ("attn", "attentions"),
+    ("downsample", "downsamplers.0"), ("upsample", "upsamplers.0"),
+    ("temb_proj", "time_emb_proj"), ("nin_shortcut", "conv_shortcut"), ("norm", "group_norm"),
+    ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"),
+)
+OLDER_NAMES = (("q", "query"), ("k", "key"), ("v", "value"), ("proj_out", "proj_attn"))      # of diffusers'
 
 # key: (what DDIM's network computes, what diffusers takes when the key is absent)
 _DIFFUSERS_SETTINGS = {
@@ -60,7 +53,7 @@ def read_diffusers(path: Path, content: None, ema: bool) -> StoredWeights:
     folder = diffusers_folder(path)
     settings = read_settings(folder / "config.json")
     given = {key: settings.get(key, default) for key, (_, default) in _DIFFUSERS_SETTINGS.items()}
-    state = _rename_diffusers(bare(_diffusers_tensors(folder), folder, "weights file"))
+    state = to_ddim_names(bare(_diffusers_tensors(folder), folder, "weights file"))
     widths = {tensor.shape[:1] for name, tensor in state.items() if name.endswith(".q.bias")}
     head_dim = given["attention_head_dim"]
     if isinstance(head_dim, int) and widths == {(head_dim,)}:
@@ -84,26 +77,45 @@ def diffusers_folder(path: Path) -> Path:
 def _diffusers_tensors(folder: Path) -> State:
     """Pickles go through ``load_torch``; safetensors files cannot hold code."""
     file = folder / "diffusion_pytorch_model.safetensors"
-    if not file.is_file():
-        return load_torch(file.with_suffix(".bin"))
-    open_regular(file).close()                                 # a pipe or a device would never end
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{file}: not loaded, broken or no safetensors file: {error}") from None
+    return read_safetensors(file) if file.is_file() else load_torch(file.with_suffix(".bin"))
 
 
-def _rename_diffusers(state: State) -> State:
-    """DDIM's names and shapes. diffusers numbers the up side from the lowest resolution, DDIM from the highest."""
+# --------------------------------------------------------------------------------------------------- names and shapes
+# diffusers numbers the up side from the lowest resolution, DDIM from the highest; its attention has linear layers where
+# DDIM has 1x1 convolutions.
+
+
+def to_ddim_names(state: State) -> State:
+    """From diffusers' names and shapes, the older ones too, to DDIM's."""
     top = max((int(found[1]) for name in state if (found := re.match(r"up_blocks\.(\d+)\.", name))), default=0)
     renamed = {}
     for name, tensor in state.items():
-        name = re.sub(r"^up_blocks\.(\d+)", lambda found: f"up_blocks.{top - int(found[1])}", name)
-        for pattern, replacement in _DIFFUSERS_NAMES:
-            name = pattern.sub(replacement, name)
-        is_linear = re.search(r"\.(q|k|v|proj_out)\.weight$", name) and tensor.ndim == 2
-        renamed[name] = tensor[:, :, None, None] if is_linear else tensor                    # (C, C) -> (C, C, 1, 1)
+        for ours, theirs in NAMES + OLDER_NAMES:
+            name = _replaced(name, theirs, ours)
+        is_linear = PROJECTION.search(name) and tensor.ndim == 2
+        renamed[_turned(name, top)] = tensor[:, :, None, None] if is_linear else tensor      # (C, C) -> (C, C, 1, 1)
     return renamed
+
+
+def to_diffusers_names(state: State) -> State:
+    """The inverse of ``to_ddim_names``, under the present names."""
+    top = max((int(found[1]) for name in state if (found := re.match(r"up\.(\d+)\.", name))), default=0)
+    renamed = {}
+    for name, tensor in state.items():
+        is_linear, name = PROJECTION.search(name), _turned(name, top)
+        for ours, theirs in NAMES:
+            name = _replaced(name, ours, theirs)
+        renamed[name] = tensor[:, :, 0, 0] if is_linear else tensor
+    return renamed
+
+
+PROJECTION = re.compile(r"\.(q|k|v|proj_out)\.weight$")        # of attention, by DDIM's names
+
+
+def _replaced(name: str, piece: str, other: str) -> str:
+    return f".{name}".replace(f".{piece}.", f".{other}.")[1:]
+
+
+def _turned(name: str, top: int) -> str:
+    """DDIM's name with the up side numbered from the other end."""
+    return re.sub(r"^up\.(\d+)", lambda found: f"up.{top - int(found[1])}", name)

