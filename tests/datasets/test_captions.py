@@ -46,6 +46,8 @@ def test_a_folder_and_shards_hold_the_same(captioned, tmp_path):
 
 @pytest.mark.parametrize(("line", "message"), [
     ('{"file_name": "a.jpg"}', "no caption"), ('{"file_name": "a.jpg", "text": "  "}', "no caption"),
+    ('{"file_name": "a.jpg", "text": "half \\ud800"}', "no UTF-8 text"),
+    pytest.param('{"file_name": "' + 5000 * "a" + '.jpg", "text": "x"}', "no such file", id="a name too long"),
     ('{"file_name": "a.jpg", "text": 3}', "no caption"), ('{"text": "x"}', "must be"), ("nonsense", "must be"),
     ('{"file_name": "b.jpg", "text": "x"}', "no such file"), ('{"file_name": "../a.jpg", "text": "x"}', "leaves"),
     ('{"file_name": "a.jpg", "text": "x"}\n{"file_name": "a.jpg", "text": "y"}', "twice")])
@@ -63,6 +65,11 @@ def test_bad_shards_name_their_file(captioned, tmp_path):
     (tmp_path / "cut" / "0.tar").write_bytes(whole.read_bytes()[:3000])
     with pytest.raises(DataError, match="0.tar"):
         len(open_captioned(tmp_path / "cut", 3))
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1
+    (tmp_path / "chain.tar").write_bytes((header.tobuf(tarfile.GNU_FORMAT) + bytes(512)) * 5000)
+    with pytest.raises(DataError, match="chain.tar: not a whole, uncompressed tar file"):
+        len(open_captioned(tmp_path / "chain.tar", 3))
     (tmp_path / "untold").mkdir()
     with tarfile.open(tmp_path / "untold" / "0.tar", "w") as archive:
         archive.add(captioned / "000.jpg", "000.jpg")
@@ -77,6 +84,19 @@ def test_grey_pictures_are_refused(tmp_path):
     (tmp_path / METADATA).write_text('{"file_name": "a.png", "text": "x"}')
     with pytest.raises(DataError, match="1 channel"):
         CaptionedFolder(tmp_path).read(0)
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="more than 8 bits per channel"):
+        CaptionedFolder(tmp_path).read(0)
+
+
+def test_text_that_is_no_utf8_in_a_shard(captioned, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.add(captioned / "000.jpg", "000.jpg")
+        info = tarfile.TarInfo("000.txt")
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"\xff"))
+    with pytest.raises(DataError, match="0.tar/000.txt: no UTF-8 text"):
+        len(open_captioned(tmp_path / "0.tar", 3))
 
 
 def test_crops_and_what_sdxl_is_told():
