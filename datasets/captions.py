@@ -101,7 +101,7 @@ class CaptionedFolder(_Captioned):
         """(name, caption), sorted by name. DataError: a line that is wrong, which it names."""
         found = {}
         with open_regular(self.path / METADATA, METADATA_LIMIT, "list of captions") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), 1):
                 where = f"{self.path / METADATA}, line {number}"
                 if line.strip():
                     name, caption = self._entry(line, where)
