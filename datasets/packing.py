@@ -60,7 +60,10 @@ def open_pack(images: ImageDataset, folder: Path, workers: int, skip_bad: int) -
         lock = folder / f"{images.name.partition('-')[0]}.lock"
         with exclusive(lock, f"packing {images.name}") as descriptor:
             found = _load(path, images.shape) or _build(images, path, workers, skip_bad, descriptor)
-    _check_bad(found.bad, skip_bad)
+    reasons = [reason for _, reason in found.bad]
+    check_bad(reasons, skip_bad)
+    for reason in reasons:
+        log.warning("left out: %s", reason)
     return found
 
 
@@ -144,7 +147,7 @@ def _decode_all(images: ImageDataset, path: Path, workers: int, skip_bad: int, l
         for done, unreadable in _results(images, path, chunks, workers, lock):
             bad |= unreadable
             progress.update(done)
-            _check_bad([[images.reader.name(i), reason] for i, reason in sorted(bad.items())], skip_bad)
+            check_bad([bad[i] for i in sorted(bad)], skip_bad)
     return bad
 
 
@@ -192,12 +195,11 @@ def _decode(images: ImageDataset, array: np.ndarray, start: int, stop: int) -> t
     return stop - start, bad
 
 
-def _check_bad(bad: list, skip_bad: int) -> None:
-    if len(bad) > skip_bad:
+def check_bad(reasons: list[str], skip_bad: int) -> None:
+    """DataError with the first of the reasons why images are left out, if there are more than ``skip_bad``."""
+    if len(reasons) > skip_bad:
         allowed = f"data.skip_bad allows {skip_bad}" if skip_bad else "set data.skip_bad to tolerate some"
-        raise DataError(f"{bad[0][1]} ({len(bad)} unreadable so far; {allowed})")
-    for _, reason in bad:
-        log.warning("left out: %s", reason)
+        raise DataError(f"{reasons[0]} ({len(reasons)} unreadable so far; {allowed})")
 
 
 def _drop_rows(path: Path, kept: np.ndarray) -> None:
