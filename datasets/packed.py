@@ -156,7 +156,7 @@ def open_images(config, root=None, split: str = "train", device="cpu") -> ImageS
     if data.cache != "off":
         try:
             pack = open_pack(images, packs_folder(root), data.num_workers, data.skip_bad)
-            cache = _choose_cache(pack.array.nbytes, device) if data.cache == "auto" else data.cache
+            cache = choose_cache(pack.array.nbytes, device) if data.cache == "auto" else data.cache
             log.info("%s: %d images, data.cache %s", images.name, len(pack.array), cache)
             return STORES[cache](pack.array, labels=pack.labels, **about)
         except (TooLarge, OSError) as error:               # OSError: a folder that cannot be written
@@ -190,7 +190,8 @@ def _labels(images) -> np.ndarray:
     return images.labels
 
 
-def _choose_cache(num_bytes: int, device: torch.device) -> str:
+def choose_cache(num_bytes: int, device: torch.device) -> str:
+    """What ``data.cache: auto`` means."""
     if device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(device)[0] // GPU_SHARE:
         return "device"
     return "mmap"

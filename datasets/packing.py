@@ -60,10 +60,7 @@ def open_pack(images: ImageDataset, folder: Path, workers: int, skip_bad: int) -
         lock = folder / f"{images.name.partition('-')[0]}.lock"
         with exclusive(lock, f"packing {images.name}") as descriptor:
             found = _load(path, images.shape) or _build(images, path, workers, skip_bad, descriptor)
-    reasons = [reason for _, reason in found.bad]
-    check_bad(reasons, skip_bad)
-    for reason in reasons:
-        log.warning("left out: %s", reason)
+    list_bad(found.bad, skip_bad)
     return found
 
 
@@ -102,10 +99,12 @@ def _build(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: 
         left_over.unlink()                                 # of a killed process: we hold the lock
     channels, height, width = images.shape
     shape = len(images), height, width, channels
-    _check_space(images, shape, path.parent)
+    size = math.prod(shape)
+    log.info("packing %s: %d images of %dx%d into %.1f MB at %s", images.name, *shape[:3], size / 1e6, path.parent)
+    check_space(f"packing {images.name}", size, path.parent, "set data.cache off, or free some disk")
     start = time.perf_counter()
     with atomic_path(path) as temporary:
-        _allocate(temporary, shape)
+        allocate(temporary, shape)
         bad = _decode_all(images, temporary, workers, skip_bad, lock)
         kept = np.delete(np.arange(len(images)), list(bad))
         _drop_rows(temporary, kept)
@@ -119,24 +118,25 @@ def _build(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: 
     return _load(path, images.shape)
 
 
-def _check_space(images: ImageDataset, shape: tuple, folder: Path) -> None:
-    size, free = math.prod(shape), shutil.disk_usage(folder).free
-    log.info("packing %s: %d images of %dx%d into %.1f MB at %s", images.name, *shape[:3], size / 1e6, folder)
+def check_space(what: str, size: int, folder: Path, advice: str) -> None:
+    """TooLarge if ``size`` bytes of ``what`` are more than a quarter of the free disk; ``advice`` is what to do."""
+    free = shutil.disk_usage(folder).free
     if size > free / DISK_SHARE:
-        raise TooLarge(f"packing {images.name} would take {size / 1e9:.1f} GB, more than a quarter of the "
-                       f"{free / 1e9:.1f} GB that are free in {folder}; set data.cache off, or free some disk")
+        raise TooLarge(f"{what} would take {size / 1e9:.1f} GB, more than a quarter of the "
+                       f"{free / 1e9:.1f} GB that are free in {folder}; {advice}")
 
 
-def _allocate(path: Path, shape: tuple) -> None:
-    """Reserve the disk space, because running out of it in a mapped file kills the process."""
+def allocate(path: Path, shape: tuple[int, ...], dtype=np.uint8) -> None:
+    """An npy file of zeros. Reserves the disk space, because running out of it in a mapped file kills the process."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": "|u1"})
+        np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype.str})
         file.flush()
         try:
-            os.posix_fallocate(file.fileno(), 0, file.tell() + math.prod(shape))
+            os.posix_fallocate(file.fileno(), 0, file.tell() + size)
         except OSError as error:
-            raise DataError(f"{path.parent}: no room for a pack of {math.prod(shape) / 1e6:.1f} MB: "
-                            f"{error.strerror}") from None
+            raise DataError(f"{path.parent}: no room for a pack of {size / 1e6:.1f} MB: {error.strerror}") from None
 
 
 def _decode_all(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: int) -> dict[int, str]:
@@ -200,6 +200,14 @@ def check_bad(reasons: list[str], skip_bad: int) -> None:
     if len(reasons) > skip_bad:
         allowed = f"data.skip_bad allows {skip_bad}" if skip_bad else "set data.skip_bad to tolerate some"
         raise DataError(f"{reasons[0]} ({len(reasons)} unreadable so far; {allowed})")
+
+
+def list_bad(bad: list, skip_bad: int) -> None:
+    """As ``check_bad``, of [[name, reason], ...]; and tells what was left out."""
+    reasons = [reason for _, reason in bad]
+    check_bad(reasons, skip_bad)
+    for reason in reasons:
+        log.warning("left out: %s", reason)
 
 
 def _drop_rows(path: Path, kept: np.ndarray) -> None:

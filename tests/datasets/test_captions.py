@@ -197,13 +197,53 @@ def test_bad_images_are_left_out_where_that_is_allowed(sdxl, captioned, tmp_path
 
     data = shutil.copytree(captioned, tmp_path / "data")
     (data / "004.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="004.jpg.*skip_bad allows 0"):
+    with pytest.raises(DataError, match="004.jpg.*set data.skip_bad to tolerate some"):
         opened(sdxl, data, tmp_path)
     store = opened(sdxl, data, tmp_path, "data.skip_bad=1")
     assert store.num_images == 15 and isinstance(store, LatentStore)
     assert store.captions[4] == CaptionedFolder(data).captions[5]
     torch.testing.assert_close(next(store.batches([torch.tensor([4])]))[0, 0],
                                next(opened(sdxl, captioned, tmp_path).batches([torch.tensor([5])]))[0, 0])
+
+
+def test_what_was_left_out_is_listed_at_every_start_and_counted_again(sdxl, captioned, tmp_path, caplog):
+    import shutil
+
+    data = shutil.copytree(captioned, tmp_path / "data")
+    (data / "004.jpg").write_bytes(b"no picture")
+    opened(sdxl, data, tmp_path, "data.skip_bad=1")
+    caplog.clear()
+    opened(sdxl, data, tmp_path, "data.skip_bad=1")
+    assert "left out" in caplog.text and "004.jpg" in caplog.text
+    with pytest.raises(DataError, match="004.jpg.*1 unreadable so far; set data.skip_bad"):
+        opened(sdxl, data, tmp_path)
+
+
+@pytest.mark.parametrize("about", [
+    b"", b"null", b"[]", b"{}", b"[" * 100_000, {"kept": 3}, {"kept": [0, 99]}, {"kept": ["0"]}, {"kept": []},
+    {"arrays": ["time_ids"]}, {"arrays": [1]}, {"dtype": "float8"}, {"dtype": []}, {"captions": ["a"]}, {"bad": 1}])
+def test_a_damaged_store_is_named(sdxl, captioned, tmp_path, about):
+    opened(sdxl, captioned, tmp_path)
+    file = next(tmp_path.glob(".packed/*.latents/about.json"))
+    damaged = json.dumps(json.loads(file.read_text()) | about).encode() if isinstance(about, dict) else about
+    file.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"latents: damaged .*; remove it, and it is made again"):
+        opened(sdxl, captioned, tmp_path)
+
+
+@pytest.mark.parametrize("content", [lambda size: bytes(size), lambda size: None], ids=["zeros", "cut"])
+def test_damaged_remains_are_made_again(sdxl, captioned, tmp_path, content):
+    """After a power cut a file may be there without its content, or without its end."""
+    everything = torch.arange(16)
+    whole = next(opened(sdxl, captioned, tmp_path).batches([everything]))
+    (target,) = tmp_path.glob(".packed/*.latents")
+    partial = target.with_name(f".{target.name}.partial")
+    target.rename(partial)
+    (partial / "about.json").unlink()
+    np.save(partial / "done.npy", np.ones(16, np.uint8))
+    moments = (partial / "moments.npy").read_bytes()
+    (partial / "moments.npy").write_bytes(content(len(moments)) or moments[:-1000])
+    assert torch.equal(next(opened(sdxl, captioned, tmp_path).batches([everything])), whole)
 
 
 def test_data_without_captions_and_stores_that_are_not_kept_are_refused(sdxl, captioned, tmp_path):
