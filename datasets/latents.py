@@ -8,7 +8,6 @@ While it is made it is called ``.NAME-FINGERPRINT.latents.partial`` and holds ``
 Row i is image i, in V variants: crops and their mirror images. ``moments`` are mean and standard deviation.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -26,7 +25,7 @@ from datasets.packed import ImageStore, choose_cache
 from datasets.packing import allocate, check_bad, check_space, list_bad
 from utils.atomic import atomic_write, write_json
 from utils.errors import DataError, UserError
-from utils.files import open_regular
+from utils.files import read_json
 from utils.locks import exclusive
 from utils.safe_load import map_npy
 
@@ -130,8 +129,7 @@ def open_latents(folder: Path, images, *, fingerprint: str, dtype: str, captions
 def _read(folder: Path) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What about.json says, the arrays of the images and the rows of the empty prompt. DataError: damaged."""
     try:
-        with open_regular(folder / "about.json") as file:
-            about = json.load(file)
+        about = read_json(folder / "about.json")
         arrays = {key: map_npy(folder / f"{key}.npy") for key in about["arrays"]}
         empty = {key: map_npy(folder / f"{SHARED}_{key}.npy") for key in arrays if key.endswith("_embeds")}
         rows, kept = len(arrays["moments"]), about["kept"]

@@ -1,6 +1,5 @@
 """Decode a data set once into one uint8 array (N, H, W, C) on disk, whole or not at all, by one process."""
 
-import json
 import logging
 import math
 import multiprocessing
@@ -20,6 +19,7 @@ from datasets.images import UnreadableImage
 from datasets.labels import is_class
 from utils.atomic import atomic_path, write_json
 from utils.errors import DataError
+from utils.files import read_json
 from utils.locks import exclusive
 from utils.processes import leave_with
 from utils.safe_load import map_npy
@@ -73,7 +73,7 @@ def _load(path: Path, image_shape: tuple[int, int, int]) -> Pack | None:
         array, (channels, height, width) = map_npy(path), image_shape
         if array.dtype != np.uint8 or array.shape[1:] != (height, width, channels) or not len(array):
             raise ValueError(f"it holds {array.dtype} {array.shape}")
-        stored = json.loads(about.read_bytes())
+        stored = read_json(about)
         bad = [(str(name), str(reason)) for name, reason in stored["bad"]]
         return Pack(array, _stored_labels(stored["labels"], len(array)), bad)
     except Exception as error:                # whatever a damaged file makes of it
@@ -231,8 +231,8 @@ def _remove_stale(images: ImageDataset, path: Path) -> None:
     """Delete packs of the same request whose files have changed since."""
     for about in path.parent.glob(f"{images.name}-*.json"):
         try:
-            stale = about.stem != path.stem and json.loads(about.read_text())["identity"] == images.identity
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            stale = about.stem != path.stem and read_json(about)["identity"] == images.identity
+        except (DataError, OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if stale:
             log.info("removing %s: its files have changed", about.with_suffix(".npy"))

@@ -102,6 +102,17 @@ def test_a_damaged_pack_is_made_again(make_config, noise, write_zip, tmp_path):
         np.testing.assert_array_equal(first_batch(open_images(config, tmp_path))[0], noise(4, 4, 3))
 
 
+def test_a_pipe_in_the_place_of_a_pack_stops_nobody(make_config, noise, write_zip, tmp_path):
+    path = write_zip({"0.png": noise(4, 4, 3)})
+    config = make_config("ZIP", 4, root=path)
+    open_images(config, tmp_path)
+    pack = tmp_path / ".packed" / pack_files(tmp_path)[0]
+    pack.with_suffix(".json").unlink()
+    for about in (pack.with_suffix(".json"), pack.with_name("zip-other.json")):
+        os.mkfifo(about)
+    np.testing.assert_array_equal(first_batch(open_images(config, tmp_path))[0], noise(4, 4, 3))
+
+
 def test_a_pack_that_would_fill_the_disk(make_config, noise, write_zip, tmp_path, monkeypatch, caplog):
     path = write_zip({"0.png": noise(4, 4, 3)})
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda folder: type("", (), {"free": 4 * 48 - 1}))
