@@ -16,6 +16,7 @@ import numpy as np
 from datasets.files import file_stamp
 from datasets.handles import PerProcess
 from datasets.images import BYTE_LIMIT, SUFFIXES, UnreadableImage, decode, stored_channels
+from datasets.reader import Reader
 from utils.errors import DataError
 from utils.files import MIB, open_regular, read_regular
 
@@ -58,10 +59,9 @@ def _checked_caption(text, where: str) -> str:
     return text.strip()
 
 
-class _Captioned:
+class _Captioned(Reader):
     """What both forms share: names and captions in one order."""
 
-    parallel = True
     path: Path
     channels: int
     entries: list                             # (name, caption, ...)
@@ -69,10 +69,6 @@ class _Captioned:
     @property
     def captions(self) -> list[str]:
         return [entry[1] for entry in self.entries]
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        return np.full(len(self), -1, np.int64)
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.images import UnreadableImage
+from datasets.labels import no_labels
 from datasets.packed import ImageStore, choose_cache
 from datasets.packing import allocate, check_bad, check_space, list_bad
 from utils.atomic import atomic_write, write_json
@@ -45,7 +46,7 @@ class LatentStore(ImageStore):
     def __init__(self, name: str, device: torch.device, cache: str, about: dict, arrays: dict[str, np.ndarray],
                  empty: dict[str, np.ndarray]):
         kept = about["kept"]
-        super().__init__(name=name, fingerprint=about["fingerprint"], labels=np.full(len(kept), -1, np.int64),
+        super().__init__(name=name, fingerprint=about["fingerprint"], labels=no_labels(len(kept)),
                          device=device)
         self.kept, self.captions = torch.tensor(kept), about["captions"]
         self.meant = TYPES[about["dtype"]]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from datasets import DATASETS, DEFAULT_ROOT, open_dataset
 from datasets.items import DecodedBatches
-from datasets.labels import class_labels
+from datasets.labels import class_labels, no_labels
 from datasets.packing import TooLarge, open_pack
 from utils.errors import DataError
 
@@ -181,7 +181,7 @@ def synthetic_images(config, device="cpu") -> ImageStore:
     training, spec = config.training, DATASETS.get(config.data.dataset)
     count = max(spec.usual_size(config.data) if spec else 0, training.global_batch_size or training.batch_size)
     images = np.random.RandomState(0).randint(0, 256, (64, height, width, channels), np.uint8)
-    return RepeatedStore(images, name="synthetic", fingerprint="synthetic", labels=np.full(count, -1, np.int64),
+    return RepeatedStore(images, name="synthetic", fingerprint="synthetic", labels=no_labels(count),
                          device=torch.device(device))
 
 

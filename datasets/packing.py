@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from datasets.image_dataset import ImageDataset
 from datasets.images import UnreadableImage
-from datasets.labels import is_class
+from datasets.labels import is_class, no_labels
 from utils.atomic import atomic_path, write_json
 from utils.errors import DataError
 from utils.files import read_json
@@ -83,7 +83,7 @@ def _load(path: Path, image_shape: tuple[int, int, int]) -> Pack | None:
 
 def _stored_labels(labels: list | None, count: int) -> np.ndarray:
     if labels is None:
-        return np.full(count, -1, np.int64)
+        return no_labels(count)
     if len(labels) != count:
         raise ValueError(f"{len(labels)} labels for {count} images")
     if all(map(is_class, labels)):
