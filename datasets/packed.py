@@ -33,17 +33,12 @@ class ImageStore(ABC):
     Args:
         name: Data set and split, for messages.
         fingerprint: Of files, transform and image size.
-        labels: int64 (N,), -1 where there is none; or float32 (N, D).
-        device: Where batches go.
-
-    Attributes:
         labels: int64 (N,), -1 where there is none.
-        label_vectors: float32 (N, D) where the labels are vectors, else None.
+        device: Where batches go.
     """
 
     def __init__(self, name: str, fingerprint: str, labels: np.ndarray, device: torch.device):
-        self.name, self.fingerprint, self.device = name, fingerprint, device
-        self.labels, self.label_vectors = class_labels(labels), labels if labels.ndim == 2 else None
+        self.name, self.fingerprint, self.labels, self.device = name, fingerprint, labels, device
 
     @property
     def num_images(self) -> int:
@@ -187,7 +182,7 @@ def synthetic_images(config, device="cpu") -> ImageStore:
 
 def _labels(images) -> np.ndarray:
     len(images)                                            # an empty data set is reported as such
-    return images.labels
+    return class_labels(images.labels)
 
 
 def choose_cache(num_bytes: int, device: torch.device) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from datasets.image_dataset import ImageDataset
 from datasets.images import UnreadableImage
-from datasets.labels import is_class, no_labels
+from datasets.labels import class_labels, is_class, no_labels
 from utils.atomic import atomic_path, write_json
 from utils.errors import DataError
 from utils.files import read_json
@@ -37,7 +37,7 @@ class TooLarge(DataError):
 @dataclass(frozen=True)
 class Pack:
     array: np.ndarray       # memory-mapped, read-only, uint8 (N, H, W, C)
-    labels: np.ndarray      # int64 (N,), or float32 (N, D)
+    labels: np.ndarray      # int64 (N,), -1: none
     bad: list               # [[name, reason], ...]: images left out
 
 
@@ -86,12 +86,9 @@ def _stored_labels(labels: list | None, count: int) -> np.ndarray:
         return no_labels(count)
     if len(labels) != count:
         raise ValueError(f"{len(labels)} labels for {count} images")
-    if all(map(is_class, labels)):
-        return np.array(labels, np.int64)
-    vectors = np.array(labels, np.float32)
-    if vectors.ndim != 2:
-        raise ValueError("its labels are neither classes nor vectors")
-    return vectors
+    if not all(map(is_class, labels)):
+        raise ValueError("its labels are no classes")
+    return np.array(labels, np.int64)
 
 
 def _build(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: int) -> Pack:
@@ -108,11 +105,11 @@ def _build(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: 
         bad = _decode_all(images, temporary, workers, skip_bad, lock)
         kept = np.delete(np.arange(len(images)), list(bad))
         _drop_rows(temporary, kept)
-        labels = images.labels[kept]
+        labels = class_labels(images.labels)[kept]
         write_json(path.with_suffix(".json"), {
             "identity": images.identity, "reader": images.description, "count": len(kept),
             "bad": [[images.reader.name(i), reason] for i, reason in sorted(bad.items())],
-            "labels": labels.tolist() if labels.ndim == 2 or (labels >= 0).any() else None})
+            "labels": labels.tolist() if (labels >= 0).any() else None})
     log.info("packed %d images of %s in %.1f s", len(kept), images.name, time.perf_counter() - start)
     _remove_stale(images, path)
     return _load(path, images.shape)
