@@ -25,9 +25,10 @@ from tqdm import tqdm
 from configs.schema import load_config
 from datasets import SPLITS, open_dataset
 from datasets.convert import FORMATS, check_free, encode, format_of
-from datasets.image_dataset import ImageDataset, Reader
+from datasets.image_dataset import ImageDataset
 from datasets.images import RESAMPLE, TRANSFORMS, Unfit, UnreadableImage, transform
 from datasets.labels import FILE_RULES
+from datasets.reader import Reader
 from datasets.specs import DATASETS, open_any
 from runners.cli import Parser, add_common, guarded, natural, setup_logging
 from utils.errors import DataError, UserError

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets.files import file_stamp, open_zip
-from datasets.labels import class_array
+from datasets.labels import class_array, no_labels
+from datasets.reader import Reader
 from utils.errors import DataError
 from utils.files import MIB, open_regular
 from utils.safe_load import load_pickle, map_npy, member_start, read_npy_header
@@ -22,7 +23,7 @@ BOMB_SIZE, BOMB_RATIO = 64 * MIB, 100                      # images shrink ten t
 CIFAR10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 
-class ArrayImages:
+class ArrayImages(Reader):
     """Images that need no decoding.
 
     Args:
@@ -60,7 +61,7 @@ class ArrayImages:
     @cached_property
     def labels(self) -> np.ndarray:
         """int64, (N,); -1 where a file has none."""
-        return np.concatenate([np.full(len(images), -1, np.int64) if labels is None else labels
+        return np.concatenate([no_labels(len(images)) if labels is None else labels
                                for images, labels in self._loaded])
 
     def __len__(self) -> int:

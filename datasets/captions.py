@@ -5,8 +5,8 @@
 """
 
 import hashlib
-import io
 import json
+import os
 import tarfile
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,8 @@ import numpy as np
 
 from datasets.files import file_stamp
 from datasets.handles import PerProcess
-from datasets.images import BYTE_LIMIT, SUFFIXES, UnreadableImage, decode
+from datasets.images import BYTE_LIMIT, SUFFIXES, UnreadableImage, decode, stored_channels
+from datasets.reader import Reader
 from utils.errors import DataError
 from utils.files import MIB, open_regular, read_regular
 
@@ -39,20 +40,11 @@ def open_captioned(folder: Path, channels: int):
 
 
 def _decode(data: bytes, name: str, channels: int) -> np.ndarray:
-    if channels == 3 and _bands(data) == 1:
+    pixels = decode(data, name, channels)
+    if channels == 3 and stored_channels(data) == 1:
         raise UnreadableImage(f"{name}: a picture of 1 channel, text-to-image models are trained on colours; convert "
                               "it to RGB, or leave it out with data.skip_bad")
-    return decode(data, name, channels)
-
-
-def _bands(data: bytes) -> int:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return 3 if image.mode == "P" else len(image.getbands())
-    except Exception:                         # whatever bad bytes make of it: decode says it in its own words
-        return 3
+    return pixels
 
 
 def _checked_caption(text, where: str) -> str:
@@ -60,13 +52,16 @@ def _checked_caption(text, where: str) -> str:
         raise DataError(f"{where}: no caption; every image needs a text")
     if len(text) > CAPTION_LIMIT:
         raise DataError(f"{where}: a caption of {len(text):,} characters; {CAPTION_LIMIT:,} are possible")
+    try:
+        text.encode()                         # JSON may hold half a character, which no tokenizer takes
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: no UTF-8 text") from None
     return text.strip()
 
 
-class _Captioned:
+class _Captioned(Reader):
     """What both forms share: names and captions in one order."""
 
-    parallel = True
     path: Path
     channels: int
     entries: list                             # (name, caption, ...)
@@ -74,10 +69,6 @@ class _Captioned:
     @property
     def captions(self) -> list[str]:
         return [entry[1] for entry in self.entries]
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        return np.full(len(self), -1, np.int64)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -106,7 +97,7 @@ class CaptionedFolder(_Captioned):
         """(name, caption), sorted by name. DataError: a line that is wrong, which it names."""
         found = {}
         with open_regular(self.path / METADATA, METADATA_LIMIT, "list of captions") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), 1):
                 where = f"{self.path / METADATA}, line {number}"
                 if line.strip():
                     name, caption = self._entry(line, where)
@@ -125,7 +116,7 @@ class CaptionedFolder(_Captioned):
         name = PurePosixPath(entry["file_name"])
         if name.is_absolute() or ".." in name.parts:
             raise DataError(f"{where}: {entry['file_name']!r} leaves the folder")
-        if not (self.path / name).is_file():
+        if not os.path.isfile(self.path / name):               # Path's own raises for a name that is too long
             raise DataError(f"{where}: no such file: {self.path / name}")
         return str(name), _checked_caption(entry.get("text"), where)
 
@@ -165,7 +156,7 @@ class CaptionedShards(_Captioned):
                         images[stem] = member
                     elif suffix == "txt":
                         texts[stem] = archive.extractfile(member).read(LINE_LIMIT)
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        except Exception as error:            # TarError, OSError, EOFError, ValueError, RecursionError, ...
             raise DataError(f"{shard}: not a whole, uncompressed tar file: {error}") from None
         return [(f"{shard.name}/{member.name}", self._text(shard, stem, texts), number, member.offset_data, member.size)
                 for stem, member in images.items()]
@@ -174,10 +165,7 @@ class CaptionedShards(_Captioned):
         where = f"{shard}/{stem}.txt"
         if stem not in texts:
             raise DataError(f"{where}: missing; every image needs a text")
-        try:
-            return _checked_caption(texts[stem].decode(), where)
-        except UnicodeDecodeError:
-            raise DataError(f"{where}: no UTF-8 text") from None
+        return _checked_caption(texts[stem].decode(errors="surrogateescape"), where)
 
     def read(self, i: int) -> np.ndarray:
         _, _, shard, offset, size = self.entries[i]

@@ -15,13 +15,14 @@ import numpy as np
 from datasets.handles import PerProcess
 from datasets.images import BYTE_LIMIT, SUFFIXES, UnreadableImage, decode
 from datasets.labels import FILE_RULES, LABELS, file_rule, read_labels
+from datasets.reader import Reader
 from utils.errors import DataError
 from utils.files import MIB, open_regular, read_regular
 
 log = logging.getLogger(__name__)
 
 
-class ImageFiles:
+class ImageFiles(Reader):
     """The images of a folder (any depth) or of a zip archive, sorted by name.
 
     Args:
@@ -32,8 +33,6 @@ class ImageFiles:
 
     Safe in worker processes: handles are opened lazily, once in each process, and never pickled.
     """
-
-    parallel = True                                        # decoding pays for worker processes
 
     def __init__(self, path: str | Path, channels: int = 3, strict: bool = False, label_rule: str = "auto"):
         self.path, self.channels, self.strict, self.label_rule = Path(path), channels, strict, file_rule(label_rule)
@@ -72,7 +71,6 @@ class ImageFiles:
         return len(self.names)
 
     def name(self, i: int) -> str:
-        """How image ``i`` is called in messages."""
         return f"{self.path}/{self.names[i]}"
 
     def read(self, i: int) -> np.ndarray:
@@ -87,7 +85,6 @@ class ImageFiles:
         return FILE_RULES[self.label_rule](str(self.path), self.names)
 
     def stamp(self) -> str:
-        """Changes with any file's name, size or modification time."""
         return self.container.stamp(self)
 
 

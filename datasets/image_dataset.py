@@ -1,44 +1,22 @@
-"""What every reader of a file format offers, and a data set as a configuration asks for it: one split of a reader's
-images, transformed to the image size."""
+"""A data set as a configuration asks for it: one split of a reader's images, transformed to the image size."""
 
 import hashlib
 import json
 from collections.abc import Callable
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
 from datasets.images import transform
+from datasets.labels import no_labels
+from datasets.reader import Reader
 from utils.errors import DataError
 
 SPLIT_SEED = 2019           # DDIM's, for FFHQ
 VERSION = 2                 # of what is done to an image; 2: turned as its EXIF says
 
 
-class Reader(Protocol):
-    """Images in a file format. Nothing is opened before it is needed; pickling carries no handle."""
-
-    parallel: bool                                         # whether worker processes make reading faster
-    labels: np.ndarray                                     # int64 (N,), -1: none; or float32 (N, D)
-
-    def __len__(self) -> int: ...
-
-    def name(self, i: int) -> str: ...                     # for messages
-
-    def read(self, i: int) -> np.ndarray: ...              # uint8 (H, W, C); DataError naming the image
-
-    def stamp(self) -> str: ...                            # changes with names, sizes and times; reads no image
-
-    def contents(self) -> str: ...                         # what there is, where no image is; for messages
-
-
-def captions_of(reader: Reader) -> list[str] | None:
-    """A text for each image; None where the format has none."""
-    return getattr(reader, "captions", None)
-
-
-class Subset:
+class Subset(Reader):
     """Some images of a reader; ``choose(number of images) -> indices`` is called when first needed."""
 
     def __init__(self, reader: Reader, choose: Callable[[int], np.ndarray]):
@@ -54,7 +32,7 @@ class Subset:
 
     @property
     def captions(self) -> list[str] | None:
-        captions = captions_of(self.reader)
+        captions = self.reader.captions
         return captions and [captions[int(i)] for i in self.indices]
 
     def __len__(self) -> int:
@@ -113,7 +91,7 @@ class ImageDataset:
     @cached_property
     def labels(self) -> np.ndarray:
         """int64 (N,), -1: none; or float32 (N, D), vectors."""
-        return self.reader.labels if self.labelled else np.full(len(self.reader), -1, np.int64)
+        return self.reader.labels if self.labelled else no_labels(len(self.reader))
 
     @property
     def description(self) -> str:

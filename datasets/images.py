@@ -54,7 +54,7 @@ def decode(data: bytes, name: str, channels: int = 3, strict: bool = False) -> n
         with _open(data) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode}: more than 8 bits per channel")
-            stored = 3 if image.mode == "P" else len(image.getbands())
+            stored = _channels(image)
             turned = _upright(image)
             pixels = np.array(turned if turned.mode == MODES[channels] else turned.convert(MODES[channels]))
     except Exception as error:                # PIL raises OSError, SyntaxError, struct.error, ... for bad bytes
@@ -73,6 +73,16 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
             return sides[::-1] if turned else sides
     except Exception as error:                # as in decode
         raise UnreadableImage(f"{name}: unreadable image: {_reason(error)}") from None
+
+
+def stored_channels(data: bytes) -> int:
+    """1 to 4, of an image that ``decode`` has read."""
+    with _open(data) as image:
+        return _channels(image)
+
+
+def _channels(image: Image.Image) -> int:
+    return 3 if image.mode == "P" else len(image.getbands())
 
 
 def _open(data: bytes) -> Image.Image:

@@ -14,12 +14,12 @@ LABELS = "dataset.json"
 
 def class_labels(labels: np.ndarray) -> np.ndarray:
     """int64 (N,) of either kind of labels: -1 where they are vectors."""
-    return labels if labels.ndim == 1 else np.full(len(labels), -1, np.int64)
+    return labels if labels.ndim == 1 else no_labels(len(labels))
 
 
-def none_of(names: list[str]) -> np.ndarray:
-    """int64 (N,), all -1."""
-    return np.full(len(names), -1, np.int64)
+def no_labels(count: int) -> np.ndarray:
+    """int64 (count,), all -1."""
+    return np.full(count, -1, np.int64)
 
 
 def top_folders(names: list[str]) -> list[str]:
@@ -52,14 +52,14 @@ def filename_labels(where: str, names: list[str]) -> np.ndarray:
 
 def auto_labels(where: str, names: list[str]) -> np.ndarray:
     """What EDM's tool does where there is no ``dataset.json``: folders, if at least two of them hold all images."""
-    return folder_labels(where, names) if len(top_folders(names)) > 1 else none_of(names)
+    return folder_labels(where, names) if len(top_folders(names)) > 1 else no_labels(len(names))
 
 
 # data.labels: what it means for files without a dataset.json (which auto prefers); "json" is for sets whose folders
 # are no classes.
 FILE_RULES: dict[str, Callable[[str, list[str]], np.ndarray]] = {
     "auto": auto_labels, "folders": folder_labels, "filenames": filename_labels,
-    "none": lambda where, names: none_of(names), "json": lambda where, names: none_of(names)}
+    "none": lambda where, names: no_labels(len(names)), "json": lambda where, names: no_labels(len(names))}
 
 
 def file_rule(rule: str) -> str:
@@ -91,7 +91,7 @@ def read_labels(text: bytes, where: str, names: list[str]) -> np.ndarray:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f'{where}: must be {{"labels": [[name, number], ...]}}') from None
     if not labels:
-        return none_of(names)
+        return no_labels(len(names))
     if odd := set(names) ^ set(labels):
         problem = "labels an image that is not there," if min(odd) in labels else "has no label for"
         raise DataError(f"{where}: {problem} {min(odd)} ({len(odd)} names disagree)")

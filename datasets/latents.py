@@ -1,32 +1,37 @@
 """Latents and embeddings of prompts, made once: a folder of arrays that is whole or absent, and resumes half-made.
 
     .packed/NAME-FINGERPRINT.latents/     about.json   moments.npy (N, V, 2, C, h, w)   time_ids.npy (N, V, 6)
-                                          prompt_embeds.npy (N, L, D)   pooled_embeds.npy (N, P)   empty.npz
+                                          prompt_embeds.npy (N, L, D)   pooled_embeds.npy (N, P)
+                                          empty_prompt_embeds.npy (L, D)   empty_pooled_embeds.npy (P,)
 
 While it is made it is called ``.NAME-FINGERPRINT.latents.partial`` and holds ``done.npy``, a byte for each image.
 Row i is image i, in V variants: crops and their mirror images. ``moments`` are mean and standard deviation.
 """
 
-import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from datasets.packed import ImageStore, _choose_cache
-from datasets.packing import DISK_SHARE, TooLarge
-from utils.atomic import write_json
+from datasets.images import UnreadableImage
+from datasets.labels import no_labels
+from datasets.packed import ImageStore, choose_cache
+from datasets.packing import allocate, check_bad, check_space, list_bad
+from utils.atomic import atomic_write, write_json
 from utils.errors import DataError, UserError
+from utils.files import read_json
 from utils.locks import exclusive
 from utils.safe_load import map_npy
 
 log = logging.getLogger(__name__)
-TYPES = {"float16": (np.float16, torch.float16), "bfloat16": (np.uint16, torch.bfloat16)}   # as stored, as meant
+TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}              # the latter is stored as uint16
 SHARED = "empty"                              # rows that belong to no image: the empty prompt
 
 
@@ -38,22 +43,20 @@ class LatentStore(ImageStore):
         empty: What stands for no prompt, a row for each condition; {} for networks without prompts.
     """
 
-    def __init__(self, folder: Path, name: str, device: torch.device, cache: str):
-        about = json.loads((folder / "about.json").read_text())
+    def __init__(self, name: str, device: torch.device, cache: str, about: dict, arrays: dict[str, np.ndarray],
+                 empty: dict[str, np.ndarray]):
         kept = about["kept"]
-        super().__init__(name=name, fingerprint=about["fingerprint"], labels=np.full(len(kept), -1, np.int64),
+        super().__init__(name=name, fingerprint=about["fingerprint"], labels=no_labels(len(kept)),
                          device=device)
         self.kept, self.captions = torch.tensor(kept), about["captions"]
-        self.stored, self.meant = TYPES[about["dtype"]]
-        arrays = {key: map_npy(folder / f"{key}.npy") for key in about["arrays"]}
+        self.meant = TYPES[about["dtype"]]
         size = sum(array.nbytes for array in arrays.values())
         if cache == "auto":
-            cache = _choose_cache(size, device)
+            cache = choose_cache(size, device)
         place = {"device": device, "ram": "cpu"}
         self.arrays = {key: torch.tensor(array).to(place[cache]) if cache in place else array
                        for key, array in arrays.items()}
-        self.empty = {key: self._tensor(map_npy(folder / f"{SHARED}_{key}.npy")).to(device)
-                      for key in about["arrays"] if key.endswith("_embeds")}
+        self.empty = {key: self._tensor(row).to(device) for key, row in empty.items()}
         log.info("%s: latents of %d images in %d variants, %.1f MB, data.cache %s", name, len(kept),
                  arrays["moments"].shape[1], size / 1e6, cache)
 
@@ -110,7 +113,7 @@ def open_latents(folder: Path, images, *, fingerprint: str, dtype: str, captions
         skip_bad: Images that may be left out.
 
     Raises:
-        DataError: Bad images, a store without them, no space. UserError: ``data.cache off``.
+        DataError: Bad images, or a store without them; a damaged store; no space. UserError: ``data.cache off``.
     """
     if cache == "off":
         raise UserError("data.cache off: latents are packed once, whatever their number; use auto, device, ram or mmap")
@@ -119,7 +122,27 @@ def open_latents(folder: Path, images, *, fingerprint: str, dtype: str, captions
         with exclusive(folder / f"{images.name}.latents.lock", f"packing latents of {images.name}"):
             if not (target / "about.json").is_file():
                 _Packing(target, images, fingerprint, dtype, captions, skip_bad).run(encode, empty)
-    return LatentStore(target, images.name, torch.device(device), cache)
+    about, arrays, shared = _read(target)
+    list_bad(about["bad"], skip_bad)
+    return LatentStore(images.name, torch.device(device), cache, about, arrays, shared)
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What about.json says, the arrays of the images and the rows of the empty prompt. DataError: damaged."""
+    try:
+        about = read_json(folder / "about.json")
+        arrays = {key: map_npy(folder / f"{key}.npy") for key in about["arrays"]}
+        empty = {key: map_npy(folder / f"{SHARED}_{key}.npy") for key in arrays if key.endswith("_embeds")}
+        rows, kept = len(arrays["moments"]), about["kept"]
+        if not (kept and all(type(i) is int and 0 <= i < rows for i in kept)):
+            raise ValueError("other images than it has arrays of")
+        if about["captions"] is not None and len(about["captions"]) != len(kept):
+            raise ValueError("as many captions as images are wanted")
+        if about["dtype"] not in TYPES or not all(len(entry) == 2 for entry in about["bad"]):
+            raise ValueError("an unknown dtype, or no list of bad images")
+    except Exception as error:                # whatever a damaged file makes of it
+        raise DataError(f"{folder}: damaged ({error}); remove it, and it is made again") from None
+    return about, arrays, empty
 
 
 class _Packing:
@@ -129,24 +152,24 @@ class _Packing:
         self.partial = target.with_name(f".{target.name}.partial")
 
     def run(self, encode, empty) -> None:
-        from tqdm import tqdm
-
-        count = len(self.images)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        arrays, done, bad = {}, self._done(count), {}
-        found = int((done == 1).sum())
-        if found:
-            log.info("packing latents of %s goes on: %d of %d images are there", self.images.name, found, count)
-        for i in tqdm(range(count), f"latents of {self.images.name}", initial=0, unit="img", disable=None):
+        count, bad = len(self.images), {}
+        arrays = self._found(count)
+        if arrays:
+            done = arrays.pop("done")
+            log.info("packing latents of %s goes on: %d of %d images are there", self.images.name, (done == 1).sum(),
+                     count)
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+            done = self._make("done", (count,), np.uint8)
+        for i in tqdm(range(count), f"latents of {self.images.name}", unit="img", disable=None):
             if done[i] == 1:
                 continue
             try:
                 rows = encode(i)
-            except DataError as error:
+            except UnreadableImage as error:
                 bad[i] = str(error)
-                if len(bad) > self.skip_bad:
-                    raise DataError(f"{error} ({len(bad)} bad so far; data.skip_bad allows {self.skip_bad})") from None
-                log.warning("left out: %s", error)
+                check_bad([*bad.values()], self.skip_bad)
                 continue
             arrays = arrays or self._open(rows, count)
             for key, row in rows.items():
@@ -155,56 +178,53 @@ class _Packing:
                 array.flush()
             done[i] = 1                                   # after its rows: a kill in between costs this image only
             done.flush()
-        if not (done == 1).any():
+        if not arrays:
             raise DataError(f"{self.images.name}: every image is unreadable")
-        self._finish(np.flatnonzero(done == 1), list(arrays or self._open(encode(int(done.argmax())), count)), empty())
+        self._finish(np.flatnonzero(done == 1), list(arrays), empty(), bad)
 
-    def _done(self, count: int) -> np.ndarray:
-        path = self.partial / "done.npy"
+    def _found(self, count: int) -> dict[str, np.ndarray]:
+        """``done`` and the arrays of an earlier start, by name; {} where no image is done or one is damaged."""
+        paths = [path for path in self.partial.glob("*.npy") if not path.name.startswith(SHARED)]
         try:
-            done = np.lib.format.open_memmap(path, "r+")
-            if done.shape == (count,) and done.dtype == np.uint8:
-                return done
-        except (OSError, ValueError):
-            pass
-        return np.lib.format.open_memmap(path, "w+", np.uint8, (count,))
+            arrays = {path.stem: map_npy(path) for path in paths}      # "r+" would fill up a file that is cut off
+        except DataError as error:
+            log.warning("packing latents of %s begins again: %s", self.images.name, error)
+            return {}
+        if not all(array.shape[:1] == (count,) for array in arrays.values()) or 1 not in arrays.get("done", ()):
+            return {}
+        return {path.stem: np.lib.format.open_memmap(path, "r+") for path in paths}
+
+    def _make(self, key: str, shape: tuple[int, ...], dtype) -> np.ndarray:
+        path = self.partial / f"{key}.npy"
+        allocate(path, shape, dtype)
+        return np.lib.format.open_memmap(path, "r+")
 
     def _open(self, rows: dict[str, Tensor], count: int) -> dict[str, np.ndarray]:
-        self._check_space(rows, count)
-        arrays = {}
-        for key, row in rows.items():
-            path, stored = self.partial / f"{key}.npy", self._stored(key, row)
-            shape = (count, *stored.shape)
-            fits = path.exists() and np.lib.format.open_memmap(path, "r").shape == shape
-            arrays[key] = np.lib.format.open_memmap(path, "r+") if fits else np.lib.format.open_memmap(
-                path, "w+", stored.dtype, shape)
-        return arrays
-
-    def _check_space(self, rows: dict[str, Tensor], count: int) -> None:
-        size, free = 2 * count * sum(row.numel() for row in rows.values()), shutil.disk_usage(self.partial).free
+        stored = {key: self._stored(key, row) for key, row in rows.items()}
+        size = count * sum(row.nbytes for row in stored.values())
         log.info("packing latents of %s: %d images into %.1f MB", self.images.name, count, size / 1e6)
-        if size > free / DISK_SHARE:
-            raise TooLarge(f"latents of {self.images.name} would take {size / 1e9:.1f} GB, more than a quarter of the "
-                           f"{free / 1e9:.1f} GB that are free in {self.partial.parent}; free some disk, or lower "
-                           "data.variants or data.max_size")
+        check_space(f"latents of {self.images.name}", size, self.partial.parent,
+                    "free some disk, or lower data.variants or data.max_size")
+        return {key: self._make(key, (count, *row.shape), row.dtype) for key, row in stored.items()}
 
     def _stored(self, key: str, row: Tensor) -> np.ndarray:
         if key == "time_ids":
             return row.float().numpy()                    # sizes above 2,048 are no float16
-        _, meant = TYPES[self.dtype]
+        meant = TYPES[self.dtype]
         if not torch.isfinite(row.to(meant)).all():
             raise DataError(f"{self.images.name}: {key} beyond the range of {self.dtype}; set data.latent_dtype "
                             "bfloat16")
         row = row.to(meant)
         return (row.view(torch.uint16) if meant is torch.bfloat16 else row).numpy()
 
-    def _finish(self, kept: np.ndarray, keys: list[str], empty: dict[str, Tensor]) -> None:
+    def _finish(self, kept: np.ndarray, keys: list[str], empty: dict[str, Tensor], bad: dict[int, str]) -> None:
         for key, row in empty.items():
-            np.save(self.partial / f"{SHARED}_{key}.npy", self._stored(key, row))
+            atomic_write(self.partial / f"{SHARED}_{key}.npy", partial(np.save, arr=self._stored(key, row)))
         captions = self.captions and [self.captions[i] for i in kept]
         write_json(self.partial / "about.json", {
             "fingerprint": self.fingerprint, "dtype": self.dtype, "arrays": keys, "kept": kept.tolist(),
-            "captions": captions, "images": self.images.identity})
+            "captions": captions, "images": self.images.identity,
+            "bad": [[self.images.reader.name(i), reason] for i, reason in bad.items()]})
         if self.target.exists():                          # without about.json: nobody can have used it
             shutil.rmtree(self.target)
         os.replace(self.partial, self.target)

@@ -13,6 +13,7 @@ import numpy as np
 from datasets.files import file_stamp
 from datasets.images import UnreadableImage, decode, encoded
 from datasets.lmdb_scan import scan
+from datasets.reader import Reader
 from utils.errors import DataError
 
 _OPENING = threading.Lock()
@@ -35,7 +36,7 @@ class Keys(Sequence):
         return self.text[self.ends[i]:self.ends[i + 1]]
 
 
-class LmdbImages:
+class LmdbImages(Reader):
     """The images of an LMDB folder or file, read-only and without lock.
 
     Args:
@@ -45,8 +46,6 @@ class LmdbImages:
 
     Safe under fork and spawn: the environment belongs to the process that opened it, and is never pickled.
     """
-
-    parallel = True                                        # decoding pays for worker processes
 
     def __init__(self, path: str | Path, channels: int, find_keys: Callable):
         self.path, self.channels, self.find_keys = Path(path), channels, find_keys
@@ -69,10 +68,6 @@ class LmdbImages:
             raise UnreadableImage(f"{self.name(0)}: neither an encoded image nor 3 x side x side raw bytes "
                                   f"({len(first)} bytes)")
         return len(first)
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        return np.full(len(self), -1, np.int64)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from datasets import DATASETS, DEFAULT_ROOT, open_dataset
 from datasets.items import DecodedBatches
-from datasets.labels import class_labels
+from datasets.labels import class_labels, no_labels
 from datasets.packing import TooLarge, open_pack
 from utils.errors import DataError
 
@@ -33,17 +33,12 @@ class ImageStore(ABC):
     Args:
         name: Data set and split, for messages.
         fingerprint: Of files, transform and image size.
-        labels: int64 (N,), -1 where there is none; or float32 (N, D).
-        device: Where batches go.
-
-    Attributes:
         labels: int64 (N,), -1 where there is none.
-        label_vectors: float32 (N, D) where the labels are vectors, else None.
+        device: Where batches go.
     """
 
     def __init__(self, name: str, fingerprint: str, labels: np.ndarray, device: torch.device):
-        self.name, self.fingerprint, self.device = name, fingerprint, device
-        self.labels, self.label_vectors = class_labels(labels), labels if labels.ndim == 2 else None
+        self.name, self.fingerprint, self.labels, self.device = name, fingerprint, labels, device
 
     @property
     def num_images(self) -> int:
@@ -156,7 +151,7 @@ def open_images(config, root=None, split: str = "train", device="cpu") -> ImageS
     if data.cache != "off":
         try:
             pack = open_pack(images, packs_folder(root), data.num_workers, data.skip_bad)
-            cache = _choose_cache(pack.array.nbytes, device) if data.cache == "auto" else data.cache
+            cache = choose_cache(pack.array.nbytes, device) if data.cache == "auto" else data.cache
             log.info("%s: %d images, data.cache %s", images.name, len(pack.array), cache)
             return STORES[cache](pack.array, labels=pack.labels, **about)
         except (TooLarge, OSError) as error:               # OSError: a folder that cannot be written
@@ -181,16 +176,17 @@ def synthetic_images(config, device="cpu") -> ImageStore:
     training, spec = config.training, DATASETS.get(config.data.dataset)
     count = max(spec.usual_size(config.data) if spec else 0, training.global_batch_size or training.batch_size)
     images = np.random.RandomState(0).randint(0, 256, (64, height, width, channels), np.uint8)
-    return RepeatedStore(images, name="synthetic", fingerprint="synthetic", labels=np.full(count, -1, np.int64),
+    return RepeatedStore(images, name="synthetic", fingerprint="synthetic", labels=no_labels(count),
                          device=torch.device(device))
 
 
 def _labels(images) -> np.ndarray:
     len(images)                                            # an empty data set is reported as such
-    return images.labels
+    return class_labels(images.labels)
 
 
-def _choose_cache(num_bytes: int, device: torch.device) -> str:
+def choose_cache(num_bytes: int, device: torch.device) -> str:
+    """What ``data.cache: auto`` means."""
     if device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(device)[0] // GPU_SHARE:
         return "device"
     return "mmap"

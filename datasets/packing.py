@@ -1,6 +1,5 @@
 """Decode a data set once into one uint8 array (N, H, W, C) on disk, whole or not at all, by one process."""
 
-import json
 import logging
 import math
 import multiprocessing
@@ -17,9 +16,10 @@ from tqdm import tqdm
 
 from datasets.image_dataset import ImageDataset
 from datasets.images import UnreadableImage
-from datasets.labels import is_class
+from datasets.labels import class_labels, is_class, no_labels
 from utils.atomic import atomic_path, write_json
 from utils.errors import DataError
+from utils.files import read_json
 from utils.locks import exclusive
 from utils.processes import leave_with
 from utils.safe_load import map_npy
@@ -37,7 +37,7 @@ class TooLarge(DataError):
 @dataclass(frozen=True)
 class Pack:
     array: np.ndarray       # memory-mapped, read-only, uint8 (N, H, W, C)
-    labels: np.ndarray      # int64 (N,), or float32 (N, D)
+    labels: np.ndarray      # int64 (N,), -1: none
     bad: list               # [[name, reason], ...]: images left out
 
 
@@ -60,7 +60,7 @@ def open_pack(images: ImageDataset, folder: Path, workers: int, skip_bad: int) -
         lock = folder / f"{images.name.partition('-')[0]}.lock"
         with exclusive(lock, f"packing {images.name}") as descriptor:
             found = _load(path, images.shape) or _build(images, path, workers, skip_bad, descriptor)
-    _check_bad(found.bad, skip_bad)
+    list_bad(found.bad, skip_bad)
     return found
 
 
@@ -73,7 +73,7 @@ def _load(path: Path, image_shape: tuple[int, int, int]) -> Pack | None:
         array, (channels, height, width) = map_npy(path), image_shape
         if array.dtype != np.uint8 or array.shape[1:] != (height, width, channels) or not len(array):
             raise ValueError(f"it holds {array.dtype} {array.shape}")
-        stored = json.loads(about.read_bytes())
+        stored = read_json(about)
         bad = [(str(name), str(reason)) for name, reason in stored["bad"]]
         return Pack(array, _stored_labels(stored["labels"], len(array)), bad)
     except Exception as error:                # whatever a damaged file makes of it
@@ -83,15 +83,12 @@ def _load(path: Path, image_shape: tuple[int, int, int]) -> Pack | None:
 
 def _stored_labels(labels: list | None, count: int) -> np.ndarray:
     if labels is None:
-        return np.full(count, -1, np.int64)
+        return no_labels(count)
     if len(labels) != count:
         raise ValueError(f"{len(labels)} labels for {count} images")
-    if all(map(is_class, labels)):
-        return np.array(labels, np.int64)
-    vectors = np.array(labels, np.float32)
-    if vectors.ndim != 2:
-        raise ValueError("its labels are neither classes nor vectors")
-    return vectors
+    if not all(map(is_class, labels)):
+        raise ValueError("its labels are no classes")
+    return np.array(labels, np.int64)
 
 
 def _build(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: int) -> Pack:
@@ -99,41 +96,44 @@ def _build(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: 
         left_over.unlink()                                 # of a killed process: we hold the lock
     channels, height, width = images.shape
     shape = len(images), height, width, channels
-    _check_space(images, shape, path.parent)
+    size = math.prod(shape)
+    log.info("packing %s: %d images of %dx%d into %.1f MB at %s", images.name, *shape[:3], size / 1e6, path.parent)
+    check_space(f"packing {images.name}", size, path.parent, "set data.cache off, or free some disk")
     start = time.perf_counter()
     with atomic_path(path) as temporary:
-        _allocate(temporary, shape)
+        allocate(temporary, shape)
         bad = _decode_all(images, temporary, workers, skip_bad, lock)
         kept = np.delete(np.arange(len(images)), list(bad))
         _drop_rows(temporary, kept)
-        labels = images.labels[kept]
+        labels = class_labels(images.labels)[kept]
         write_json(path.with_suffix(".json"), {
             "identity": images.identity, "reader": images.description, "count": len(kept),
             "bad": [[images.reader.name(i), reason] for i, reason in sorted(bad.items())],
-            "labels": labels.tolist() if labels.ndim == 2 or (labels >= 0).any() else None})
+            "labels": labels.tolist() if (labels >= 0).any() else None})
     log.info("packed %d images of %s in %.1f s", len(kept), images.name, time.perf_counter() - start)
     _remove_stale(images, path)
     return _load(path, images.shape)
 
 
-def _check_space(images: ImageDataset, shape: tuple, folder: Path) -> None:
-    size, free = math.prod(shape), shutil.disk_usage(folder).free
-    log.info("packing %s: %d images of %dx%d into %.1f MB at %s", images.name, *shape[:3], size / 1e6, folder)
+def check_space(what: str, size: int, folder: Path, advice: str) -> None:
+    """TooLarge if ``size`` bytes of ``what`` are more than a quarter of the free disk; ``advice`` is what to do."""
+    free = shutil.disk_usage(folder).free
     if size > free / DISK_SHARE:
-        raise TooLarge(f"packing {images.name} would take {size / 1e9:.1f} GB, more than a quarter of the "
-                       f"{free / 1e9:.1f} GB that are free in {folder}; set data.cache off, or free some disk")
+        raise TooLarge(f"{what} would take {size / 1e9:.1f} GB, more than a quarter of the "
+                       f"{free / 1e9:.1f} GB that are free in {folder}; {advice}")
 
 
-def _allocate(path: Path, shape: tuple) -> None:
-    """Reserve the disk space, because running out of it in a mapped file kills the process."""
+def allocate(path: Path, shape: tuple[int, ...], dtype=np.uint8) -> None:
+    """An npy file of zeros. Reserves the disk space, because running out of it in a mapped file kills the process."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": "|u1"})
+        np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype.str})
         file.flush()
         try:
-            os.posix_fallocate(file.fileno(), 0, file.tell() + math.prod(shape))
+            os.posix_fallocate(file.fileno(), 0, file.tell() + size)
         except OSError as error:
-            raise DataError(f"{path.parent}: no room for a pack of {math.prod(shape) / 1e6:.1f} MB: "
-                            f"{error.strerror}") from None
+            raise DataError(f"{path.parent}: no room for a pack of {size / 1e6:.1f} MB: {error.strerror}") from None
 
 
 def _decode_all(images: ImageDataset, path: Path, workers: int, skip_bad: int, lock: int) -> dict[int, str]:
@@ -144,7 +144,7 @@ def _decode_all(images: ImageDataset, path: Path, workers: int, skip_bad: int, l
         for done, unreadable in _results(images, path, chunks, workers, lock):
             bad |= unreadable
             progress.update(done)
-            _check_bad([[images.reader.name(i), reason] for i, reason in sorted(bad.items())], skip_bad)
+            check_bad([bad[i] for i in sorted(bad)], skip_bad)
     return bad
 
 
@@ -192,11 +192,18 @@ def _decode(images: ImageDataset, array: np.ndarray, start: int, stop: int) -> t
     return stop - start, bad
 
 
-def _check_bad(bad: list, skip_bad: int) -> None:
-    if len(bad) > skip_bad:
+def check_bad(reasons: list[str], skip_bad: int) -> None:
+    """DataError with the first of the reasons why images are left out, if there are more than ``skip_bad``."""
+    if len(reasons) > skip_bad:
         allowed = f"data.skip_bad allows {skip_bad}" if skip_bad else "set data.skip_bad to tolerate some"
-        raise DataError(f"{bad[0][1]} ({len(bad)} unreadable so far; {allowed})")
-    for _, reason in bad:
+        raise DataError(f"{reasons[0]} ({len(reasons)} unreadable so far; {allowed})")
+
+
+def list_bad(bad: list, skip_bad: int) -> None:
+    """As ``check_bad``, of [[name, reason], ...]; and tells what was left out."""
+    reasons = [reason for _, reason in bad]
+    check_bad(reasons, skip_bad)
+    for reason in reasons:
         log.warning("left out: %s", reason)
 
 
@@ -221,8 +228,8 @@ def _remove_stale(images: ImageDataset, path: Path) -> None:
     """Delete packs of the same request whose files have changed since."""
     for about in path.parent.glob(f"{images.name}-*.json"):
         try:
-            stale = about.stem != path.stem and json.loads(about.read_text())["identity"] == images.identity
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            stale = about.stem != path.stem and read_json(about)["identity"] == images.identity
+        except (DataError, OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if stale:
             log.info("removing %s: its files have changed", about.with_suffix(".npy"))

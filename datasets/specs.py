@@ -14,8 +14,8 @@ from datasets import arrays, captions, lmdbs
 from datasets.celeba import CelebA
 from datasets.download import download_cifar10
 from datasets.files import ImageFiles
-from datasets.image_dataset import Reader
 from datasets.labels import FILE_RULES
+from datasets.reader import Reader
 from utils.errors import DataError, UserError, choose
 from utils.names import safe_name
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from configs.pipelines import takes_sizes, takes_text, unet_settings
 from datasets import open_dataset
 from datasets.crops import crops
-from datasets.image_dataset import captions_of
 from datasets.latents import LatentStore, open_latents
 from datasets.packed import packs_folder
 from models.pretrained import ENCODERS, pipeline_fingerprint
@@ -37,7 +36,7 @@ def open_latent_images(config, codec, root=None, split: str = "train", device="c
     data, folder = config.data, local_folder(config.model.pretrained)
     unet = unet_settings(folder)
     images = open_dataset(config, root, split)
-    captions = captions_of(images.reader) if takes_text(unet) else None
+    captions = images.reader.captions if takes_text(unet) else None
     if takes_text(unet) and captions is None:
         raise UserError(f"data.dataset {data.dataset} has no captions, which the network of {folder} needs; use "
                         "CAPTIONS")

@@ -47,6 +47,12 @@ def read_regular(path: str | Path, limit: int, what: str = "file") -> bytes:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def read_json(path: str | Path):
+    """What a JSON file of any size holds. Raises DataError: no regular file. ValueError, RecursionError: no JSON."""
+    with open_regular(path) as file:
+        return json.load(file)
+
+
 def read_settings(path: Path) -> dict:
     """The settings in the JSON file that describes a network or pipeline. Raises DataError: missing, or no object."""
     try:

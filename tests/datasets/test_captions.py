@@ -46,6 +46,8 @@ def test_a_folder_and_shards_hold_the_same(captioned, tmp_path):
 
 @pytest.mark.parametrize(("line", "message"), [
     ('{"file_name": "a.jpg"}', "no caption"), ('{"file_name": "a.jpg", "text": "  "}', "no caption"),
+    ('{"file_name": "a.jpg", "text": "half \\ud800"}', "no UTF-8 text"),
+    pytest.param('{"file_name": "' + 5000 * "a" + '.jpg", "text": "x"}', "no such file", id="a name too long"),
     ('{"file_name": "a.jpg", "text": 3}', "no caption"), ('{"text": "x"}', "must be"), ("nonsense", "must be"),
     ('{"file_name": "b.jpg", "text": "x"}', "no such file"), ('{"file_name": "../a.jpg", "text": "x"}', "leaves"),
     ('{"file_name": "a.jpg", "text": "x"}\n{"file_name": "a.jpg", "text": "y"}', "twice")])
@@ -63,6 +65,11 @@ def test_bad_shards_name_their_file(captioned, tmp_path):
     (tmp_path / "cut" / "0.tar").write_bytes(whole.read_bytes()[:3000])
     with pytest.raises(DataError, match="0.tar"):
         len(open_captioned(tmp_path / "cut", 3))
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1
+    (tmp_path / "chain.tar").write_bytes((header.tobuf(tarfile.GNU_FORMAT) + bytes(512)) * 5000)
+    with pytest.raises(DataError, match="chain.tar: not a whole, uncompressed tar file"):
+        len(open_captioned(tmp_path / "chain.tar", 3))
     (tmp_path / "untold").mkdir()
     with tarfile.open(tmp_path / "untold" / "0.tar", "w") as archive:
         archive.add(captioned / "000.jpg", "000.jpg")
@@ -77,6 +84,19 @@ def test_grey_pictures_are_refused(tmp_path):
     (tmp_path / METADATA).write_text('{"file_name": "a.png", "text": "x"}')
     with pytest.raises(DataError, match="1 channel"):
         CaptionedFolder(tmp_path).read(0)
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="more than 8 bits per channel"):
+        CaptionedFolder(tmp_path).read(0)
+
+
+def test_text_that_is_no_utf8_in_a_shard(captioned, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.add(captioned / "000.jpg", "000.jpg")
+        info = tarfile.TarInfo("000.txt")
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"\xff"))
+    with pytest.raises(DataError, match="0.tar/000.txt: no UTF-8 text"):
+        len(open_captioned(tmp_path / "0.tar", 3))
 
 
 def test_crops_and_what_sdxl_is_told():
@@ -177,13 +197,53 @@ def test_bad_images_are_left_out_where_that_is_allowed(sdxl, captioned, tmp_path
 
     data = shutil.copytree(captioned, tmp_path / "data")
     (data / "004.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="004.jpg.*skip_bad allows 0"):
+    with pytest.raises(DataError, match="004.jpg.*set data.skip_bad to tolerate some"):
         opened(sdxl, data, tmp_path)
     store = opened(sdxl, data, tmp_path, "data.skip_bad=1")
     assert store.num_images == 15 and isinstance(store, LatentStore)
     assert store.captions[4] == CaptionedFolder(data).captions[5]
     torch.testing.assert_close(next(store.batches([torch.tensor([4])]))[0, 0],
                                next(opened(sdxl, captioned, tmp_path).batches([torch.tensor([5])]))[0, 0])
+
+
+def test_what_was_left_out_is_listed_at_every_start_and_counted_again(sdxl, captioned, tmp_path, caplog):
+    import shutil
+
+    data = shutil.copytree(captioned, tmp_path / "data")
+    (data / "004.jpg").write_bytes(b"no picture")
+    opened(sdxl, data, tmp_path, "data.skip_bad=1")
+    caplog.clear()
+    opened(sdxl, data, tmp_path, "data.skip_bad=1")
+    assert "left out" in caplog.text and "004.jpg" in caplog.text
+    with pytest.raises(DataError, match="004.jpg.*1 unreadable so far; set data.skip_bad"):
+        opened(sdxl, data, tmp_path)
+
+
+@pytest.mark.parametrize("about", [
+    b"", b"null", b"[]", b"{}", b"[" * 100_000, {"kept": 3}, {"kept": [0, 99]}, {"kept": ["0"]}, {"kept": []},
+    {"arrays": ["time_ids"]}, {"arrays": [1]}, {"dtype": "float8"}, {"dtype": []}, {"captions": ["a"]}, {"bad": 1}])
+def test_a_damaged_store_is_named(sdxl, captioned, tmp_path, about):
+    opened(sdxl, captioned, tmp_path)
+    file = next(tmp_path.glob(".packed/*.latents/about.json"))
+    damaged = json.dumps(json.loads(file.read_text()) | about).encode() if isinstance(about, dict) else about
+    file.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"latents: damaged .*; remove it, and it is made again"):
+        opened(sdxl, captioned, tmp_path)
+
+
+@pytest.mark.parametrize("content", [lambda size: bytes(size), lambda size: None], ids=["zeros", "cut"])
+def test_damaged_remains_are_made_again(sdxl, captioned, tmp_path, content):
+    """After a power cut a file may be there without its content, or without its end."""
+    everything = torch.arange(16)
+    whole = next(opened(sdxl, captioned, tmp_path).batches([everything]))
+    (target,) = tmp_path.glob(".packed/*.latents")
+    partial = target.with_name(f".{target.name}.partial")
+    target.rename(partial)
+    (partial / "about.json").unlink()
+    np.save(partial / "done.npy", np.ones(16, np.uint8))
+    moments = (partial / "moments.npy").read_bytes()
+    (partial / "moments.npy").write_bytes(content(len(moments)) or moments[:-1000])
+    assert torch.equal(next(opened(sdxl, captioned, tmp_path).batches([everything])), whole)
 
 
 def test_data_without_captions_and_stores_that_are_not_kept_are_refused(sdxl, captioned, tmp_path):

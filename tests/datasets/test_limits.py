@@ -85,6 +85,9 @@ def make_bombs(folder, png, noise):
     (folder / "huge").mkdir()
     with open(folder / "huge/0.png", "wb") as file:
         file.truncate(129 << 20)
+    (folder / "line").mkdir()
+    with open(folder / "line/metadata.jsonl", "wb") as file:
+        file.truncate(300 << 20)
 
 
 BOMBS = [("ZIP", "image.zip", "0.png: unpacks to 140.0 MiB: a picture may have 128 MiB at most"),
@@ -94,7 +97,8 @@ BOMBS = [("ZIP", "image.zip", "0.png: unpacks to 140.0 MiB: a picture may have 1
          ("FOLDER", "stored.npz", "it claims 87,960,930,222,080 bytes and has"),
          ("FOLDER", "claim.npy", "not a usable npy file"), ("FOLDER", "zero", "0.png: is not a file"),
          ("FOLDER", "pipe", "0.png: is not a file"),
-         ("FOLDER", "huge", "129.0 MiB: a picture may have 128 MiB at most")]
+         ("FOLDER", "huge", "129.0 MiB: a picture may have 128 MiB at most"),
+         ("CAPTIONS", "line", "metadata.jsonl, line 1: must be")]
 
 
 def test_bombs_take_neither_memory_nor_time(tmp_path, png, noise):

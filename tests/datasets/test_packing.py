@@ -53,13 +53,15 @@ def test_no_image_outside_the_set_is_given(make_config, noise, write_zip, tmp_pa
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_parallel_packing_equals_packing_in_process(make_config, noise, write_zip, tmp_path, workers, monkeypatch):
+def test_parallel_packing_equals_packing_in_process(make_config, noise, write_zip, tmp_path, workers, monkeypatch,
+                                                    caplog):
     pixels = noise(300, 4, 4, 3)
     monkeypatch.setattr(packing, "FEW", 10)
     monkeypatch.setattr(packing, "CHUNK", 7)
     path = write_zip({f"{i:03d}.png": image for i, image in enumerate(pixels)} | {"150.png": b"broken"})
     store = open_images(make_config("ZIP", 4, root=path, num_workers=workers, skip_bad=1), tmp_path)
     np.testing.assert_array_equal(first_batch(store), np.delete(pixels, 150, 0))
+    assert caplog.text.count("left out") == 1                                        # not again after every chunk
     with pytest.raises(DataError, match="150.png"):
         open_images(make_config("ZIP", 4, root=path, num_workers=workers), tmp_path)
 
@@ -98,6 +100,17 @@ def test_a_damaged_pack_is_made_again(make_config, noise, write_zip, tmp_path):
                    lambda: pack.with_suffix(".json").unlink()):
         damage()
         np.testing.assert_array_equal(first_batch(open_images(config, tmp_path))[0], noise(4, 4, 3))
+
+
+def test_a_pipe_in_the_place_of_a_pack_stops_nobody(make_config, noise, write_zip, tmp_path):
+    path = write_zip({"0.png": noise(4, 4, 3)})
+    config = make_config("ZIP", 4, root=path)
+    open_images(config, tmp_path)
+    pack = tmp_path / ".packed" / pack_files(tmp_path)[0]
+    pack.with_suffix(".json").unlink()
+    for about in (pack.with_suffix(".json"), pack.with_name("zip-other.json")):
+        os.mkfifo(about)
+    np.testing.assert_array_equal(first_batch(open_images(config, tmp_path))[0], noise(4, 4, 3))
 
 
 def test_a_pack_that_would_fill_the_disk(make_config, noise, write_zip, tmp_path, monkeypatch, caplog):
