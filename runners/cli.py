@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         if any("\0" in word for word in argv):
             raise UserError("an argument holds a null byte")
         argv, overrides = split_overrides(argv)
-        args, unknown = self.parse_known_args(argv)
+        args, unknown = self.parse_known_args(joined(argv))
         if unknown:
             close = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
@@ -62,6 +62,17 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             raise UserError(f"{token}: a value must follow")
         overrides.append(f"{match[1]}={value}")
     return rest, overrides
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """``--dcw -0.05,0.01`` as ``--dcw=-0.05,0.01``: argparse takes lists that begin with a minus for flags."""
+    words = []
+    for word in argv:
+        if re.match(r"-\.?\d", word) and words and re.fullmatch(r"--\w+", words[-1]):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def add_common(parser: argparse.ArgumentParser, *, config: bool = True, processes: bool = True) -> None:
