@@ -108,12 +108,16 @@ class Job:
         """Of a measure's results."""
         return self.folder / f"{measure}-{self.file_label}.{ending}"
 
+    def _run(self, name: str):
+        from runners.training.checkpoint import RunFolder
+
+        return RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
+
     def _open(self, name: str):
         """The run's own configuration wins over --config, which must not contradict it."""
         from runners.sampling.weights import configuration_of
-        from runners.training.checkpoint import RunFolder
 
-        run = RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
+        run = self._run(name)
         config = configuration_of(run, self.args.config, self.args.overrides, self.file)
         if self.file:
             if not self.file.exists():
@@ -164,9 +168,11 @@ class Job:
                 self.reference(name)
 
     def reference(self, name: str):
-        from runners.evaluation.metrics import find_reference
+        from runners.evaluation.references import find_reference, source_words
 
-        return find_reference(self.runs[name][0], self.args.fid_stats, config_name=self.args.config)
+        args, own = self.args, self._run(name).config
+        return find_reference(self.runs[name][0], args.fid_stats, source=source_words(
+            args.config or (own if own.exists() else None), args.exp, args.overrides))
 
     @property
     def log_time(self) -> bool:
@@ -192,7 +198,7 @@ class Job:
         words = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
         clip = {None: [], True: ["--clip_denoised"], False: ["--no-clip_denoised"]}[self.settings.clip_denoised]
         ema = [] if args.model_ema else ["--no-model_ema"]
-        return shlex.join(["python", "generate.py", *words, *clip, *ema])
+        return shlex.join(["python", "generate.py", *words, *clip, *ema, *(f"--{each}" for each in args.overrides)])
 
 
 def check(args):

@@ -108,6 +108,13 @@ def test_the_fitted_scaling_comes_with_a_command_that_uses_it(exp, capsys, monke
     assert (exp / "image_samples" / "digits" / "000001.png").exists()
 
 
+def test_a_printed_command_keeps_what_was_overridden(exp):
+    root = f"data.root={exp / 'my data'}"
+    job = diagnose.Job(diagnose.parse(["gap", "--exp", str(exp), "--doc", "digits", *FLAGS, f"--{root}"]))
+    args = generate.parse(shlex.split(job.command("digits", eps_scaler="-0.001,1.02"))[2:])
+    assert args.overrides == [root] and args.eps_scaler == "-0.001,1.02"
+
+
 def test_chains_are_those_of_generate(exp):
     """The chain of seed 3 has the norms that a callback on ``Diffusion.sample`` sees."""
     from configs.sampling import SamplerSettings

@@ -1,6 +1,7 @@
 """generate.py: images depend on seeds alone, runs resume, pictures, FID and its log."""
 
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -212,6 +213,17 @@ def test_without_any_run_the_message_says_what_to_do(tmp_path, capsys):
     assert run(tmp_path, "--config", "digits.yml") == 2
     assert "train first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_for_a_missing_reference_describes_the_same_images(exp, capsys):
+    import fid
+
+    assert generate.main([*base(exp), "--data.root", str(exp / "my data"), "--fid_stats", "none.npz"]) == 2
+    words = shlex.split(capsys.readouterr().err.partition("make it with: python fid.py ")[2])
+    args = fid.parse(words)
+    fid.check(args)
+    assert args.exp == str(exp) and args.overrides == [f"data.root={exp / 'my data'}"]
+    assert args.config == str(exp / "logs" / "digits" / "config.yml") and args.out == "pytorch_fid/none.npz"
 
 
 def test_seeds_from_python_are_checked(exp):

@@ -12,7 +12,7 @@ from models import make_codec
 from runners.cli import run_folder
 from runners.conditioning import numbered
 from runners.evaluation.logs import json_log
-from runners.evaluation.references import MissingReference, find_reference
+from runners.evaluation.references import MissingReference, find_reference, source_words
 from runners.sampling.classifier import Classifier
 from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
@@ -212,9 +212,10 @@ class SamplingJob:
         args = self.args
         if not self.wants_fid or self.pictures:
             return None
+        config = args.config or (self.run.config if self.run.config.exists() else None)
         try:
             return find_reference(self.config, None if args.fid_stats == "auto" else args.fid_stats, args.preprocess,
-                                  args.force, args.config or str(self.run.config))
+                                  args.force, source_words(config, args.exp, args.overrides))
         except MissingReference as error:
             if not (args.dry_run or args.fid_stats == "auto"):
                 raise
