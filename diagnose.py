@@ -80,7 +80,7 @@ class Job:
         from runners.sampling.sampler import check_settings
         from runners.sampling.weights import local_weights
 
-        self.args = args
+        self.args, self.notes = args, []
         if args.seed < 0:
             raise UserError(f"--seed {args.seed} must be at least 0")
         if not (args.doc or args.config or args.weights):
@@ -139,8 +139,8 @@ class Job:
             raise UserError(f"--start_t {self.args.start_t}: the chain has times 0 to {self.steps[-1]}")
         taken = [min(self.steps, key=lambda s, t=t: abs(s - t)) for t in wanted]
         if self.args.start_t and taken != wanted:
-            print(f"--start_t {self.args.start_t}: the nearest times of the chain are taken, "
-                  f"{', '.join(map(str, taken))}")
+            self.notes.append(f"--start_t {self.args.start_t}: the nearest times of the chain are taken, "
+                              f"{', '.join(map(str, taken))}")
         return list(dict.fromkeys([None, *taken]))
 
     def _prepare_likelihood(self) -> None:
@@ -202,10 +202,10 @@ class Job:
 
 
 def check(args):
-    Job(args)
+    return Job(args)
 
 
-def work(args, device):
+def work(job, device):
     from runners.diagnosis.commands import MEASURES, Measured, measure
     from runners.diagnosis.measures import Diagnosis
     from runners.diagnosis.verdict import verdict
@@ -213,7 +213,9 @@ def work(args, device):
     from runners.distributed import on_rank_zero
     from runners.training.metrics_file import read_metrics
 
-    job, verdicts = Job(args), {}
+    args, verdicts = job.args, {}
+    for note in job.notes:
+        on_rank_zero(lambda note=note: print(note))
     commands = list(MEASURES) if args.command == "all" else [args.command]
     found = {command: ({}, {}) for command in commands}                         # rows and details by run
     for name, (config, weights) in job.runs.items():

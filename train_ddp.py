@@ -85,6 +85,7 @@ def check(args):
             from runners.evaluation.references import find_reference, source_words
 
             find_reference(config, source=source_words(args.config or run.config, args.exp, args.overrides))
+    return args
 
 
 def starting_point(args) -> Path:

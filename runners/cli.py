@@ -159,9 +159,9 @@ def _complain(script: str, problem) -> None:
 def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: Callable, work: Callable) -> int:
     """The life of a script.
 
-    ``parse(argv) -> args``; ``check(args)`` validates all that can be without processes; ``work(args, device)`` does
-    the job on each rank. Without a launcher and with several processes asked for, this process checks and then starts
-    the ranks.
+    ``parse(argv) -> args``; ``check(args) -> request`` validates all that can be without processes and returns what it
+    has read; ``work(request, device)`` does the job on each rank. Without a launcher and with several processes asked
+    for, this process checks and then starts the ranks.
 
     Returns:
         Exit code. A UserError is printed as one line on standard error, by rank 0 where all ranks have it.
@@ -179,7 +179,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         if args.node_rank >= args.num_proc_node:
             raise UserError(f"--node_rank {args.node_rank} must be below --num_proc_node {args.num_proc_node}")
         with quiet() if distributed.launched() else nullcontext():        # our launcher has said all that there is
-            check(args)
+            request = check(args)
         if world is None and args.num_process_per_node * args.num_proc_node > 1:
             if args.device != "cpu" and distributed.pick_device(args.device, distributed.World()).type == "cuda":
                 distributed.check_gpus(args.num_process_per_node)
@@ -191,7 +191,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         if device.type == "cpu":
             keep_freed_memory()
         with distributed.process_group(world, device, args.master_address, args.master_port, args.dist_timeout):
-            return work(args, device)
+            return work(request, device)
 
     code = guarded(script, job, lambda error: world and world.rank and (shared or error.on_all_ranks))
     if world and world.size > 1:

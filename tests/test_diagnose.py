@@ -72,6 +72,12 @@ def test_exposure_from_noise_and_from_the_middle(exp, sampler):
         assert float(row["delta"]) == pytest.approx(float(row["var_chain"]) - float(row["var_q"]))
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_moved_start_is_told_once(exp, capfd, processes):
+    assert run(exp, "exposure", "--start_t", "520", "--num_process_per_node", processes) == 0
+    assert capfd.readouterr().out.count("--start_t 520: the nearest times of the chain are taken, 500") == 1
+
+
 def test_gap(exp):
     assert run(exp, "gap") == 0
     rows, _ = table(exp, "gap")

@@ -15,6 +15,8 @@ from functions.rng import parse_seeds
 from runners import distributed
 from runners.conditioning import PROMPT_STRIDE, numbered
 from runners.diffusion import Diffusion
+from runners.evaluation import references
+from runners.evaluation.statistics_files import read_statistics
 from runners.sampling.flags import numbers
 from tests.conftest import TINY
 from tests.faults import jobs
@@ -80,6 +82,14 @@ def test_two_processes_make_the_same_images_and_the_same_fid(exp, capsys):
              "--fid_stats", str(reference), "--save", "none", "--fid_log", str(exp / "again.txt")]
     assert run(exp, *again, fid=True) == 0
     assert json.loads((exp / "again.jsonl").read_text())["fid"] == entry["fid"]
+
+
+def test_a_reference_is_read_once(exp, monkeypatch):
+    read, mean = [], np.zeros(2048)
+    np.savez(exp / "unknown.npz", mu=mean, sigma=np.eye(2048))
+    monkeypatch.setattr(references, "read_statistics", lambda *args: read.append(args) or read_statistics(*args))
+    assert run(exp, "--num_samples", "4", "--save", "none", "--fid_stats", str(exp / "unknown.npz"), fid=True) == 0
+    assert len(read) == 1
 
 
 def test_the_python_api_makes_the_same_images(exp):
