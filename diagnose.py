@@ -80,7 +80,7 @@ class Job:
         from runners.sampling.sampler import check_settings
         from runners.sampling.weights import local_weights
 
-        self.args = args
+        self.args, self.notes = args, []
         if args.seed < 0:
             raise UserError(f"--seed {args.seed} must be at least 0")
         if not (args.doc or args.config or args.weights):
@@ -108,12 +108,16 @@ class Job:
         """Of a measure's results."""
         return self.folder / f"{measure}-{self.file_label}.{ending}"
 
+    def _run(self, name: str):
+        from runners.training.checkpoint import RunFolder
+
+        return RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
+
     def _open(self, name: str):
         """The run's own configuration wins over --config, which must not contradict it."""
         from runners.sampling.weights import configuration_of
-        from runners.training.checkpoint import RunFolder
 
-        run = RunFolder(Path(self.args.exp) / "logs" / safe_name("--doc", name))
+        run = self._run(name)
         config = configuration_of(run, self.args.config, self.args.overrides, self.file)
         if self.file:
             if not self.file.exists():
@@ -135,8 +139,8 @@ class Job:
             raise UserError(f"--start_t {self.args.start_t}: the chain has times 0 to {self.steps[-1]}")
         taken = [min(self.steps, key=lambda s, t=t: abs(s - t)) for t in wanted]
         if self.args.start_t and taken != wanted:
-            print(f"--start_t {self.args.start_t}: the nearest times of the chain are taken, "
-                  f"{', '.join(map(str, taken))}")
+            self.notes.append(f"--start_t {self.args.start_t}: the nearest times of the chain are taken, "
+                              f"{', '.join(map(str, taken))}")
         return list(dict.fromkeys([None, *taken]))
 
     def _prepare_likelihood(self) -> None:
@@ -164,9 +168,11 @@ class Job:
                 self.reference(name)
 
     def reference(self, name: str):
-        from runners.evaluation.metrics import find_reference
+        from runners.evaluation.references import find_reference, source_words
 
-        return find_reference(self.runs[name][0], self.args.fid_stats, config_name=self.args.config)
+        args, own = self.args, self._run(name).config
+        return find_reference(self.runs[name][0], args.fid_stats, source=source_words(
+            args.config or (own if own.exists() else None), args.exp, args.overrides))
 
     @property
     def log_time(self) -> bool:
@@ -192,14 +198,14 @@ class Job:
         words = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
         clip = {None: [], True: ["--clip_denoised"], False: ["--no-clip_denoised"]}[self.settings.clip_denoised]
         ema = [] if args.model_ema else ["--no-model_ema"]
-        return shlex.join(["python", "generate.py", *words, *clip, *ema])
+        return shlex.join(["python", "generate.py", *words, *clip, *ema, *(f"--{each}" for each in args.overrides)])
 
 
 def check(args):
-    Job(args)
+    return Job(args)
 
 
-def work(args, device):
+def work(job, device):
     from runners.diagnosis.commands import MEASURES, Measured, measure
     from runners.diagnosis.measures import Diagnosis
     from runners.diagnosis.verdict import verdict
@@ -207,7 +213,9 @@ def work(args, device):
     from runners.distributed import on_rank_zero
     from runners.training.metrics_file import read_metrics
 
-    job, verdicts = Job(args), {}
+    args, verdicts = job.args, {}
+    for note in job.notes:
+        on_rank_zero(lambda note=note: print(note))
     commands = list(MEASURES) if args.command == "all" else [args.command]
     found = {command: ({}, {}) for command in commands}                         # rows and details by run
     for name, (config, weights) in job.runs.items():

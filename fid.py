@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from runners.cli import Parser, add_common, natural, positive, run_script
@@ -63,10 +64,11 @@ def _add_overwrite(parser) -> None:
 
 
 def check(args):
-    """Everything that can be refused before a network is loaded."""
-    if args.command != "ref" and args.overrides:
-        raise UserError(f"{args.overrides[0]}: {args.command} reads no configuration")
-    CHECKS[args.command](args)
+    """Refuse all that can be refused before a network is loaded; returns what is to be done on a device."""
+    if args.overrides and not getattr(args, "config", None):
+        raise UserError(f"{args.overrides[0]}: {args.command} reads no configuration"
+                        + (" without --config" if args.command == "ref" else ""))
+    return CHECKS[args.command](args)
 
 
 def check_ref(args):
@@ -78,10 +80,13 @@ def check_ref(args):
     if Path(args.out).suffix != ".npz":
         raise UserError(f"--out {args.out} must end in .npz")
     if args.config:
-        inputs = [args.config, *filter(None, [load_config(args.config, args.overrides).data.root])]
+        images = load_config(args.config, args.overrides)
+        inputs = [args.config, *filter(None, [images.data.root])]
     else:
-        inputs = [open_images(args).path]
+        images, _ = open_images(args)
+        inputs = [images.path]
     check_target(args.out, "--out", args.overwrite, inputs)
+    return partial(make, args, images)
 
 
 def check_calc(args):
@@ -95,7 +100,7 @@ def check_calc(args):
         choose(known, name, "--metrics")
     if args.interval and "fid" not in args.metrics.split(","):
         raise UserError("--interval is FID's; add fid to --metrics")
-    images = open_images(args)
+    images, indices = open_images(args)
     inputs = [args.images, args.ref, *filter(None, [args.inception_weights])]
     if args.fid_log:
         for path in (args.fid_log, json_log(args.fid_log)):                     # both are only appended to
@@ -105,16 +110,18 @@ def check_calc(args):
     reference = open_reference(args)
     if reference:
         reference.require(image_size=images.provenance["image_size"])
+    return partial(measure, args, images, indices, reference)
 
 
 def check_compare(args):
     from runners.evaluation.comparison import is_plot, is_table, read_logs
     from runners.evaluation.outputs import check_output
 
-    read_logs(args.logs)
+    entries = read_logs(args.logs)
     check_output(plot_of(args), "--plot", inputs=args.logs, ours=is_plot, overwrite=args.overwrite)
     if args.table:
         check_output(args.table, "--table", inputs=[*args.logs, plot_of(args)], ours=is_table, overwrite=args.overwrite)
+    return partial(tabulate, args, entries)
 
 
 def cache_of(args) -> Path:
@@ -127,11 +134,11 @@ def plot_of(args) -> Path:
 
 
 def open_images(args):
+    """The images, and the indices of those that are asked for."""
     from runners.evaluation.metrics import FileSource, choose_subset
 
     images = FileSource(args.images)
-    choose_subset(len(images), args.num, args.seed, args.images, args.subset_rule)
-    return images
+    return images, choose_subset(len(images), args.num, args.seed, args.images, args.subset_rule)
 
 
 def open_reference(args):
@@ -142,14 +149,12 @@ def open_reference(args):
                                                               force=args.force)
 
 
-def make(args, device):
+def make(args, images, device):
     """Make reference statistics (npz with mu and sigma), which note what they are of."""
-    from configs.schema import load_config
     from models.inception import load_inception
     from runners.distributed import on_rank_zero
     from runners.evaluation.metrics import make_reference
 
-    images = load_config(args.config, args.overrides) if args.config else open_images(args)
     net = load_inception(args.inception_weights, device, args.preprocess)
     reference = make_reference(images, net, args.out, root=Path(args.exp) / "datasets", num=args.num, seed=args.seed,
                                rule=args.subset_rule, batch_size=args.batch_size, keep_features=args.cache_features,
@@ -157,29 +162,28 @@ def make(args, device):
     on_rank_zero(lambda: print(f"{args.out}  {reference.count} images  {reference.fingerprint}"))
 
 
-def measure(args, device):
+def measure(args, images, indices, reference, device):
     """Compare images with a reference: FID, and on request its companions."""
     from models.inception import load_inception
     from runners.distributed import on_rank_zero
-    from runners.evaluation.metrics import Evaluation, choose_subset, evaluate_images, save_features
+    from runners.evaluation.metrics import Evaluation, evaluate_images, save_features
 
-    started, metrics, images = time.perf_counter(), args.metrics.split(","), open_images(args)
+    started, metrics = time.perf_counter(), args.metrics.split(",")
     net = load_inception(args.inception_weights, device, args.preprocess)
-    reference = load_or_make_reference(args, net, metrics, images)
+    reference = complete_or_make_reference(args, reference, net, metrics, images)
     evaluation = Evaluation(reference, net, metrics, interval=args.interval)
     evaluate_images(images, evaluation, args.batch_size, cache=cache_of(args) if args.cache_features else None,
-                    indices=choose_subset(len(images), args.num, args.seed, args.images, args.subset_rule))
+                    indices=indices)
     results = evaluation.results()
     on_rank_zero(lambda: report(args, results, device, time.perf_counter() - started))
     if args.cache_features:                          # last: a folder that cannot be written must not cost the number
         save_features(cache_of(args), images, evaluation)
 
 
-def load_or_make_reference(args, net, metrics, images):
-    """Statistics from a file, or of the images that --ref names, with what the metrics need."""
+def complete_or_make_reference(args, reference, net, metrics, images):
+    """Statistics from a file, or (None) of the images that --ref names, with what the metrics need."""
     from runners.evaluation.metrics import FileSource, complete_reference, make_reference, needs
 
-    reference = open_reference(args)
     if reference:
         complete_reference(reference, net, metrics, args.batch_size)
         return reference
@@ -200,33 +204,31 @@ def report(args, results, device, seconds):
         append_log(args.fid_log, args.images, results, details)
 
 
-def tabulate(args, device):
+def tabulate(args, entries, device):
     """Markdown table and plot of FID against sampling steps: a line for each run, minimum and mean over seed ranges; a
     panel for each reference, resize and number of images, which are not to be compared."""
-    from runners.evaluation.comparison import plot, read_logs, rows, table
+    from runners.distributed import on_rank_zero
+    from runners.evaluation.comparison import plot, rows, table
     from utils.atomic import write_text
 
-    found = rows(read_logs(args.logs))
-    path = plot_of(args)
-    print(table(found))
-    if len({row.axis for row in found}) > 1:
-        print("\nReferences, resize or numbers of images differ: these FIDs are not all comparable.")
-    if args.table:
-        write_text(args.table, table(found) + "\n")
-    plot(found, path)
-    print(f"\nplot    {path}")
+    def write():
+        found, path = rows(entries), plot_of(args)
+        print(table(found))
+        if len({row.axis for row in found}) > 1:
+            print("\nReferences, resize or numbers of images differ: these FIDs are not all comparable.")
+        if args.table:
+            write_text(args.table, table(found) + "\n")
+        plot(found, path)
+        print(f"\nplot    {path}")
+
+    on_rank_zero(write)                                  # nothing to share among ranks
 
 
 CHECKS = {"ref": check_ref, "calc": check_calc, "compare": check_compare}
-COMMANDS = {"ref": make, "calc": measure}
 
 
-def work(args, device):
-    from runners.distributed import on_rank_zero
-
-    if args.command == "compare":                        # nothing to share among ranks
-        return on_rank_zero(lambda: tabulate(args, device))
-    return COMMANDS[args.command](args, device)
+def work(task, device):
+    return task(device)
 
 
 def main(argv=None) -> int:

@@ -89,22 +89,21 @@ def check(args):
     for metric in job.metrics:
         choose(METRICS, metric, "--metrics")
     job.reference()
+    return job
 
 
-def work(args, device):
+def work(job, device):
     from runners.compilation import resolve_sampling_compile
     from runners.distributed import on_rank_zero, world_size
     from runners.network import explain_out_of_memory, fill_device
     from runners.sampling.dry_run import dry_run_sampling
-    from runners.sampling.job import SamplingJob
     from runners.sampling.prompts import prompts_of
     from utils.locks import lock_folder
 
-    job = SamplingJob(args)
+    args = job.args
     for note in job.notes:
         on_rank_zero(lambda note=note: print(note))
     if args.dry_run:
-        job.reference()
         return dry_run_sampling(job, device)
     diffusion = open_networks(job, device)
     if args.export:
@@ -135,7 +134,6 @@ def open_networks(job, device):
     from runners.diffusion import Diffusion
     from runners.distributed import on_rank_zero
     from runners.network import explain_amp, resolve_amp
-    from runners.sampling.classifier import Classifier
 
     amp = on_rank_zero(lambda: resolve_amp(job.args.amp, device))             # CPUs may differ
     if job.args.amp == "auto":
@@ -155,7 +153,7 @@ def open_networks(job, device):
     if job.guide:
         diffusion.guide = opened(job.guide[0], lambda each: each.load(job.guide[1], job.args.model_ema))
     if job.classifier:
-        diffusion.classifier = Classifier(job.args.classifier, job.config.data.shape, device, diffusion.amp)
+        diffusion.classifier = job.classifier.to(device, amp)
     return diffusion
 
 

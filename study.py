@@ -25,23 +25,19 @@ def parse(argv):
     return args
 
 
-def open_job(args):
+def check(args):
     from runners.study.runner import StudyJob
 
-    return StudyJob(args.study, args.exp, args.name, args.overrides, args.only)
+    return args, StudyJob(args.study, args.exp, args.name, args.overrides, args.only)
 
 
-def check(args):
-    open_job(args)
-
-
-def work(args, device):
+def work(request, device):
     from runners.distributed import on_rank_zero
     from runners.study.report import describe_plan, write_report
     from runners.study.runner import StudyRunner
     from utils.locks import lock_folder
 
-    job = open_job(args)
+    args, job = request
     if args.dry_run:
         return on_rank_zero(lambda: print(describe_plan(job)))
     if not args.report_only:

@@ -82,9 +82,10 @@ def check(args):
         if config.training.validation_freq:
             check_held_out(config, run.datasets)
         if config.training.fid_freq:
-            from runners.evaluation.references import find_reference
+            from runners.evaluation.references import find_reference, source_words
 
-            find_reference(config, config_name=args.config)
+            find_reference(config, source=source_words(args.config or run.config, args.exp, args.overrides))
+    return args
 
 
 def starting_point(args) -> Path:

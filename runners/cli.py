@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         if any("\0" in word for word in argv):
             raise UserError("an argument holds a null byte")
         argv, overrides = split_overrides(argv)
-        args, unknown = self.parse_known_args(argv)
+        args, unknown = self.parse_known_args(joined(argv))
         if unknown:
             close = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
@@ -62,6 +62,17 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             raise UserError(f"{token}: a value must follow")
         overrides.append(f"{match[1]}={value}")
     return rest, overrides
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """``--dcw -0.05,0.01`` as ``--dcw=-0.05,0.01``: argparse takes lists that begin with a minus for flags."""
+    words = []
+    for word in argv:
+        if re.match(r"-\.?\d", word) and words and re.fullmatch(r"--\w+", words[-1]):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def add_common(parser: argparse.ArgumentParser, *, config: bool = True, processes: bool = True) -> None:
@@ -148,9 +159,9 @@ def _complain(script: str, problem) -> None:
 def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: Callable, work: Callable) -> int:
     """The life of a script.
 
-    ``parse(argv) -> args``; ``check(args)`` validates all that can be without processes; ``work(args, device)`` does
-    the job on each rank. Without a launcher and with several processes asked for, this process checks and then starts
-    the ranks.
+    ``parse(argv) -> args``; ``check(args) -> request`` validates all that can be without processes and returns what it
+    has read; ``work(request, device)`` does the job on each rank. Without a launcher and with several processes asked
+    for, this process checks and then starts the ranks.
 
     Returns:
         Exit code. A UserError is printed as one line on standard error, by rank 0 where all ranks have it.
@@ -168,7 +179,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         if args.node_rank >= args.num_proc_node:
             raise UserError(f"--node_rank {args.node_rank} must be below --num_proc_node {args.num_proc_node}")
         with quiet() if distributed.launched() else nullcontext():        # our launcher has said all that there is
-            check(args)
+            request = check(args)
         if world is None and args.num_process_per_node * args.num_proc_node > 1:
             if args.device != "cpu" and distributed.pick_device(args.device, distributed.World()).type == "cuda":
                 distributed.check_gpus(args.num_process_per_node)
@@ -180,7 +191,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         if device.type == "cpu":
             keep_freed_memory()
         with distributed.process_group(world, device, args.master_address, args.master_port, args.dist_timeout):
-            return work(args, device)
+            return work(request, device)
 
     code = guarded(script, job, lambda error: world and world.rank and (shared or error.on_all_ranks))
     if world and world.size > 1:

@@ -72,6 +72,12 @@ def test_exposure_from_noise_and_from_the_middle(exp, sampler):
         assert float(row["delta"]) == pytest.approx(float(row["var_chain"]) - float(row["var_q"]))
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_moved_start_is_told_once(exp, capfd, processes):
+    assert run(exp, "exposure", "--start_t", "520", "--num_process_per_node", processes) == 0
+    assert capfd.readouterr().out.count("--start_t 520: the nearest times of the chain are taken, 500") == 1
+
+
 def test_gap(exp):
     assert run(exp, "gap") == 0
     rows, _ = table(exp, "gap")
@@ -106,6 +112,13 @@ def test_the_fitted_scaling_comes_with_a_command_that_uses_it(exp, capsys, monke
     assert (k, b) == (pytest.approx(fit["k"], rel=1e-3), pytest.approx(fit["b"], rel=1e-4))
     assert generate.main([*words[2:], "--no-fid", "--num_samples", "2", "--device", "cpu"]) == 0
     assert (exp / "image_samples" / "digits" / "000001.png").exists()
+
+
+def test_a_printed_command_keeps_what_was_overridden(exp):
+    root = f"data.root={exp / 'my data'}"
+    job = diagnose.Job(diagnose.parse(["gap", "--exp", str(exp), "--doc", "digits", *FLAGS, f"--{root}"]))
+    args = generate.parse(shlex.split(job.command("digits", eps_scaler="-0.001,1.02"))[2:])
+    assert args.overrides == [root] and args.eps_scaler == "-0.001,1.02"
 
 
 def test_chains_are_those_of_generate(exp):

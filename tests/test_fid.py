@@ -11,8 +11,9 @@ import torch
 
 import fid
 from models.inception import load_inception
-from runners.evaluation import image_pass
+from runners.evaluation import image_pass, references
 from runners.evaluation.comparison import count_steps, plot, read_logs, rows, table
+from runners.evaluation.statistics_files import read_statistics
 from tests.faults import jobs
 from utils.errors import DataError
 
@@ -74,6 +75,16 @@ def test_sfid_is_the_distance_of_the_layers_own_maps(sets, capsys):
 
 
 @needs_weights
+def test_a_reference_is_read_once_and_what_it_does_not_say_is_told_once(sets, caplog, monkeypatch):
+    mean, read = np.zeros(2048), []
+    np.savez(sets / "unknown.npz", mu=mean, sigma=np.eye(2048))
+    monkeypatch.setattr(references, "read_statistics", lambda *args: read.append(args) or read_statistics(*args))
+    assert fid.main(["calc", "--images", str(sets / "b.npz"), "--ref", str(sets / "unknown.npz"),
+                     "--verbose", "warning"]) == 0
+    assert len(read) == 1 and caplog.text.count("does not say how it was made") == 1
+
+
+@needs_weights
 def test_features_that_cannot_be_kept_do_not_cost_the_number(sets, capsys, monkeypatch):
     """The folder of the images is read-only: the result is printed and logged, then comes the error."""
     def refuse(path, write, durable=True):
@@ -89,6 +100,7 @@ def test_features_that_cannot_be_kept_do_not_cost_the_number(sets, capsys, monke
 
 
 @pytest.mark.parametrize("argv, code, message", [
+    (["ref", "--images", "a.npz", "--data.root", "x", "--out", "o.npz"], 2, "no configuration without --config"),
     (["ref", "--images", "a.npz", "--out", "a.npz"], 2, "--out a.npz is an input of this command"),
     (["ref", "--images", "a.npz", "--out", "../NAME/a.npz", "--overwrite"], 2, "a.npz is an input of this command"),
     (["ref", "--config", "digits.yml", "--data.root", "a.npz", "--out", "a.npz"], 2, "is an input of this command"),

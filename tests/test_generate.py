@@ -1,6 +1,7 @@
 """generate.py: images depend on seeds alone, runs resume, pictures, FID and its log."""
 
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -14,6 +15,8 @@ from functions.rng import parse_seeds
 from runners import distributed
 from runners.conditioning import PROMPT_STRIDE, numbered
 from runners.diffusion import Diffusion
+from runners.evaluation import references
+from runners.evaluation.statistics_files import read_statistics
 from runners.sampling.flags import numbers
 from tests.conftest import TINY
 from tests.faults import jobs
@@ -79,6 +82,14 @@ def test_two_processes_make_the_same_images_and_the_same_fid(exp, capsys):
              "--fid_stats", str(reference), "--save", "none", "--fid_log", str(exp / "again.txt")]
     assert run(exp, *again, fid=True) == 0
     assert json.loads((exp / "again.jsonl").read_text())["fid"] == entry["fid"]
+
+
+def test_a_reference_is_read_once(exp, monkeypatch):
+    read, mean = [], np.zeros(2048)
+    np.savez(exp / "unknown.npz", mu=mean, sigma=np.eye(2048))
+    monkeypatch.setattr(references, "read_statistics", lambda *args: read.append(args) or read_statistics(*args))
+    assert run(exp, "--num_samples", "4", "--save", "none", "--fid_stats", str(exp / "unknown.npz"), fid=True) == 0
+    assert len(read) == 1
 
 
 def test_the_python_api_makes_the_same_images(exp):
@@ -212,6 +223,17 @@ def test_without_any_run_the_message_says_what_to_do(tmp_path, capsys):
     assert run(tmp_path, "--config", "digits.yml") == 2
     assert "train first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_for_a_missing_reference_describes_the_same_images(exp, capsys):
+    import fid
+
+    assert generate.main([*base(exp), "--data.root", str(exp / "my data"), "--fid_stats", "none.npz"]) == 2
+    words = shlex.split(capsys.readouterr().err.partition("make it with: python fid.py ")[2])
+    args = fid.parse(words)
+    fid.check(args)
+    assert args.exp == str(exp) and args.overrides == [f"data.root={exp / 'my data'}"]
+    assert args.config == str(exp / "logs" / "digits" / "config.yml") and args.out == "pytorch_fid/none.npz"
 
 
 def test_seeds_from_python_are_checked(exp):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,7 +52,7 @@ class Reference:
         fingerprint: Of mean and covariance, 16 hex digits.
         provenance: What ``fid.py ref`` noted; empty for files of unknown origin.
         path: The file, None for a reference that was just made.
-        forced: The user insisted (``--force``), so that mismatches are warnings.
+        forced: The user insisted (``--force``), so that mismatches are warnings; None: the command has no such flag.
     """
 
     mean: np.ndarray
@@ -60,7 +61,7 @@ class Reference:
     name: str = "reference"
     provenance: dict = field(default_factory=dict)
     path: Path | None = None
-    forced: bool = False
+    forced: bool | None = None
 
     @cached_property
     def features(self) -> np.ndarray | None:
@@ -96,10 +97,12 @@ class Reference:
         differing = [f"{key} {self.provenance[key]!r} instead of {value!r}" for key, value in expected.items()
                      if key in self.provenance and self.provenance[key] != value]
         if differing and not self.forced:
-            other = self.provenance.get("preprocess") if "preprocess" in expected else None
-            way = f", give --preprocess {other}" if other != expected.get("preprocess") else ""
+            other, ways = self.provenance.get("preprocess"), ""
+            if self.forced is not None:                    # of a command that has --preprocess and --force
+                way = f", give --preprocess {other}" if other != expected.get("preprocess", other) else ""
+                ways = f"{way}, or insist with --force"
             raise UserError(f"reference {self.name} was made with {', '.join(differing)}; make the right one with "
-                            f"fid.py ref{way}, or insist with --force")
+                            f"fid.py ref{ways}")
         if differing:
             log.warning("reference %s was made with %s: the FID has no usual meaning", self.name, ", ".join(differing))
 
@@ -143,15 +146,15 @@ def default_path(config: Config, preprocess: str = "pytorch-fid") -> Path:
 
 
 def find_reference(config: Config | None = None, stats: str | Path | None = None, preprocess: str = "pytorch-fid",
-                   force: bool = False, config_name: str | None = None) -> Reference:
+                   force: bool | None = None, source: Sequence[str] = ()) -> Reference:
     """Locate, load and check the statistics to compare with.
 
     Args:
         config: What the images are like; None skips that comparison.
         stats: A file, or a name in pytorch_fid/; None: ``sampling.fid_stats``, else the default of the data set.
         preprocess: The preprocessing of the features it will be compared with.
-        force: Mismatches become warnings.
-        config_name: How the user calls the configuration, for the command in the message.
+        force: Mismatches become warnings; None: refused, and the caller has no flag for it.
+        source: What tells fid.py ref of the same images, see ``source_words``, for the command in the message.
 
     Raises:
         MissingReference: No such file; the message has the command that makes it.
@@ -170,7 +173,7 @@ def find_reference(config: Config | None = None, stats: str | Path | None = None
         where = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
         raise MissingReference(
             f"FID reference {wanted} not found (looked for {where}); make it with: "
-            f"{reference_command(config, wanted, config_name, preprocess)}")
+            f"{reference_command(source, wanted, preprocess)}")
     reference = load_reference(path)
     reference.forced = force
     if "weights" not in reference.provenance:
@@ -181,12 +184,25 @@ def find_reference(config: Config | None = None, stats: str | Path | None = None
     return reference
 
 
-def reference_command(config: Config | None, wanted: Path, config_name: str | None, preprocess: str) -> str:
+def source_words(config: str | Path | None, exp: str | Path = "exp", overrides: Sequence[str] = ()) -> list[str]:
+    """Flags with which fid.py ref describes the data set of another command.
+
+    Args:
+        config: What that command calls its configuration; None: it came with the weights.
+        exp: Its folder of runs and data sets.
+        overrides: ``"section.key=value"``.
+    """
+    if config is None:
+        return []
+    return ["--config", str(config), *(["--exp", str(exp)] if str(exp) != "exp" else []),
+            *(f"--{override}" for override in overrides)]
+
+
+def reference_command(source: Sequence[str], wanted: Path, preprocess: str) -> str:
     """The command that makes a missing reference."""
     out = FOLDER.name / wanted.with_suffix(".npz") if wanted.parent == Path() else wanted.with_suffix(".npz")
-    source = f"--config {config_name or config.data.dataset.lower() + '.yml'}" if config else "--images FOLDER"
-    more = "" if preprocess == "pytorch-fid" else f" --preprocess {preprocess}"
-    return f"python fid.py ref {source} --out {out}{more}"
+    more = [] if preprocess == "pytorch-fid" else ["--preprocess", preprocess]
+    return shlex.join(["python", "fid.py", "ref", *(source or ["--images", "FOLDER"]), "--out", str(out), *more])
 
 
 def load_reference(path: str | Path) -> Reference:

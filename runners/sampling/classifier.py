@@ -17,20 +17,24 @@ class Classifier:
     Args:
         path: A file of guided-diffusion's classifiers.
         shape: Of the images that it will see, (C, H, W).
-        device: Where it computes.
-        amp: Autocast type, or None.
 
     Raises:
         UserError: No such file, or a classifier of other images. DataError: No classifier.
     """
 
-    def __init__(self, path: str | Path, shape: tuple[int, int, int], device, amp: torch.dtype | None = None):
+    def __init__(self, path: str | Path, shape: tuple[int, int, int]):
         model = load_classifier(path)
         own = (model.in_channels, model.image_size, model.image_size)
         if own != tuple(shape):
             raise UserError(f"--classifier {path} is for images of {_times(own)}, the network for {_times(shape)}")
         self.num_classes, self.fingerprint = model.num_outputs, weights_fingerprint(model.state_dict())
-        self.network = Network(model.to(device).requires_grad_(False).eval(), torch.device(device), amp)
+        self.model = model.requires_grad_(False).eval()
+        self.network = Network(self.model, torch.device("cpu"))
+
+    def to(self, device, amp: torch.dtype | None = None) -> "Classifier":
+        """This object, which computes on ``device`` from now on; ``amp`` is the autocast type, or None."""
+        self.network = Network(self.model.to(device), torch.device(device), amp)
+        return self
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, C, H, W), (B,) -> (B, num_classes)"""

@@ -12,7 +12,7 @@ from models import make_codec
 from runners.cli import run_folder
 from runners.conditioning import numbered
 from runners.evaluation.logs import json_log
-from runners.evaluation.references import MissingReference, find_reference
+from runners.evaluation.references import MissingReference, find_reference, source_words
 from runners.sampling.classifier import Classifier
 from runners.sampling.flags import sampler_settings
 from runners.sampling.folder import ImageFolder
@@ -49,7 +49,7 @@ class SamplingJob:
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
         json_log(self.fid_log)                               # refuses a name that is the JSON file's own
-        self.notes = []
+        self.notes, self._reference = [], None
         if not args.export:
             self._check_sampler()
 
@@ -138,7 +138,7 @@ class SamplingJob:
 
     def _classifier(self) -> Classifier | None:
         """Read here already, because its tensors tell its classes and the size of its images."""
-        return Classifier(self.args.classifier, self.config.data.shape, "cpu") if self.args.classifier else None
+        return Classifier(self.args.classifier, self.config.data.shape) if self.args.classifier else None
 
     def _check_sampler(self) -> None:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
@@ -208,13 +208,17 @@ class SamplingJob:
         return bool(self.args.interpolation or self.args.sequence or self.args.reconstruct)
 
     def reference(self):
-        """The checked FID reference, or None where no FID is wanted."""
+        """The checked FID reference, read once; None where no FID is wanted, or where it is missing and may be."""
+        if self._reference is None and self.wants_fid and not self.pictures:
+            self._reference = self._find_reference()
+        return self._reference
+
+    def _find_reference(self):
         args = self.args
-        if not self.wants_fid or self.pictures:
-            return None
+        config = args.config or (self.run.config if self.run.config.exists() else None)
         try:
             return find_reference(self.config, None if args.fid_stats == "auto" else args.fid_stats, args.preprocess,
-                                  args.force, args.config or str(self.run.config))
+                                  args.force, source_words(config, args.exp, args.overrides))
         except MissingReference as error:
             if not (args.dry_run or args.fid_stats == "auto"):
                 raise

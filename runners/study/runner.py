@@ -24,6 +24,7 @@ from runners.diagnosis.measures import Diagnosis
 from runners.diagnosis.trajectories import Trajectories
 from runners.diffusion import Diffusion
 from runners.evaluation.metrics import Evaluation, append_log, find_reference, make_reference
+from runners.evaluation.references import source_words
 from runners.network import explain_out_of_memory
 from runners.sampling.folder import gamma_fingerprint
 from runners.sampling.gamma import write_gamma
@@ -103,7 +104,8 @@ class StudyJob:
         own = self.folder / "reference.npz"
         if self.study.fid_stats is None and not own.exists():
             return None
-        return find_reference(self.any_config, self.study.fid_stats or own)
+        words = source_words(self.study.config, self.datasets.parent, as_overrides(self.study.overrides))
+        return find_reference(self.any_config, self.study.fid_stats or own, source=words)
 
     def _check(self) -> None:
         batch = self.any_config.training.global_batch_size
@@ -152,10 +154,15 @@ def with_overrides(study: Study, overrides) -> Study:
     return study
 
 
+def as_overrides(keys: dict) -> list[str]:
+    """``"section.key=value"`` of each, as ``load_config`` reads them."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
+
+
 def run_config(study: Study, run: str, seed: int) -> Config:
     """Its batch is global, so that a study is the same on any number of processes."""
     keys = {**study.overrides, **study.runs[run], **OWN_KEYS, "training.seed": seed}
-    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
+    overrides = as_overrides(keys)
     config = load_config(study.config, overrides)
     if config.training.global_batch_size is None:
         overrides.append(f"training.global_batch_size={config.training.batch_size}")

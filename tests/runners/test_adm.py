@@ -266,7 +266,7 @@ def test_an_unconditional_network_takes_its_labels_from_the_classifier(classifie
 
     config = load_config(config_file, ["model.num_classes=0", "training.label_dropout=0"])
     diffusion = Diffusion(config, "cpu")
-    diffusion.classifier = Classifier(classifier_file, config.data.shape, "cpu")
+    diffusion.classifier = Classifier(classifier_file, config.data.shape)
     settings = SamplerSettings(timesteps=3, classes="4", classifier_scale=1.0)
     sampler = diffusion.sampler(settings)
     assert sampler.labels([0, 1]).tolist() == [4, 4] and sampler([0, 1]).shape == (2, 1, 8, 8)

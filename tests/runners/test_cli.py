@@ -6,7 +6,8 @@ from contextlib import nullcontext
 import pytest
 
 from runners import cli, distributed
-from utils.errors import Interrupted
+from runners.sampling.flags import add_sampler_flags
+from utils.errors import Interrupted, UserError
 
 ARGS = Namespace(verbose="critical", node_rank=0, num_proc_node=1, num_process_per_node=1, device="cpu",
                  master_address=None, master_port=None, dist_timeout=1, max_restarts=0)
@@ -26,3 +27,19 @@ def test_a_rank_of_several_leaves_with_the_code_of_its_work(monkeypatch, size, w
     monkeypatch.setattr(cli, "setup_logging", lambda *args: None)
     assert cli.run_script("job.py", [], lambda argv: ARGS, lambda args: None, work) == code
     assert left == ([code] if size > 1 else [])                   # alone, Python ends by itself
+
+
+@pytest.mark.parametrize(("name", "value"), [("dcw", "-0.05,0.01"), ("dcw", "-1e-05"), ("eps_scaler", "-0.0005,1.01")])
+def test_a_list_may_begin_with_a_negative_number(name, value):
+    """The hint of diagnose.py fit-eps-scaler has one where K falls with the noise."""
+    parser = cli.Parser()
+    add_sampler_flags(parser, "100")
+    for words in ([f"--{name}", value], [f"--{name}={value}"]):
+        assert getattr(parser.parse(words), name) == value
+
+
+def test_a_flag_after_a_flag_is_still_a_missing_value():
+    parser = cli.Parser()
+    add_sampler_flags(parser, "100")
+    with pytest.raises(UserError, match="--dcw: expected one argument"):
+        parser.parse(["--dcw", "--eta", "1"])

@@ -391,7 +391,7 @@ def test_every_format_loads(wide):
     assert load_reference(wide / "a.npz").spatial is None and load_reference(wide / "edm2.pkl").count == 50000
     for name in ("adm.npz", "edm2.pkl"):                                 # programs that resize as TensorFlow 1
         with pytest.raises(UserError, match="'tf1' instead of 'pytorch-fid'.*give --preprocess tf1"):
-            find_reference(stats=name)
+            find_reference(stats=name, force=False)
         assert find_reference(stats=name, preprocess="tf1").name == name
 
 
@@ -493,9 +493,13 @@ def test_no_code_from_a_reference_runs(wide, tmp_path):
 def test_a_missing_reference_says_how_to_make_it(wide):
     command = "python fid.py ref --config"
     with pytest.raises(MissingReference, match=f"{command} my.yml --out pytorch_fid/cifar10_train_stat.npz"):
-        find_reference(config_of(), config_name="my.yml")
-    with pytest.raises(MissingReference, match=f"{command} digits.yml --out pytorch_fid/digits-16x16-tf1.npz --prep"):
-        find_reference(config_of("DIGITS", 16), preprocess="tf1")
+        find_reference(config_of(), source=references.source_words("my.yml"))
+    words = references.source_words("digits.yml", "my runs", ["data.root=a b"])
+    with pytest.raises(MissingReference, match=f"{command} digits.yml --exp 'my runs' '--data.root=a b' --out "
+                                               "pytorch_fid/digits-16x16-tf1.npz --preprocess tf1$"):
+        find_reference(config_of("DIGITS", 16), preprocess="tf1", source=words)
+    with pytest.raises(MissingReference, match="ref --images FOLDER --out pytorch_fid/digits-16x16.npz"):
+        find_reference(config_of("DIGITS", 16))                       # a configuration that came with its weights
     with pytest.raises(MissingReference, match=r"looked for elsewhere/x.npz.*--images FOLDER --out elsewhere/x.npz"):
         find_reference(stats="elsewhere/x.npz")
     with pytest.raises(UserError, match="name a file"):
@@ -520,6 +524,10 @@ def test_provenance_travels_and_mismatches_are_refused(wide, net, tmp_path, capl
                                         (digits, "tf1", "preprocess 'pytorch-fid' instead of 'tf1'")):
         with pytest.raises(UserError, match=message):
             find_reference(config, found.path, preprocess)
+        with pytest.raises(UserError, match="fid.py ref$"):           # the caller has no flag to insist with
+            find_reference(config, found.path, preprocess)
+        with pytest.raises(UserError, match="or insist with --force"):
+            find_reference(config, found.path, preprocess, force=False)
         assert find_reference(config, found.path, preprocess, force=True).forced
     found.provenance["transform"] = "center-crop"
     found.save(wide / "other.npz")
