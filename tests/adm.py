@@ -9,13 +9,13 @@ from functions.betas import BETAS
 from functions.denoiser import Denoiser
 from functions.schedule import DiscreteSchedule
 from models.adm import ADMUNet
-from tests.conftest import REPOSITORY, SHARED
+from tests.conftest import SHARED, load_kept
 
 
 @cache
 def cases(name: str) -> list[dict]:
     """Those of tests/golden, and what a shared folder beside the repository has more."""
-    kept = torch.load(REPOSITORY / "tests" / "golden" / f"{name}.pt", weights_only=True)
+    kept = load_kept(name)
     shared = SHARED / "golden" / f"{name}.pt"
     more = torch.load(shared, weights_only=True) if shared.exists() else []
     whole = {label(case) for case in kept if "outputs" not in case}        # the rest has recorded outputs, no network

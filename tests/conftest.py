@@ -1,11 +1,14 @@
 """Shared by all tests: golden numbers where they are at hand, tiny configurations, scripts run in this process."""
 
+import io
+import lzma
 from pathlib import Path
 
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).parent.parent
+GOLDEN = REPOSITORY / "tests" / "golden"
 SHARED = REPOSITORY.parent / "shared"
 
 # digits.yml cut down to a network that trains in milliseconds; in float32, so that all machines compute the same.
@@ -15,24 +18,29 @@ TINY = ["--config", "digits.yml", "--device", "cpu", "--model.ch", "32", "--mode
         "--training.log_freq", "1", "--amp", "off", "--verbose", "critical"]
 
 
-def load_golden(name: str):
-    """Numbers of a published program: those of tests/golden, or all where a shared folder lies beside the repository.
+def load_kept(name: str):
+    """What tests/golden keeps under a name: a compressed file of ``torch.save``."""
+    content = lzma.decompress((GOLDEN / f"{name}.pt.xz").read_bytes())
+    return torch.load(io.BytesIO(content), weights_only=True)
 
-    A state dict that would be too large for one file lies in a second one, NAME.part2.pt.
+
+def load_golden(name: str):
+    """Numbers of a published program: those of tests/golden, or else of a shared folder beside the repository.
+
+    A state dict that would be too large for one file lies in a second one, NAME.part2.
     """
-    kept, shared = REPOSITORY / "tests" / "golden" / f"{name}.pt", SHARED / "golden" / f"{name}.pt"
-    if not kept.exists():
-        return torch.load(shared, weights_only=True)
-    values, rest = torch.load(kept, weights_only=True), kept.with_suffix(".part2.pt")
-    if rest.exists():
-        values["state_dict"].update(torch.load(rest, weights_only=True)["state_dict"])
+    if not (GOLDEN / f"{name}.pt.xz").exists():
+        return torch.load(SHARED / "golden" / f"{name}.pt", weights_only=True)
+    values = load_kept(name)
+    if (GOLDEN / f"{name}.part2.pt.xz").exists():
+        values["state_dict"].update(load_kept(f"{name}.part2")["state_dict"])
     return values
 
 
 def golden_names(*names: str) -> list[str]:
     """Those of ``names`` that are at hand."""
     return [name for name in names
-            if any((folder / f"{name}.pt").exists() for folder in (REPOSITORY / "tests" / "golden", SHARED / "golden"))]
+            if (GOLDEN / f"{name}.pt.xz").exists() or (SHARED / "golden" / f"{name}.pt").exists()]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Numbers of the published EDM and EDM-ES code: the choice in tests/golden, and all of them where they are at hand."""
 
-import io
-import lzma
 from functools import cache
 
 import pytest
@@ -9,9 +7,8 @@ import torch
 
 from models.dhariwal import DhariwalUNet
 from models.song import SongUNet
-from tests.conftest import REPOSITORY, SHARED
+from tests.conftest import GOLDEN, SHARED, load_kept
 
-GOLDEN = REPOSITORY / "tests" / "golden"
 SNAPSHOT = GOLDEN / "edm_snapshot_nosource.pkl"
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 USUAL = {"EDMPrecond": "DhariwalUNet", "VPPrecond": "SongUNet", "VEPrecond": "SongUNet", "iDDPMPrecond": "DhariwalUNet"}
@@ -19,8 +16,7 @@ USUAL = {"EDMPrecond": "DhariwalUNet", "VPPrecond": "SongUNet", "VEPrecond": "So
 
 @cache
 def stored(name: str) -> tuple[dict, ...]:
-    content = lzma.decompress((GOLDEN / f"edm_{name}.pt.xz").read_bytes())
-    return tuple(torch.load(io.BytesIO(content), weights_only=True))
+    return tuple(load_kept(f"edm_{name}"))
 
 
 @cache

@@ -5,10 +5,8 @@ import io
 import json
 import pickle
 import signal
-import subprocess
-import sys
-import time
 import zipfile
+from functools import partial
 
 import lmdb
 import numpy as np
@@ -17,8 +15,7 @@ from PIL import Image
 
 from dataset_tool import main
 from datasets.files import ImageFiles
-from tests.conftest import REPOSITORY
-from tests.faults.jobs import alive, children
+from tests.faults import jobs
 
 NOISE = np.random.RandomState(7).randint(0, 256, (4, 48, 80, 3), np.uint8)
 SHAPE = ["--data.image_size", "[24,40]", "--model.ch_mult", "[1]", "--model.attn_resolutions", "[]",
@@ -190,35 +187,27 @@ def test_a_folder_without_pictures_says_what_is_there(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["d.zip", "d", "d.npy", "d.lmdb"])
 def test_a_killed_conversion_leaves_neither_workers_nor_files(tmp_path, name):
-    """As its only child of a session of its own, so that nothing but the program itself cleans up."""
+    """Nothing but the program itself cleans up."""
     (tmp_path / "source").mkdir()
     content = encoded(NOISE[0].repeat(8, 0).repeat(8, 1))
     for i in range(600):
         (tmp_path / f"source/{i}.png").write_bytes(content)
     (tmp_path / "made").mkdir()
-    job = subprocess.Popen([sys.executable, "dataset_tool.py", "convert", "--source", tmp_path / "source", "--dest",
-                            tmp_path / "made" / name, "--workers", "2"], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(children(job.pid)) >= 3)                              # two workers, and who cleans up
-    wait_for(lambda: any((tmp_path / "made").iterdir()))
-    started = children(job.pid)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    wait_for(lambda: not any(alive(pid) for pid in started))
+    job = jobs.Job("dataset_tool", ["convert", "--source", str(tmp_path / "source"), "--dest",
+                                    str(tmp_path / "made" / name), "--workers", "2"])
+    jobs.wait_until(lambda: len(jobs.children(job.process.pid)) >= 3)          # two workers, and who cleans up
+    jobs.wait_until(lambda: any((tmp_path / "made").iterdir()))
+    started = jobs.children(job.process.pid)
+    job.process.kill()
+    assert job.wait() == -signal.SIGKILL
+    jobs.wait_until(lambda: not any(jobs.alive(pid) for pid in started))
     assert list((tmp_path / "made").iterdir()) == []
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen"
-        time.sleep(0.01)
 
 
 def test_a_full_disk_under_an_lmdb_is_one_line(photos, tmp_path):
     """As a process, because the limit that stands for a full disk holds for whatever it writes."""
-    code = ("import resource, signal, sys\nimport dataset_tool\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\nsys.exit(dataset_tool.main(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", code, "convert", "--source", photos, "--dest", tmp_path / "d.lmdb",
-                           "--skip_bad", "2", "--resolution", "64x64"], cwd=REPOSITORY, text=True, capture_output=True)
-    assert done.returncode == 3 and "d.lmdb: cannot be written" in done.stderr.splitlines()[-1], done.stderr
+    job = jobs.Job("dataset_tool", ["convert", "--source", str(photos), "--dest", str(tmp_path / "d.lmdb"),
+                                    "--skip_bad", "2", "--resolution", "64x64"],
+                   faults=[partial(jobs.limit_files, 20_000)])
+    assert job.wait() == 3 and "d.lmdb: cannot be written" in job.text.splitlines()[-1], job.text
     assert not list(tmp_path.glob("*.lmdb")) and not list(tmp_path.glob(".d*"))

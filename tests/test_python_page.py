@@ -1,8 +1,6 @@
 """docs/python.md: every block runs, in its order; and what ``Diffusion.train`` promises for a folder."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ import yaml
 from configs.schema import load_config
 from runners.diffusion import Diffusion
 from tests.conftest import REPOSITORY
+from tests.faults import jobs
 from tests.runners.test_evaluation import TinyNet
 from utils.errors import UserError
 from utils.locks import lock_folder
@@ -53,14 +52,15 @@ def test_train_prepares_and_protects_a_folder(tmp_path, monkeypatch):
     assert all(torch.equal(value, stored[name]) for name, value in from_run.model.state_dict().items())
 
 
+def train_one_step(folder) -> None:
+    Diffusion(load_config("digits.yml", SMALL), "cpu").train(folder, max_steps=1)
+
+
 def test_train_takes_a_lock(tmp_path):
     folder = tmp_path / "y"
-    code = (f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-            "from configs.schema import load_config\nfrom runners.diffusion import Diffusion\n"
-            f"Diffusion(load_config('digits.yml', {SMALL!r}), 'cpu').train({str(folder)!r}, max_steps=1)")
     with lock_folder(folder):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 1 and "in use by another job" in done.stderr
+        job = jobs.Job(train_one_step, [folder])
+        assert job.wait() == 1 and "in use by another job" in job.text
     assert not folder.exists()
 
 

@@ -2,10 +2,9 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -16,7 +15,6 @@ from PIL import Image
 from datasets.captions import METADATA, CaptionedFolder, open_captioned
 from datasets.crops import crops
 from datasets.latents import LatentStore, choose_variant
-from tests.conftest import REPOSITORY
 from utils.errors import DataError, UserError
 
 
@@ -159,25 +157,28 @@ def test_a_pack_is_made_once_and_anew_for_another_model(sdxl, sdxl_copy, caption
     assert opened(sdxl_copy, captioned, tmp_path).fingerprint != first.fingerprint
 
 
-KILLED = """
-import os, signal, sys
-import models.vae
-encode, calls = models.vae.VAE.moments, []
-def moments(self, images):
-    calls.append(1)
-    if len(calls) == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return encode(self, images)
-models.vae.VAE.moments = moments
-from tests.datasets.test_captions import opened
-opened(*sys.argv[1:4])
-"""
+def killed_at_the_sixth(*args) -> None:
+    import models.vae
+
+    encode, calls = models.vae.VAE.moments, []
+
+    def moments(self, images):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(self, images)
+
+    models.vae.VAE.moments = moments
+    torch.set_num_threads(1)                                 # those of the parent do not exist here
+    opened(*args)
 
 
 def test_packing_goes_on_where_it_was_killed(sdxl, captioned, tmp_path, monkeypatch):
-    killed = subprocess.run([sys.executable, "-c", KILLED, sdxl, captioned, tmp_path / "a"], cwd=REPOSITORY,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    fork = multiprocessing.get_context("fork")               # which has diffusers and transformers imported
+    killed = fork.Process(target=killed_at_the_sixth, args=(sdxl, captioned, tmp_path / "a"))
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
     import models.vae
 
     encode, calls = models.vae.VAE.moments, []

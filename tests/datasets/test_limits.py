@@ -4,22 +4,23 @@ import copy
 import io
 import json
 import os
+import re
 import shutil
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from datasets import build_dataset, images
+from configs.schema import Config
+from datasets import build_dataset, images, open_dataset
 from datasets.images import UnreadableImage, decode
 from datasets.lmdbs import LmdbImages, any_keys
 from datasets.packed import open_images
-from tests.conftest import REPOSITORY
+from tests.faults import jobs
 from utils.errors import DataError, UserError
 
 
@@ -40,23 +41,22 @@ def bomb_member(path, name, size):
 
 # ------------------------------------------------------------------ in a process of its own, so that memory is measured
 
-MEASURED = """
-import json, re, sys
-from configs.schema import Config
-from datasets import open_dataset
-from utils.errors import DataError
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-for name, root in json.loads(sys.argv[1]):
-    before = peak()
-    data = dict(dataset=name, image_size=8, root=root, num_workers=0)
-    try:
-        images = open_dataset(Config(data=data, model=dict(ch=32, ch_mult=(1,))))
-        images.labels, images.fingerprint, images.read(0)
-        print("no error")
-    except DataError as error:
-        print(error)
-    print(peak() - before)
-"""
+def peak() -> int:
+    """Largest resident memory of this process so far, in kB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def measure(sets) -> None:
+    for name, root in sets:
+        before = peak()
+        data = {"dataset": name, "image_size": 8, "root": str(root), "num_workers": 0}
+        try:
+            found = open_dataset(Config(data=data, model={"ch": 32, "ch_mult": (1,)}))
+            _ = found.labels, found.fingerprint, found.read(0)
+            print("no error")
+        except DataError as error:
+            print(error)
+        print(peak() - before)
 
 
 def npz_claim(path, shape, compressed=True):
@@ -103,10 +103,9 @@ BOMBS = [("ZIP", "image.zip", "0.png: unpacks to 140.0 MiB: a picture may have 1
 
 def test_bombs_take_neither_memory_nor_time(tmp_path, png, noise):
     make_bombs(tmp_path, png, noise)
-    sets = json.dumps([[kind, str(tmp_path / name)] for kind, name, _ in BOMBS])
-    done = subprocess.run([sys.executable, "-c", MEASURED, sets], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
-                          timeout=60)
-    lines = done.stdout.splitlines()
+    job = jobs.Job(measure, [[(kind, tmp_path / name) for kind, name, _ in BOMBS]])
+    assert job.wait() == 0, job.text
+    lines = job.text.splitlines()
     for (_, name, message), told, grown in zip(BOMBS, lines[::2], lines[1::2], strict=True):
         assert message in told, (name, told)
         assert int(grown) < 200_000, name                                            # kB

@@ -4,9 +4,9 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
+import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,10 +16,9 @@ import torch
 
 from datasets import open_dataset, packing
 from datasets.image_dataset import ImageDataset
-from datasets.packed import open_images, synthetic_images
+from datasets.packed import STORES, open_images, synthetic_images
+from tests.faults import jobs
 from utils.errors import DataError
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def first_batch(store):
@@ -134,44 +133,26 @@ def test_packs_folder_that_cannot_be_made(make_config, noise, write_zip, tmp_pat
         open_images(make_config("ZIP", 4, root=path, cache="mmap"), tmp_path)
 
 
-PACK = """
-import sys, time
-from configs.schema import Config
-from datasets import packing
-from datasets.packed import open_images
-packing.FEW, packing.CHUNK = 10, 5
-path, root, slow = sys.argv[1], sys.argv[2], float(sys.argv[3])
-from datasets.image_dataset import ImageDataset
-read = ImageDataset.read
-def slowly(self, i):
-    time.sleep(slow)
-    if i == 100: open(root + "/half-way", "w").close()
-    return read(self, i)
-ImageDataset.read = slowly
-config = Config(data=dict(dataset="ZIP", image_size=4, root=path, num_workers=2), model=dict(ch=32, ch_mult=(1,)))
-print(open_images(config, root).num_images)
-"""
+def pack_slowly(config, root) -> None:
+    packing.FEW, packing.CHUNK, read = 10, 5, ImageDataset.read
 
+    def slowly(self, i):
+        time.sleep(0.005)
+        if i == 100:
+            (root / "half-way").touch()
+        return read(self, i)
 
-def start_packing(path, root, slow=0.0):
-    return subprocess.Popen([sys.executable, "-c", PACK, path, root, str(slow)], cwd=REPOSITORY, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen"
-        time.sleep(0.01)
+    ImageDataset.read = slowly
+    open_images(config, root)
 
 
 def test_killed_while_packing_then_packed_again(noise, write_zip, tmp_path, make_config):
     pixels = noise(400, 4, 4, 3)
     path = write_zip({f"{i:03d}.png": image for i, image in enumerate(pixels)})
-    victim = start_packing(path, tmp_path, slow=0.005)
-    wait_for((tmp_path / "half-way").exists)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    victim = jobs.Job(pack_slowly, [make_config("ZIP", 4, root=path, num_workers=2), tmp_path])
+    jobs.wait_until((tmp_path / "half-way").exists)
+    victim.process.kill()
+    assert victim.wait() == -signal.SIGKILL
     assert not pack_files(tmp_path) and list((tmp_path / ".packed").glob(".zip-*.tmp"))
     store = open_images(make_config("ZIP", 4, root=path), tmp_path)                   # not held up by orphaned workers
     np.testing.assert_array_equal(first_batch(store), pixels)
@@ -208,21 +189,17 @@ def _die(start, stop):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-LIMITED = """
-import re, resource, sys
-import numpy as np, torch
-from datasets.packed import STORES
-array = np.load(sys.argv[1], mmap_mode="r")
-used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (used + (96 << 20), used + (96 << 20)))
-about = dict(name="big", fingerprint="", labels=np.zeros(len(array), np.int64), device=torch.device("cpu"))
-try:
-    STORES["ram"](array, **about)
-except MemoryError:
-    print("too large for memory")
-indices = torch.arange(0, len(array), 97).split(256)
-print(sum(int(batch.sum()) for batch in STORES["mmap"](array, **about).batches(indices)))
-"""
+def read_with_little_memory(path) -> None:
+    array = np.load(path, mmap_mode="r")
+    used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + (96 << 20), used + (96 << 20)))
+    about = {"name": "big", "fingerprint": "", "labels": np.zeros(len(array), np.int64), "device": torch.device("cpu")}
+    try:
+        STORES["ram"](array, **about)
+    except MemoryError:
+        print("too large for memory")
+    indices = torch.arange(0, len(array), 97).split(256)
+    print(sum(int(batch.sum()) for batch in STORES["mmap"](array, **about).batches(indices)))
 
 
 def test_a_pack_larger_than_memory_is_read_through_mmap(tmp_path):
@@ -230,9 +207,9 @@ def test_a_pack_larger_than_memory_is_read_through_mmap(tmp_path):
     array = np.lib.format.open_memmap(tmp_path / "big.npy", "w+", np.uint8, (1 << 17, 64, 64, 1))
     array[97 * 5] = 3
     array.flush()
-    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path / "big.npy"], cwd=REPOSITORY, text=True,
-                          capture_output=True)
-    assert done.stdout.split("\n")[:2] == ["too large for memory", str(3 * 64 * 64)], done.stderr
+    job = jobs.Job(read_with_little_memory, [tmp_path / "big.npy"])
+    assert job.wait() == 0, job.text
+    assert job.text.splitlines()[:2] == ["too large for memory", str(3 * 64 * 64)]
 
 
 def test_synthetic_images_answer_for_every_index(make_config):

@@ -27,9 +27,9 @@ EVERY_TWO = ["--training.snapshot_unit", "steps", "--training.snapshot_freq", "2
 
 
 class Job:
-    """``script.main(argv)`` in a process of its own."""
+    """``script.main(argv)`` in a process of its own; or ``script(*argv)`` where it is a function."""
 
-    def __init__(self, script: str, argv: list[str], faults=(), env: dict | None = None):
+    def __init__(self, script, argv: list, faults=(), env: dict | None = None):
         self._printed, there = SERVER.Pipe(duplex=False)
         self.process = SERVER.Process(target=_run, args=(script, argv, there, tuple(faults), env or {}))
         self.process.start()
@@ -58,7 +58,7 @@ def _run(script, argv, output, faults, env):
     torch.set_num_threads(1)                         # no busy waiting for a core that another job has
     for fault in faults:
         fault()
-    raise SystemExit(import_module(script).main(argv))
+    raise SystemExit(script(*argv) if callable(script) else import_module(script).main(argv))
 
 
 def train(exp: Path, *flags, faults=(), env=None) -> Job:

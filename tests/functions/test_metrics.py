@@ -13,9 +13,7 @@ from functions.metrics import (
     kid,
     precision_recall,
 )
-from tests.conftest import REPOSITORY
-
-GOLDEN = REPOSITORY / "tests" / "golden" / "evaluator.pt"
+from tests.conftest import load_kept
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,7 @@ def test_error_of_kid_is_the_spread_over_fresh_sets(shift, subsets, size):
 
 def test_published_evaluator_on_made_up_features():
     """Precision, recall, radii, statistics, distance, and an Inception Score over blocks, of guided-diffusion."""
-    cases = {case["kind"]: case for case in torch.load(GOLDEN, weights_only=True)}
+    cases = {case["kind"]: case for case in load_kept("evaluator")}
     case = cases["evaluator"]
     real, fake = case["reference"], case["sample"]
     assert precision_recall(real, fake, k=case["nearest"]) == (case["precision"], case["recall"])

@@ -40,7 +40,7 @@ from runners.evaluation.metrics import (
     needs,
     save_features,
 )
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, load_kept
 from tests.faults import jobs
 from utils.errors import DataError, UserError
 
@@ -243,7 +243,7 @@ def test_subsets():
 
 
 def test_subsets_of_edm():
-    cases = [case for case in torch.load(REPOSITORY / "tests/golden/evaluator.pt", weights_only=True)
+    cases = [case for case in load_kept("evaluator")
              if case["kind"] == "subset" and case["max_size"] <= case["total"]]
     assert len(cases) > 1
     for case in cases:
