@@ -26,3 +26,15 @@ def test_a_rank_of_several_leaves_with_the_code_of_its_work(monkeypatch, size, w
     monkeypatch.setattr(cli, "setup_logging", lambda *args: None)
     assert cli.run_script("job.py", [], lambda argv: ARGS, lambda args: None, work) == code
     assert left == ([code] if size > 1 else [])                   # alone, Python ends by itself
+
+
+def test_help_tells_every_default_also_zero(capsys):
+    parser = cli.Parser(prog="job.py")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise")
+    parser.add_argument("--steps", type=int, default=None, help="how many")
+    parser.add_argument("--force", action="store_true", help="in any case")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw (default: the clock)")
+    with pytest.raises(SystemExit):
+        parser.parse(["--help"])
+    told = capsys.readouterr().out
+    assert "noise (default: 0.0)" in told and told.count("default") == 2
