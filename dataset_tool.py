@@ -64,7 +64,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                          help="folder, zip, npz, npy, LMDB, cifar-10-python.tar.gz")
     command.add_argument("--dest", required=True, type=Path, help="what to make; must not exist yet")
     command.add_argument("--resolution", type=resolution, metavar="WxH", help="size of the result")
-    command.add_argument("--transform", default="none", choices=TOOL_TRANSFORMS)
+    command.add_argument("--transform", default="none", choices=TOOL_TRANSFORMS, help="cut before resizing; "
+                         "center-crop-wide puts black bars above and below")
     command.add_argument("--resample", "--resize-filter", default="lanczos", choices=sorted(RESAMPLE))
     command.add_argument("--format", choices=sorted(FORMATS), help="default: what the name of --dest says")
     command.add_argument("--max-images", "--max_images", type=int, metavar="N", help="take the first N only")

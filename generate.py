@@ -26,7 +26,8 @@ def parse(argv):
                          "configuration is the config.yml beside it, else the same")
     weights.add_argument("--classifier", metavar="FILE", help="guide by the gradient of this noisy classifier "
                          "(guided-diffusion's), for generalized and ddpm_noisy")
-    weights.add_argument("--classifier_scale", type=float, metavar="S", help="times so much")
+    weights.add_argument("--classifier_scale", type=float, metavar="S",
+                         help="factor of that gradient, such as 1; --classifier needs it")
     images = parser.add_argument_group("images")
     images.add_argument("-i", "--image_folder", help="relative: under exp/image_samples/; absolute: as given "
                                                      "(default: DOC)")
@@ -50,8 +51,10 @@ def parse(argv):
     sampler = parser.add_argument_group("computing")
     sampler.add_argument("--batch_size", type=number_or_auto, metavar="N", help="images at a time, which does not "
                          "change them; auto: what fills the device (default: sampling.batch_size)")
-    sampler.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="off")
-    sampler.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
+    sampler.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="off",
+                         help="precision; auto: bf16 where the device multiplies it")
+    sampler.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
+                         help="torch.compile; auto: where it saves more time than it takes")
     fid = parser.add_argument_group("FID")
     fid.add_argument("--fid", action=on_off, default=True, help="compute it, or whatever --metrics names")
     fid.add_argument("--fid_log", metavar="FILE", help="log to append to, a .jsonl beside it (default: EXP/fid.txt)")
@@ -62,7 +65,8 @@ def parse(argv):
                      help="comma list of fid,sfid,kid,is,is_blocks,pr,digits_fd,digits_unsure")
     fid.add_argument("--interval", action="store_true", help="95%% interval for the FID of so many images")
     fid.add_argument("--force", action="store_true", help="compare with a reference that was made for something else")
-    fid.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid")
+    fid.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid",
+                     help="resize to 299x299")
     parser.add_argument("--export", metavar="DIR", help="make no images: write the network as a folder that diffusers "
                         "loads, with a model card")
     parser.add_argument("--dry_run", action="store_true", help="check everything, call the network once; write nothing")

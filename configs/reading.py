@@ -1,5 +1,6 @@
 """YAML in, plain dictionary out: numbers as people write them, no duplicate keys, and the forms of DDIM and SA-DPM."""
 
+import difflib
 import logging
 import os
 import re
@@ -116,9 +117,11 @@ def find_config(name: str | Path) -> Path:
         log.info("reading %s", found[0])
     if found:
         return found[0]
-    known = ", ".join(sorted(p.relative_to(CONFIG_FOLDER).as_posix() for p in CONFIG_FOLDER.rglob("*.yml")
-                             if "studies" not in p.parts))
-    raise ConfigError(f"configuration {str(name)!r} not found; give a path, or one of configs/: {known}")
+    known = sorted(p.relative_to(CONFIG_FOLDER).as_posix() for p in CONFIG_FOLDER.rglob("*.yml")
+                   if "studies" not in p.parts)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
+    hint = f"did you mean {close[0]}?" if close else f"give a path, or one of configs/: {', '.join(known)}"
+    raise ConfigError(f"configuration {str(name)!r} not found; {hint}")
 
 
 def _is_file(path: Path) -> bool:

@@ -22,7 +22,8 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Adds "(default: ...)" where there is one to tell and the text does not tell it itself."""
 
     def _get_help_string(self, action):
-        told = action.default in (None, False, "") or "default" in (action.help or "")
+        none = action.default is None or action.default is False or action.default == ""        # 0 is a default
+        told = none or "default" in (action.help or "")
         return action.help if told else super()._get_help_string(action)
 
 
@@ -83,11 +84,13 @@ def add_common(parser: argparse.ArgumentParser, *, config: bool = True, processe
         parser.add_argument("--doc", help="name of the run: exp/logs/DOC (default: the name of the config)")
         parser.add_argument("--comment", default="", help="free text, kept in the log")
     parser.add_argument("--exp", default="exp", help="folder of runs, images and data sets")
-    parser.add_argument("--verbose", default="info", choices=["debug", "info", "warning", "critical"])
+    parser.add_argument("--verbose", default="info", choices=["debug", "info", "warning", "critical"],
+                        help="least important messages that are shown")
     parser.add_argument("--ni", action="store_true", help="accepted for compatibility: nothing is ever asked")
     if not processes:
         return
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
+                        help="auto: the GPU if there is one")
     group = parser.add_argument_group("processes")
     group.add_argument("--num_process_per_node", type=positive, default=1, metavar="N",
                        help="ranks to start on this node; not used under torchrun, accelerate, srun or mpirun")

@@ -202,9 +202,12 @@ def test_aliases_as_people_use_them(tmp_path):
         "a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1}}
 
 
-@pytest.mark.parametrize("name", ["cifar11.yml", "no/such/cifar10.yml"])
-def test_absent_file_names_the_shipped_ones(name):
-    with pytest.raises(ConfigError, match=rf"'{name}' not found; .*afhq.yml, bedroom.yml"):
+@pytest.mark.parametrize(("name", "hint"), [("mine.yml", ".*afhq.yml, bedroom.yml"),
+                                           ("no/such/cifar10.yml", ".*afhq.yml, bedroom.yml"),
+                                           ("cifar11.yml", "did you mean cifar10.yml?"),
+                                           ("edm/cifar10_dppmpp.yml", "did you mean edm/cifar10_ddpmpp.yml?")])
+def test_absent_file_names_the_shipped_ones(name, hint):
+    with pytest.raises(ConfigError, match=rf"'{name}' not found; {hint}"):
         load_config(name)
 
 

@@ -43,3 +43,15 @@ def test_a_flag_after_a_flag_is_still_a_missing_value():
     add_sampler_flags(parser, "100")
     with pytest.raises(UserError, match="--dcw: expected one argument"):
         parser.parse(["--dcw", "--eta", "1"])
+
+
+def test_help_tells_every_default_also_zero(capsys):
+    parser = cli.Parser(prog="job.py")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise")
+    parser.add_argument("--steps", type=int, default=None, help="how many")
+    parser.add_argument("--force", action="store_true", help="in any case")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw (default: the clock)")
+    with pytest.raises(SystemExit):
+        parser.parse(["--help"])
+    told = capsys.readouterr().out
+    assert "noise (default: 0.0)" in told and told.count("default") == 2
