@@ -104,16 +104,6 @@ def test_the_python_api_makes_the_same_images(exp):
         assert np.array_equal(files[f"{seed:06d}.png"], image[0])
 
 
-def test_files_are_read_and_told_about_once(exp, caplog):
-    np.savez(exp / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with caplog.at_level("INFO"):
-        flags = ["--config", "digits.yml", "--dry_run", "--fid_stats", str(exp / "edm.npz"), *TINY]
-        assert generate.main([*base(exp), "--verbose", "info", *flags]) == 0
-    told = [record.getMessage() for record in caplog.records]
-    assert sum("does not say how it was made" in line for line in told) == 1
-    assert len(told) == len(set(told)), told
-
-
 def test_missing_images_are_made_again_and_the_others_kept(exp):
     assert run(exp, "--num_samples", "6", "--batch_size", "3") == 0
     folder = exp / "image_samples" / "digits"
