@@ -158,7 +158,7 @@ def test_a_stopped_study_goes_on(start, monkeypatch, capsys, target, name, momen
     ({"runs": {"a": {}, "b": {"training.global_batch_size": 4}}}, "global_batch_size"),
     ({"images_seen": [24, 8]}, "must ascend"),
     ({"images_seen": [12]}, "not a multiple of the global batch of 8"),
-    ({"metrics": ["pr"]}, "metrics must hold fid"),
+    ({"metrics": ["pr", "fid"]}, "must begin with what the report is about"),
     ({"fid_stats": "nowhere.npz"}, "fid.py ref"),
     ({"runs": {"a": {"training.seed": 1}}}, "training.seed is set by the study"),
     ({"overrides": {"training.sample_num": 4}}, "training.sample_num is set by the study"),

@@ -68,7 +68,7 @@ class StudyJob:
         unknown = set(only or ()) - set(self.study.runs)
         if unknown:
             raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; runs: {', '.join(self.study.runs)}")
-        self.runs = [(run, seed) for run in self.study.runs if not only or run in only for seed in self.study.seeds]
+        self.runs = [(run, seed) for seed in self.study.seeds for run in self.study.runs if not only or run in only]
         self.configs = {f"{run}-{seed}": run_config(self.study, run, seed) for run in self.study.runs
                         for seed in self.study.seeds}
         docs = {f"{run}-{seed}" for run, seed in self.runs}
@@ -275,7 +275,8 @@ class StudyRunner:
             self._stop_if_told()
             entry = self.measure(cell, diffusion, path)
             left = (time.monotonic() - started) / (number + 1) * (len(cells) - number - 1)
-            log.info("%s: %s %.2f; %.0f s; %d cells and about %.0f min left", cell, entry["name"], entry["fid"],
+            headline = self.job.study.metrics[0]
+            log.info("%s: %s %.4g; %.0f s; %d cells and about %.0f min left", cell, headline, entry[headline],
                      entry["seconds"], len(cells) - number - 1, left / 60)
 
     def measure(self, cell: Cell, diffusion: Diffusion, path: Path) -> dict:
