@@ -4,9 +4,15 @@ from runners.study.findings import Findings
 from runners.study.page import Heading, Table, Text
 from runners.study.pairs import difference, in_words, without_remedies
 
-EXPLAINED = ("{what}, over the same seeds of training, ± its standard error. Below 0 the remedy helps. Bold: the 95% "
-             "interval of Student's t over the differences leaves out 0; it is not corrected for the number of "
-             "comparisons, of which one in twenty is bold by chance.")
+EXPLAINED = ("The differences below are of the same seeds of training with and without a remedy, ± their standard "
+             "error. Below 0 the remedy helps. Bold: the 95% interval of Student's t over the seeds leaves out 0; it "
+             "is not corrected for the number of comparisons, of which one in twenty is bold by chance.")
+
+
+def compared(findings: Findings) -> list:
+    """Every remedy in pairs; nothing where there is one seed, or no pair."""
+    parts = [*training_part(findings), *sampling_part(findings)] if len(findings.job.study.seeds) > 1 else []
+    return [Heading("Remedies in pairs"), Text(EXPLAINED), *parts] if parts else []
 
 
 def training_part(findings: Findings) -> list:
@@ -31,7 +37,7 @@ def _against_base(findings: Findings, base: str, runs: list[str], pairs: list, t
             _add_row(findings, rows, bold, [key[0], str(key[1])], found)
             for run, each in zip(runs, found, strict=True):
                 if each:
-                    verdicts[run][f"{key[0]} {key[1]}"] = each.verdict
+                    verdicts[run][f"{key[0]} in {key[1]} steps"] = each.verdict
     return _part(title, what, ["sampler", "steps", *runs], rows, bold, verdicts)
 
 
@@ -50,7 +56,7 @@ def sampling_part(findings: Findings) -> list:
             _add_row(findings, rows, bold, [key[0], str(key[1])], found)
             for run, each in zip(findings.runs, found, strict=True):
                 if each:
-                    verdicts.setdefault(key[0], {})[f"{run} {key[1]}"] = each.verdict
+                    verdicts.setdefault(key[0], {})[f"{run} in {key[1]} steps"] = each.verdict
     return _part("Remedies while sampling", f"{findings.name} minus that of the same sampler without the remedy",
                  ["sampler", "steps", *findings.runs], rows, bold, verdicts)
 
@@ -65,5 +71,5 @@ def _add_row(findings: Findings, rows: list, bold: set, names: list[str], found:
 def _part(title: str, what: str, header: list[str], rows: list, bold: set, verdicts: dict[str, dict]) -> list:
     if not rows:
         return []
-    return [Heading(title), Text(EXPLAINED.format(what=what)), Table(header, rows, bold),
+    return [Heading(title), Text(f"{what}."), Table(header, rows, bold),
             *(Text(in_words(name, found)) for name, found in verdicts.items() if found)]

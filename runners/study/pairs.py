@@ -56,11 +56,11 @@ def without_remedies(settings: dict) -> dict:
 
 
 def in_words(name: str, verdicts: dict[str, str]) -> str:
-    """``"SA: helps with 2 of 5 (DDIM 10, DDIM 20), hurts with 1 (Heun 10), not distinguishable with 2"``."""
+    """``"SA: helps with 1 of 4 (DDIM in 10 steps), hurts with 1 (Heun in 10 steps), not distinguishable with 2."``."""
     parts = []
     for verdict in VERDICTS:
         where = [place for place, found in verdicts.items() if found == verdict]
         if where:
-            listed = f" ({', '.join(where)})" if verdict != VERDICTS[-1] else ""
+            listed = f" ({'; '.join(where)})" if verdict != VERDICTS[-1] else ""
             parts.append(f"{verdict} with {len(where)}{f' of {len(verdicts)}' if not parts else ''}{listed}")
     return f"{name}: {', '.join(parts)}."

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from runners.diagnosis.curves import PALETTE
-from runners.study.comparisons import sampling_part, training_part
+from runners.study.comparisons import compared
 from runners.study.findings import Findings
 from runners.study.page import Gallery, Heading, Picture, Table, Text, to_html, to_markdown
 from runners.study.runner import StudyJob
@@ -24,8 +24,7 @@ def write_report(job: StudyJob) -> list[Path]:
         UserError: Nothing is measured yet.
     """
     findings, title = Findings(job), f"Study {job.name}"
-    compared = [*training_part(findings), *sampling_part(findings)] if len(job.study.seeds) > 1 else []
-    blocks = [*introduction(findings), *runs_table(findings), *steps_part(findings), *compared,
+    blocks = [*introduction(findings), *runs_table(findings), *steps_part(findings), *compared(findings),
               *images_part(findings), *precision_part(findings), *grids_part(findings), *cells_part(findings)]
     markdown, page = job.folder / "report.md", job.folder / "report.html"
     write_text(markdown, to_markdown(title, blocks, job.folder))
