@@ -127,10 +127,10 @@ def test_several_seeds_are_compared_in_pairs(start):
     text = markdown.read_text()
     images, calls, sampling = (text.split(f"## Remedies {part}")[1].split("\n## ")[0] for part in (
         "in training, at equal images", "in training, at equal network calls", "while sampling"))
-    assert "| DDIM | 2 | 20.98 ± 5.77 | **20.00 ± 5.77** |" in text                      # the spread of the seeds
-    assert "**-0.98 ± 0.01**" in images and "SA: helps with 2 of 2 (DDIM 2, DDIM, DCW 0.1 2)." not in images
-    assert "+0.02 ± 0.01" in calls and "**+0.02" not in calls and "SA: not distinguishable with 1 of 1." in calls
-    assert "| **+5.20 ± 0.06** | +0.00 ± 0.58 |" in sampling
+    assert "| DDIM | 2 | 20.980 ± 5.768 | **20.000 ± 5.774** |" in text                      # the spread of the seeds
+    assert "**-0.980 ± 0.006**" in images and "SA: helps with 2 of 2 (DDIM 2, DDIM, DCW 0.1 2)." not in images
+    assert "+0.020 ± 0.006" in calls and "**+0.020" not in calls and "SA: not distinguishable with 1 of 1." in calls
+    assert "| **+5.200 ± 0.058** | +0.000 ± 0.577 |" in sampling
     assert "hurts with 1 of 2 (base in 2 steps), not distinguishable with 1." in sampling
 
 

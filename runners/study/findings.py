@@ -8,7 +8,7 @@ from runners.study.runner import StudyJob
 from utils.errors import UserError
 
 # Metric that a report may be about: its name for readers, digits behind the point.
-HEADLINES = {"fid": ("FID", 1), "sfid": ("sFID", 1), "kid": ("KID", 4), "digits_fd": ("digits FD", 2),
+HEADLINES = {"fid": ("FID", 1), "sfid": ("sFID", 1), "kid": ("KID", 4), "digits_fd": ("digits FD", 3),
              "digits_unsure": ("unsure digits", 3)}
 
 

@@ -107,7 +107,7 @@ def _values_table(findings: Findings, keys: list[tuple], header: list[str], name
     rows, bold = [], set()
     for number, key in enumerate(keys):
         values = [findings.value(key, run) for run in findings.runs]
-        best = min((value.mean for value in values if value), default=None)
+        best = min((value.mean for value in values if value), default=None) if len(values) > 1 else None
         bold |= {(number, len(header) + i) for i, value in enumerate(values) if value and value.mean == best}
         rows.append([*name(key), *(value.text if value else "" for value in values)])
     return Table([*header, *findings.runs], rows, bold)
