@@ -16,7 +16,8 @@ import study
 from configs.study import STUDIES, Sampler, Study, load_study, study_yaml
 from runners.diffusion import Diffusion
 from runners.evaluation import references
-from runners.study.grid import cells_of, drop_broken_lines, read_cells
+from runners.study.grid import Cell, cells_of, drop_broken_lines, read_cells
+from runners.study.page import Picture, to_html
 from runners.study.pairs import difference
 from runners.study.report import write_report
 from runners.study.runner import StudyJob
@@ -300,3 +301,31 @@ def test_remedies_are_keys_of_a_sampler_and_of_a_run(start):
     assert len({cell["sampler"]["gamma"] for cell in analytic}) == 2 and all(cell["fit"]["b"] for cell in analytic)
     assert len(list((start.folder / "gamma").glob("*.json"))) == 2
     assert start(samplers=samplers, runs=runs, images_seen=[8]) == 0                             # nothing is left to do
+
+
+@pytest.mark.parametrize("change", [
+    {"study": {"run": "base"}}, {"study": {"run": 1, "seed": 1, "images_seen": 8, "settings": {}}}, {"fid": "3"},
+    {"fid": None}, {"seconds": []}, {"sampling_seconds": {}}, {"network_calls": "x"}, {"reference_fingerprint": []},
+    {"reference_count": "many"}, {"fid_interval_95": [1]}, {"fid_interval_95": 3}, {"fit": [1]}, {"fit": {"b": None}},
+    {"precision": "high"}, {"kid": [0.1]}, {"device": None}, {"grid": 1e400}])
+def test_a_line_that_is_no_cell_is_told_at_once(tmp_path, change):
+    """Not by a traceback of the report, when all is measured."""
+    cell = Cell("base", 1, 8, {"timesteps": 2})
+    whole = {"study": asdict(cell), "fid": 3.5, "seconds": 2, "sampling_seconds": 1.5, "network_calls": 2,
+             "reference_fingerprint": "0" * 16, "reference_count": 40, "fid_interval_95": [3, 4.0], "fit": {"b": 1.01},
+             "precision": 0.5, "kid": 0.1, "device": "cpu", "sampler": {"eta": 0.0}, "machine": "x86"}
+    (tmp_path / "base-1.jsonl").write_text(json.dumps(whole) + "\n")
+    assert read_cells(tmp_path) == {cell.key: whole}
+    (tmp_path / "base-1.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps({**whole, **change}) + "\n")
+    if change.keys() <= {"device", "grid"}:                                # which the report does not read
+        assert len(read_cells(tmp_path)) == 1
+        return
+    with pytest.raises(DataError, match="holds a line that is no cell of a study"):
+        read_cells(tmp_path)
+
+
+def test_a_picture_that_is_no_file_does_not_stop_the_report(tmp_path):
+    (tmp_path / "pipe.png").mkdir()
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match="a.png: is not a file but a pipe"):
+        to_html("t", [Picture(tmp_path / "a.png", "a")])
