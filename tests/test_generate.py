@@ -212,6 +212,7 @@ def test_weights_from_a_file_use_the_given_config(exp):
     (["--eps_scaler", "a"], "such as 1.017 or 0.0005,1.01"),
     (["--eps_scaler", "-1"], "greater than 0"),
     (["--ckpt_id", "77"], "no checkpoint 77"),
+    (["--sampling.ckpt_id", "77"], "--sampling.ckpt_id null takes the newest"),
     (["--weights", "nowhere.pth", "--config", "digits.yml"], "nowhere.pth"),
     (["--doc", "../digits"], ".."),
     (["-i", "../out"], ".."),

@@ -68,7 +68,7 @@ def configuration_of(run: RunFolder, config: str | None, overrides: Sequence[str
         raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
     chosen = load_config(given, overrides) if given else stored
     if stored and given:
-        refuse_differences(stored, chosen, file, DECIDE_A_NETWORK)
+        refuse_differences(stored, chosen, file, DECIDE_A_NETWORK, "")
     if run.config.exists() and not file:
         refuse_differences(load_config(run.config), chosen, run.config)
     return chosen
