@@ -160,6 +160,12 @@ def guarded(script: str, job: Callable, is_told: Callable = lambda error: False)
         if not is_told(error):
             _complain(script, error)
         return error.code
+    except ModuleNotFoundError as error:           # Python of the system instead of .venv
+        if Path(__file__).parents[1].joinpath(*(error.name or "").split(".")[:1]).exists():
+            raise                                  # a module of this project: a bug
+        _complain(script, f"the package {error.name} is not installed for {sys.executable}; `make install` makes .venv "
+                          "with all that is needed, `. .venv/bin/activate` uses it")
+        return 2
     except OSError as error:                       # no room, no right, no such device: not a bug either
         if error.errno is None or isinstance(error, ConnectionError):
             raise

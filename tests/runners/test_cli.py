@@ -60,6 +60,17 @@ def test_keys_and_files_without_their_flag_are_pointed_out(words, message):
         parser.parse(words)
 
 
+def test_a_missing_package_is_one_line_and_a_missing_module_of_ours_a_bug(capsys):
+    def lacks(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    assert cli.guarded("job.py", lambda: lacks("torch.nn")) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("job.py: the package torch.nn is not installed") and told.count("\n") == 1
+    with pytest.raises(ModuleNotFoundError):
+        cli.guarded("job.py", lambda: lacks("runners.nothing"))
+
+
 def test_what_files_tell_is_logged_once_in_a_command(capsys):
     for _ in range(2):
         cli.setup_logging("info")
