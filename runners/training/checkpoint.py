@@ -81,7 +81,7 @@ class RunFolder:
         wanted = "no checkpoint" if ckpt_id is None else f"no checkpoint {ckpt_id} (--ckpt_id or sampling.ckpt_id)"
         there = [f"there are: {', '.join(map(str, known))}"] if known else []
         if ckpt_id is not None and self.full_states():
-            there.append("--sampling.ckpt_id null takes the newest")
+            there.append("without --ckpt_id, --sampling.ckpt_id null takes the newest")
         raise UserError(f"{wanted} in {self.path}; " + ("; ".join(there) or "train first, or name a file with "
                                                         "--weights"))
 
