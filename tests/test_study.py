@@ -123,7 +123,7 @@ def test_several_seeds_are_compared_in_pairs(start):
             value += {"base": 5 + 0.1 * cell.seed, "SA": cell.seed - 2}[cell.run]
         with (start.folder / "cells" / f"{cell.doc}.jsonl").open("a") as file:
             file.write(json.dumps({"study": asdict(cell), "digits_fd": value, "network_calls": 2,
-                                   "sampling_seconds": 1.0, "seconds": 1.0}) + "\n")
+                                   "reference_fingerprint": "", "sampling_seconds": 1.0, "seconds": 1.0}) + "\n")
     markdown, _ = write_report(job)
     text = markdown.read_text()
     images, calls, sampling = (text.split(f"## Remedies {part}")[1].split("\n## ")[0] for part in (

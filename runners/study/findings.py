@@ -5,7 +5,7 @@ from typing import NamedTuple
 from runners.evaluation.metrics import count_name
 from runners.study.pairs import standard_error
 from runners.study.runner import StudyJob
-from utils.errors import UserError
+from utils.errors import DataError, UserError
 
 # Metric that a report may be about: its name for readers, digits behind the point.
 HEADLINES = {"fid": ("FID", 1), "sfid": ("sFID", 1), "kid": ("KID", 4), "digits_fd": ("digits FD", 3),
@@ -26,6 +26,7 @@ class Findings:
 
     Raises:
         UserError: Nothing is measured yet.
+        DataError: A cell lacks what the report is about.
     """
 
     def __init__(self, job: StudyJob):
@@ -35,6 +36,8 @@ class Findings:
             raise UserError(f"{job.folder} holds no measured cell yet")
         self.runs = [run for run in job.study.runs if any(cell.run == run for cell, _ in self.cells)]
         self.headline, self.budget = job.study.metrics[0], job.study.images_seen[-1]
+        if not all(self.headline in entry for _, entry in self.cells):
+            raise DataError(f"{job.folder / 'cells'}: holds a line without {self.headline}, the study's first metric")
         title, self.digits = HEADLINES[self.headline]
         self.name = count_name(job.study.num_images).replace("FID", title)
         self.values: dict[tuple, dict[str, list]] = {}
