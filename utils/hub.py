@@ -10,6 +10,7 @@ from utils.errors import UserError
 # What a pipeline folder is read from; never pickles, never code.
 WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 UNWANTED = ["*.fp16.*", "*/openvino*", "*/*flax*", "*/*onnx*"]
+HUB_NAME = r"[\w.-]+/[\w.-]+"                                # owner/model
 
 
 def local_folder(name: str, what: str = "model.pretrained", download: bool = True) -> Path | None:
@@ -24,7 +25,7 @@ def local_folder(name: str, what: str = "model.pretrained", download: bool = Tru
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.exists():
+    if not re.fullmatch(HUB_NAME, name) or folder.exists():
         raise UserError(f"{what} {name!r}: no such folder")
     try:
         from huggingface_hub import snapshot_download
