@@ -1,7 +1,10 @@
 """Text-to-image networks from packing to pictures, on tiny pipelines with random weights and captioned JPEGs."""
 
+import importlib.metadata
 import json
 import shutil
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from functions.rng import SeededNoise
 from models.text import TextEncoders
 from runners.conditioning import TypedPrompts
 from runners.diffusion import Diffusion
+from tests.faults import jobs
 
 PROMPT = "a red square"
 
@@ -104,6 +108,40 @@ def test_ddim_gives_the_latents_of_the_pipeline(kind, negative, request):
                       negative_prompt=negative and [negative] * 2, output_type="latent").images
     ours = our_latents(folder, x, noise, timesteps=10, guidance=5.0, negative=negative)
     assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().mean()
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+def install_datasets(folder):
+    """Hugging Face's package ``datasets`` beside the libraries that look for it; it has the name of our folder."""
+    about = folder / "datasets-3.2.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 3.2.0\n")
+    (folder / "datasets").mkdir()
+    (folder / "datasets" / "__init__.py").write_text("class Dataset: ...\nclass IterableDataset: ...\n")
+    sys.path.append(str(folder))
+    from transformers.utils import is_datasets_available
+
+    assert is_datasets_available() and importlib.metadata.version("datasets") == "3.2.0"
+
+
+def test_two_processes_pack_and_train_as_one_beside_a_package_named_datasets(tmp_path, sdxl, captioned):
+    def argv(exp):
+        return [*flags(exp, sdxl, captioned), "--doc", "lora", "--max_steps", "3", "--training.log_freq", "1", "--amp",
+                "off", "--training.global_batch_size", "8", "--training.micro_batch_size", "4", "--model.lora_rank",
+                "2", "--optim.optimizer", "Adafactor", "--loss.num_consecutive_steps", "2", "--loss.lamda", "1.0"]
+
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    pair = jobs.Job(partial(jobs.ranks_with, ["diffusers.models", "transformers.optimization", "peft"], "train_ddp"),
+                    [argv(both)], faults=[partial(install_datasets, tmp_path / "site-packages")])
+    assert train_ddp.main(argv(alone)) == 0
+    assert pair.wait(120) == 0, pair.text
+    assert losses(both, "lora") == pytest.approx(losses(alone, "lora"), rel=1e-5)
+    packed, expected = (list(exp.glob("datasets/.packed/*.latents")) for exp in (both, alone))
+    assert len(packed) == 1 and jobs.files(packed[0]) == jobs.files(expected[0])
+    state = torch.load(both / "logs" / "lora" / "ckpt.pth", weights_only=True)
+    assert len(state["metric_sums"]) == 2                                        # one entry for each rank
 
 
 # --------------------------------------------------------------------------------------------------------- generate.py
