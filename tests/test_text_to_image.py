@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import diagnose
 import generate
@@ -108,6 +109,16 @@ def test_ddim_gives_the_latents_of_the_pipeline(kind, negative, request):
                       negative_prompt=negative and [negative] * 2, output_type="latent").images
     ours = our_latents(folder, x, noise, timesteps=10, guidance=5.0, negative=negative)
     assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().mean()
+
+
+def test_adapters_go_on_with_the_weights_they_were_trained_with(tmp_path, sdxl_copy, captioned, capsys):
+    base = [*flags(tmp_path, sdxl_copy, captioned), "--doc", "lora", "--model.lora_rank", "2", "--resume_training"]
+    assert train_ddp.main([*base, "--max_steps", "1"]) == 0
+    file = sdxl_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(file).items()}, file)
+    assert train_ddp.main([*base, "--max_steps", "2"]) == 2
+    assert "has trained adapters of other weights" in capsys.readouterr().err
+    assert train_ddp.main([*base, "--max_steps", "2", "--force"]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- two processes
