@@ -186,7 +186,9 @@ def test_what_was_tuned_is_loaded_by_diffusers(tmp_path, sdxl, captioned, elsewh
         assert train_ddp.main([*common, "--doc", doc, "--config", str(sdxl), "--data.root", str(captioned),
                                "--training.batch_size", "4", "--training.sample_num", "0", "--optim.lr", "0.01",
                                "--max_steps", "4", *more]) == 0
-        assert generate.main([*common, "--doc", doc, "--export", str(tmp_path / doc)]) == 0
+        export = [*common, "--doc", doc, "--export", str(tmp_path / doc)]
+        assert generate.main([*export, "--dry_run"]) == 0 and not (tmp_path / doc).exists()
+        assert generate.main(export) == 0
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
     noise = SeededNoise([0, 1])
     x = noise.randn((2, 4, 8, 8))
