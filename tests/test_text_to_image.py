@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import shutil
 import sys
 from functools import partial
@@ -214,6 +215,15 @@ def test_wrong_requests_are_one_line(sdxl, tmp_path, capsys, more, code, message
     assert generate.main(["--weights", str(sdxl), "--exp", str(tmp_path), "--device", "cpu", "--no-fid", *more]) == code
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_libraries_add_no_line_of_their_own(sdxl_copy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers").handlers[0], "stream", sys.stderr)
+    file = sdxl_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    assert generate.main(["--weights", str(sdxl_copy), "--exp", str(tmp_path), "--device", "cpu", "--prompt", "x"]) == 3
+    error = capsys.readouterr().err
+    assert "no file named diffusion_pytorch_model.safetensors" in error and error.count("\n") == 1
 
 
 def test_prompt_files_without_text_are_one_line(sdxl, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Folders of models: on this machine, or from the Hugging Face hub where that can be reached."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def quiet_libraries() -> Iterator[None]:
         pass
     before = [each.get_verbosity() for each in libraries]
     for each in libraries:
-        each.set_verbosity_error()
+        each.set_verbosity(logging.CRITICAL)                 # what they cannot load is told once, by us
         each.disable_progress_bar()
     try:
         yield
