@@ -226,6 +226,14 @@ def test_the_libraries_add_no_line_of_their_own(sdxl_copy, tmp_path, capsys, mon
     assert "no file named diffusion_pytorch_model.safetensors" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_a_broken_autoencoder_is_told_before_anything_is_sampled(sdxl_copy, tmp_path, capsys, more):
+    (sdxl_copy / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    assert generate.main(["--weights", str(sdxl_copy), "--exp", str(tmp_path), "--device", "cpu", "--prompt", "x",
+                          "--verbose", "critical", "-i", str(tmp_path / "images"), *more]) == 3
+    assert "vae: not loaded" in capsys.readouterr().err and not (tmp_path / "images").exists()
+
+
 def test_prompt_files_without_text_are_one_line(sdxl, tmp_path, capsys):
     for content, code, message in ((b"\x89PNG\r\n\x1a\n\x00", 3, "not a text file"), (b"a\x00b", 3, "not a text file"),
                                    (b"\n \n", 2, "holds no prompts")):
