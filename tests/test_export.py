@@ -26,7 +26,7 @@ for line in sys.stdin:
     folder, body = eval(line)
     if not (child := os.fork()):
         os.chdir(folder)
-        given = dict(x=torch.load("x.pt"))
+        given = dict(torch=torch, x=torch.load("x.pt"))
         exec(body, given)
         torch.save(given["out"], "out.pt")
         assert not any(name in sys.modules for name in ("functions", "runners", "models"))
@@ -68,8 +68,8 @@ def elsewhere(tmp_path_factory):
 DDIM = """
 pipeline = of_card("exported", image=True)
 pipeline.set_progress_bar_config(disable=True)
-import diffusers.pipelines.ddim.pipeline_ddim as module
-module.randn_tensor = lambda *args, **kwargs: x
+import sys
+sys.modules[type(pipeline).__module__].randn_tensor = lambda *args, **kwargs: x
 out = {steps: pipeline(batch_size=len(x), num_inference_steps=steps, eta=0.0, output_type="pt").images
        for steps in (10, 50)}
 """
@@ -164,6 +164,30 @@ def test_another_chain_than_the_configurations_is_refused(tmp_path, capsys):
     assert generate.main([*TINY[:4], "--exp", str(tmp_path), "--weights", str(folder), "--no-fid", "--timesteps", "2",
                           "--num_samples", "1"]) == 2
     assert "diffusion.beta_end 0.012, 0.02 there" in capsys.readouterr().err
+
+
+LATENT = """
+pipeline = of_card("exported", image=False)
+import sys
+sys.modules[type(pipeline).__module__].randn_tensor = lambda *args, **kwargs: x
+out = torch.tensor(pipeline(batch_size=len(x), num_inference_steps=5, output_type="np").images).permute(0, 3, 1, 2)
+"""
+
+
+def test_latents_without_text_are_trained_measured_and_exported(tmp_path, captioned, elsewhere):
+    from tests.pipelines import latent_pipeline
+
+    folder = latent_pipeline(tmp_path / "ldm")
+    common = ["--exp", str(tmp_path), "--device", "cpu", "--verbose", "critical", "--data.dataset", "FOLDER",
+              "--data.root", str(captioned)]
+    assert train_ddp.main([*common, "--config", str(folder), "--doc", "tuned", "--max_steps", "2", "--optim.lr", "0.01",
+                           "--training.batch_size", "4", "--training.sample_num", "0"]) == 0
+    assert diagnose.main(["eps-norm", *common, "--doc", "tuned", "--timesteps", "3", "--num_images", "4"]) == 0
+    assert generate.main([*common[:6], "--doc", "tuned", "--export", str(tmp_path / "exported")]) == 0
+    diffusion = Diffusion.from_run(tmp_path / "logs" / "tuned", device="cpu")
+    x = SeededNoise([0, 1]).randn((2, *diffusion.codec.shape))
+    ours = next(diffusion.sample([0, 1], SamplerSettings(timesteps=5))).images
+    torch.testing.assert_close(elsewhere(tmp_path, LATENT, x), ours, atol=1e-3, rtol=0)
 
 
 LOADED = """
