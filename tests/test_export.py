@@ -201,7 +201,7 @@ for folder in ("whole", "lora"):
 """
 
 
-def test_what_was_tuned_is_loaded_by_diffusers(tmp_path, sdxl, captioned, elsewhere):
+def test_what_was_tuned_is_loaded_by_diffusers(tmp_path, sdxl, captioned, elsewhere, capsys):
     from models.text import TextEncoders
     from runners.conditioning import TypedPrompts
 
@@ -228,5 +228,7 @@ def test_what_was_tuned_is_loaded_by_diffusers(tmp_path, sdxl, captioned, elsewh
         before, after = diffusion.model.state_dict(), again.model.state_dict()
         assert all((before[name] - tensor).abs().max() <= 1e-6 for name, tensor in after.items())
     assert (made[0] - made[1]).abs().max() > 0.01
+    assert generate.main(["--exp", str(tmp_path / "new"), "--weights", str(tmp_path / "lora"), "--prompt", "x"]) == 2
+    assert f"{tmp_path / 'lora'} brings none" in capsys.readouterr().err
     assert front_matter((tmp_path / "lora" / "README.md").read_text()) == {       # a folder here is no base_model
         "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["diffusion", "lora"]}

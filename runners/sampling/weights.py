@@ -65,7 +65,8 @@ def configuration_of(run: RunFolder, config: str | None, overrides: Sequence[str
     stored = stored_config(file, overrides) if file else None
     given = config or (run.config if run.config.exists() else None)
     if not (given or stored):
-        raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
+        raise UserError(f"no configuration: {run.config} does not exist, and --config is not given"
+                        + (f"; {file} brings none" if file else ""))
     chosen = load_config(given, overrides) if given else stored
     if stored and given:
         refuse_differences(stored, chosen, file, DECIDE_A_NETWORK)
