@@ -114,6 +114,8 @@ def work(job, device):
         from runners.export import export
 
         return on_rank_zero(lambda: export(job, diffusion, args.export))
+    if hasattr(diffusion.codec, "network"):
+        diffusion.codec.network(device)              # a broken autoencoder is told before anything is sampled
     diffusion.prompts = prompts_of(job, device)
     sampler = diffusion.sampler(job.settings)
     if job.batch_size == "auto":                                              # the same on all ranks

@@ -21,8 +21,8 @@ def parse(argv):
     parser.add_argument("--resume_training", action="store_true",
                         help="continue from the newest checkpoint; in an empty run folder start fresh")
     parser.add_argument("--overwrite", action="store_true", help="move an existing run folder aside and start anew")
-    parser.add_argument("--force", action="store_true", help="with --resume_training: go on although the images are "
-                                                             "others than those of the checkpoint")
+    parser.add_argument("--force", action="store_true", help="with --resume_training: go on although the images, or "
+                        "the weights beside adapters, are others than those of the checkpoint")
     parser.add_argument("--init_from", metavar="FILE", help="start from these weights, in any format generate.py "
                                                             "reads, or from those of this run folder")
     parser.add_argument("--keep_optimizer", action="store_true",

@@ -16,6 +16,12 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
+def frozen(model: nn.Module) -> dict[str, Tensor]:
+    """The rest of the state dict; {} where all of it is trained."""
+    names = trained_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+
+
 def load_trained(model: nn.Module, state: dict[str, Tensor], names: set[str] | None = None) -> None:
     """Copy ``trained(model)`` of another run into ``model``.
 

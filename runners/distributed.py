@@ -137,7 +137,7 @@ def process_group(world: World | None, device: torch.device, address: str | None
         if not _is_lost_connection(error):
             raise
         log.debug("", exc_info=True)
-        raise LostRank(f"rank {world.rank} has lost another rank: {str(error).splitlines()[0][-120:]}") from None
+        raise LostRank(f"rank {world.rank} has lost another rank: {first_sentence(error)[-120:]}") from None
     _leave_together()
 
 
@@ -145,6 +145,11 @@ def _is_lost_connection(error: RuntimeError) -> bool:
     """gloo's and NCCL's ways to say that another process is gone."""
     words = "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport"
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def first_sentence(error: Exception) -> str:
+    """What gloo says, without the line of its source before it and the advice after it."""
+    return re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0].partition(". ")[0])
 
 
 def _leave_together() -> None:

@@ -5,6 +5,7 @@
     LoRA      pytorch_lora_weights.safetensors  README.md                  pipeline.load_lora_weights(DIR)
 """
 
+import json
 import os
 import shutil
 import uuid
@@ -60,7 +61,10 @@ def export(job, diffusion, folder: str) -> None:
     try:
         with quiet_libraries():
             usage = EXPORTERS[config.model.arch](diffusion, made, target)
-        (made / "README.md").write_text(model_card(job, diffusion, usage))
+        card = made / "README.md"
+        card.write_text(model_card(job, diffusion, usage))
+        for file in made.rglob("*.*"):                       # safetensors lets the owner alone read what it writes
+            file.chmod(card.stat().st_mode)
         if target.exists():
             target.rmdir()                                   # it is empty, or this fails
         os.rename(made, target)
@@ -129,7 +133,7 @@ def ddim_scheduler(diffusion):
 def _ddim_usage(target: Path) -> str:
     return f"""from diffusers import DDIMPipeline
 
-pipeline = DDIMPipeline.from_pretrained("{target.name}")
+pipeline = DDIMPipeline.from_pretrained({json.dumps(target.name)})
 image = pipeline(num_inference_steps=50, eta=0.0).images[0]"""
 
 
@@ -141,19 +145,23 @@ def _pipeline_class(settings: dict) -> str:
     return "StableDiffusionXLPipeline" if takes_sizes(settings) else "StableDiffusionPipeline"
 
 
+def _prompt(settings: dict) -> str:
+    return '"a prompt"' if takes_text(settings) else ""
+
+
 def _unet_usage(target: Path, base: str, settings: dict) -> str:
     kind, name = settings["_class_name"], _pipeline_class(settings)
     return f"""from diffusers import {name}, {kind}
 
-unet = {kind}.from_pretrained("{target.name}", subfolder="unet")
-pipeline = {name}.from_pretrained("{base}", unet=unet)
-image = pipeline("a prompt").images[0]"""
+unet = {kind}.from_pretrained({json.dumps(target.name)}, subfolder="unet")
+pipeline = {name}.from_pretrained({json.dumps(base)}, unet=unet)
+image = pipeline({_prompt(settings)}).images[0]"""
 
 
 def _lora_usage(target: Path, base: str, settings: dict) -> str:
     name = _pipeline_class(settings)
     return f"""from diffusers import {name}
 
-pipeline = {name}.from_pretrained("{base}")
-pipeline.load_lora_weights("{target.name}")
-image = pipeline("a prompt").images[0]"""
+pipeline = {name}.from_pretrained({json.dumps(base)})
+pipeline.load_lora_weights({json.dumps(target.name)})
+image = pipeline({_prompt(settings)}).images[0]"""

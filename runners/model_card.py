@@ -1,6 +1,10 @@
 """README.md of an exported network: what it was trained on and how, what was measured, how it is used."""
 
+import re
 from pathlib import Path
+
+from configs.pipelines import takes_text, unet_settings
+from utils.hub import HUB_NAME, local_folder
 
 
 def model_card(job, diffusion, usage: str) -> str:
@@ -12,29 +16,22 @@ def model_card(job, diffusion, usage: str) -> str:
         usage: Python that loads the folder.
     """
     config, weights = diffusion.config, diffusion.weights
-    loss, data, model = config.loss, config.data, config.model
-    name = job.args.doc or Path(job.weights_name).stem
+    data, name = config.data, job.args.doc or Path(job.weights_name).stem
     trained = [each for each in (f"step {weights.step:,}" if weights.step else "",
                                  f"epoch {weights.epoch:,}" if weights.epoch else "") if each]
     rows = {
-        "data": f"{data.dataset}, {data.height}x{data.width}, {data.channels} channel(s)"
-                + (", mirrored at random" if data.random_flip else ""),
+        "images": f"{data.height}x{data.width}, {data.channels} channel{'s' * (data.channels > 1)}",
         "network": _network(config, diffusion),
         "weights": f"{weights.kind}, {weights.fingerprint}" + (f", {', '.join(trained)}" if trained else ""),
         "prediction": f"{config.diffusion.prediction}, {config.diffusion.num_steps:,} steps, betas "
                       f"{config.diffusion.beta_schedule if config.diffusion.betas is None else 'listed'}",
-        "loss": _loss(loss),
-        "batch": f"{config.training.global_batch_size or config.training.batch_size} images"
-                 + ("" if config.training.global_batch_size else " on each process"),
-        "optimizer": f"{config.optim.optimizer}, lr {config.optim.lr:g}, averages "
-                     + (", ".join(map(str, config.training.ema)) or "none"),
+        **_training(job, config),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    base = f"base_model: {model.pretrained}\n" if getattr(model, "pretrained", None) else ""
     return f"""---
 library_name: diffusers
-tags: [{_tags(config)}]
-{base}---
+{_front_matter(config)}
+---
 
 # {name}
 
@@ -54,9 +51,29 @@ tags: [{_tags(config)}]
 """
 
 
-def _tags(config) -> str:
-    kind = "text-to-image" if config.model.arch == "diffusers" else "unconditional-image-generation"
-    return f"diffusion, {kind}" + (", lora" if getattr(config.model, "lora_rank", None) else "")
+def _front_matter(config) -> str:
+    kind, tags, base = "unconditional-image-generation", "diffusion", ""
+    if config.model.arch == "diffusers":
+        name, folder = config.model.pretrained, local_folder(config.model.pretrained)
+        kind = "text-to-image" if takes_text(unet_settings(folder)) else kind
+        tags += ", lora" if config.model.lora_rank else ""
+        if re.fullmatch(HUB_NAME, name) and not Path(name).is_dir():         # a folder here is no model of the hub
+            base = f"\nbase_model: {name}"
+    return f"pipeline_tag: {kind}\ntags: [{tags}]{base}"
+
+
+def _training(job, config) -> dict[str, str]:
+    """What is known of the training: all where the weights lie in the folder of the run that made them."""
+    if job.weights is None or job.weights.parent.resolve() != job.run.path.resolve():
+        return {"training": f"not known here; the weights are those of {Path(job.weights_name).name}"}
+    data, training, optim = config.data, config.training, config.optim
+    return {
+        "data": data.dataset + (", mirrored at random" if data.random_flip else ""),
+        "loss": _loss(config.loss),
+        "batch": f"{training.global_batch_size or training.batch_size} images"
+                 + ("" if training.global_batch_size else " on each process"),
+        "optimizer": f"{optim.optimizer}, lr {optim.lr:g}, averages {', '.join(map(str, training.ema)) or 'none'}",
+    }
 
 
 def _network(config, diffusion) -> str:
@@ -65,7 +82,7 @@ def _network(config, diffusion) -> str:
     if model.arch != "diffusers":
         return f"{model.arch}, {count:,} parameters"
     if model.lora_rank is None:
-        return f"U-Net of {model.pretrained}, {count:,} parameters, all trained"
+        return f"U-Net of {model.pretrained}, {count:,} parameters"
     return f"U-Net of {model.pretrained}, LoRA of rank {model.lora_rank} in {', '.join(model.lora_targets)}"
 
 

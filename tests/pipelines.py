@@ -112,6 +112,19 @@ def ddpm_pipeline(folder: Path, **settings) -> Path:
     return folder
 
 
+def latent_pipeline(folder: Path) -> Path:
+    """A tiny unconditional latent model, whose pipeline calls its autoencoder ``vqvae``."""
+    from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel
+
+    torch.manual_seed(3)
+    unet = UNet2DModel(sample_size=SIDE // 2, in_channels=4, out_channels=4, block_out_channels=(32, 32),
+                       layers_per_block=1, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8)
+    LDMPipeline(vae(), unet, DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear",
+                                           clip_sample=False)).save_pretrained(folder)
+    return folder
+
+
 def _quiet(pipeline):
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     return pipeline

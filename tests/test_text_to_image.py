@@ -1,12 +1,17 @@
 """Text-to-image networks from packing to pictures, on tiny pipelines with random weights and captioned JPEGs."""
 
+import importlib.metadata
 import json
+import logging
 import shutil
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import diagnose
 import generate
@@ -17,6 +22,7 @@ from functions.rng import SeededNoise
 from models.text import TextEncoders
 from runners.conditioning import TypedPrompts
 from runners.diffusion import Diffusion
+from tests.faults import jobs
 
 PROMPT = "a red square"
 
@@ -106,6 +112,50 @@ def test_ddim_gives_the_latents_of_the_pipeline(kind, negative, request):
     assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().mean()
 
 
+def test_adapters_go_on_with_the_weights_they_were_trained_with(tmp_path, sdxl_copy, captioned, capsys):
+    base = [*flags(tmp_path, sdxl_copy, captioned), "--doc", "lora", "--model.lora_rank", "2", "--resume_training"]
+    assert train_ddp.main([*base, "--max_steps", "1"]) == 0
+    file = sdxl_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(file).items()}, file)
+    assert train_ddp.main([*base, "--max_steps", "2"]) == 2
+    assert "has trained adapters of other weights" in capsys.readouterr().err
+    assert train_ddp.main([*base, "--max_steps", "2", "--force"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+def install_datasets(folder):
+    """Hugging Face's package ``datasets`` beside the libraries that look for it; it has the name of our folder."""
+    about = folder / "datasets-3.2.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 3.2.0\n")
+    (folder / "datasets").mkdir()
+    (folder / "datasets" / "__init__.py").write_text("class Dataset: ...\nclass IterableDataset: ...\n")
+    sys.path.append(str(folder))
+    from transformers.utils import is_datasets_available
+
+    assert is_datasets_available() and importlib.metadata.version("datasets") == "3.2.0"
+
+
+def test_two_processes_pack_and_train_as_one_beside_a_package_named_datasets(tmp_path, sdxl, captioned):
+    def argv(exp):
+        return [*flags(exp, sdxl, captioned), "--doc", "lora", "--max_steps", "3", "--training.log_freq", "1", "--amp",
+                "off", "--training.global_batch_size", "8", "--training.micro_batch_size", "4", "--model.lora_rank",
+                "2", "--optim.optimizer", "Adafactor", "--loss.num_consecutive_steps", "2", "--loss.lamda", "1.0"]
+
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    pair = jobs.Job(partial(jobs.ranks_with, ["diffusers.models", "transformers.optimization", "peft"], "train_ddp"),
+                    [argv(both)], faults=[partial(install_datasets, tmp_path / "site-packages")])
+    assert train_ddp.main(argv(alone)) == 0
+    assert pair.wait(120) == 0, pair.text
+    assert losses(both, "lora") == pytest.approx(losses(alone, "lora"), rel=1e-5)
+    packed, expected = (list(exp.glob("datasets/.packed/*.latents")) for exp in (both, alone))
+    assert len(packed) == 1 and jobs.files(packed[0]) == jobs.files(expected[0])
+    state = torch.load(both / "logs" / "lora" / "ckpt.pth", weights_only=True)
+    assert len(state["metric_sums"]) == 2                                        # one entry for each rank
+
+
 # --------------------------------------------------------------------------------------------------------- generate.py
 
 
@@ -165,6 +215,23 @@ def test_wrong_requests_are_one_line(sdxl, tmp_path, capsys, more, code, message
     assert generate.main(["--weights", str(sdxl), "--exp", str(tmp_path), "--device", "cpu", "--no-fid", *more]) == code
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_libraries_add_no_line_of_their_own(sdxl_copy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers").handlers[0], "stream", sys.stderr)
+    file = sdxl_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    assert generate.main(["--weights", str(sdxl_copy), "--exp", str(tmp_path), "--device", "cpu", "--prompt", "x"]) == 3
+    error = capsys.readouterr().err
+    assert "no file named diffusion_pytorch_model.safetensors" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_a_broken_autoencoder_is_told_before_anything_is_sampled(sdxl_copy, tmp_path, capsys, more):
+    (sdxl_copy / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    assert generate.main(["--weights", str(sdxl_copy), "--exp", str(tmp_path), "--device", "cpu", "--prompt", "x",
+                          "--verbose", "critical", "-i", str(tmp_path / "images"), *more]) == 3
+    assert "vae: not loaded" in capsys.readouterr().err and not (tmp_path / "images").exists()
 
 
 def test_prompt_files_without_text_are_one_line(sdxl, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Folders of models: on this machine, or from the Hugging Face hub where that can be reached."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from utils.errors import UserError
 # What a pipeline folder is read from; never pickles, never code.
 WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 UNWANTED = ["*.fp16.*", "*/openvino*", "*/*flax*", "*/*onnx*"]
+HUB_NAME = r"[\w.-]+/[\w.-]+"                                # owner/model
 
 
 def local_folder(name: str, what: str = "model.pretrained", download: bool = True) -> Path | None:
@@ -24,7 +26,7 @@ def local_folder(name: str, what: str = "model.pretrained", download: bool = Tru
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.exists():
+    if not re.fullmatch(HUB_NAME, name) or folder.exists():
         raise UserError(f"{what} {name!r}: no such folder")
     try:
         from huggingface_hub import snapshot_download
@@ -61,7 +63,7 @@ def quiet_libraries() -> Iterator[None]:
         pass
     before = [each.get_verbosity() for each in libraries]
     for each in libraries:
-        each.set_verbosity_error()
+        each.set_verbosity(logging.CRITICAL)                 # what they cannot load is told once, by us
         each.disable_progress_bar()
     try:
         yield

@@ -13,11 +13,28 @@ from utils.table import print_table
 
 
 def dry_run_sampling(job, device: torch.device) -> None:
-    """One network call with one image on every rank, and what the whole ``job`` of generate.py would take."""
-    config, weights, settings, num_images = job.config, job.weights, job.settings, len(job.seeds)
+    """Load the network; call it with one image on every rank and say what all images of ``job`` would take, or name
+    the folder that --export would write."""
+    config, weights = job.config, job.weights
     diffusion = Diffusion(config, device)
     if weights:
         diffusion.load(weights, job.args.model_ema)
+    told = {"export": job.args.export} if job.args.export else _call(job, diffusion)
+    if distributed.rank():
+        return
+    print_table({
+        "device": f"{distributed.world_size()} x {device.type}",
+        "weights": f"{weights} ({diffusion.weights.kind}, {diffusion.weights.fingerprint})" if weights else getattr(
+            config.model, "pretrained", "random"),
+        "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
+        **told,
+        **(about_weights(weights) if weights else {}),
+        "absent": ", ".join(job.absent) or "nothing",
+    })
+
+
+def _call(job, diffusion: Diffusion) -> dict[str, str]:
+    device, settings, num_images = diffusion.device, job.settings, len(job.seeds)
     diffusion.prompts = prompts_of(job, device)
     sampler = diffusion.sampler(settings.model_copy(update={"guidance": None, "classifier_scale": None}))
     noise = SeededNoise([0], device)
@@ -26,21 +43,15 @@ def dry_run_sampling(job, device: torch.device) -> None:
             x = noise.randn((1, *diffusion.codec.shape))
             started = time.perf_counter()
             with torch.no_grad():
-                sampler.conditioned(sampler.condition([0]))(x, sampler.times[0]).x0.sum().item()
+                x0 = sampler.conditioned(sampler.condition([0]))(x, sampler.times[0]).x0
+            x0.sum().item()                          # waits for a GPU
             seconds = time.perf_counter() - started
+            diffusion.codec.decode(x0)
         distributed.barrier()
-    if distributed.rank():
-        return
     calls = sampler.calls * (1 if settings.guidance in (None, 1) else 2)
     hours = seconds * calls * num_images / distributed.world_size() / 3600
-    print_table({
-        "device": f"{distributed.world_size()} x {device.type}",
-        "weights": f"{weights} ({diffusion.weights.kind}, {diffusion.weights.fingerprint})" if weights else getattr(
-            config.model, "pretrained", "random"),
-        "parameters": f"{sum(p.numel() for p in diffusion.model.parameters()):,}",
+    return {
         "sampler": str(settings),
         "network calls": f"{calls} for each of {num_images:,} images",
         "time": f"{seconds:.2f} s for one call with one image; at that rate {hours:.1f} h (batches are faster)",
-        **(about_weights(weights) if weights else {}),
-        "absent": ", ".join(job.absent) or "nothing",
-    })
+    }

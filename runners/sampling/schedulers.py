@@ -129,9 +129,11 @@ def scheduler_class(name: str) -> type:
         raise needs_package(error, f"--sample_type {FOREIGN}{name}") from None
     names = [each for each in dir(diffusers) if each.endswith("Scheduler") and not each.startswith("Flax")]
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=3) or ["DDIMScheduler", "UniPCMultistepScheduler"]
+        begin = name.removesuffix("Scheduler").lower()
+        close = [each for each in names if each.lower().startswith(begin)] + difflib.get_close_matches(
+            name, names, n=3) or ["DDIMScheduler", "UniPCMultistepScheduler"]
         raise UserError(f"--sample_type {FOREIGN}{name}: diffusers has no scheduler of that name; did you mean "
-                        f"{', '.join(close)}?")
+                        f"{', '.join(dict.fromkeys(close[:4]))}?")
     kind = getattr(diffusers, name)
     missing = {"trained_betas", "prediction_type"} - inspect.signature(kind.__init__).parameters.keys()
     if missing or not hasattr(kind, "step"):

@@ -68,7 +68,7 @@ def configuration_of(run: RunFolder, config: str | None, overrides: Sequence[str
     if not (given or stored):
         runs = [path.parent.name for path in sorted(run.path.parent.glob("*/config.yml"))]
         close = difflib.get_close_matches(run.path.name, runs, n=1)
-        hint = f"; did you mean --doc {close[0]}?" if close else ""
+        hint = f"; {file} brings none" if file else f"; did you mean --doc {close[0]}?" if close else ""
         raise UserError(f"no configuration: {run.config} does not exist, and --config is not given{hint}")
     chosen = load_config(given, overrides) if given else stored
     if stored and given:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from configs.schema import Config
 from functions.schedule import make_schedule
 from functions.timesteps import TimeSampler
+from models.trained import frozen
 from models.trained import trained as trained_part
 from models.weights import weights_fingerprint
 from runners.network import AMP
@@ -72,7 +73,7 @@ PLAIN: dict[str, tuple[Callable, bool]] = {
     "lr_schedule": (_schedule, False), "grad_scaler": (_scaler, False), "best_fid": (_best, True),
     "metric_sums": (_sums, True), "snapshots": (_counts, True), "config": (_sections, True),
     "amp": (lambda value: isinstance(value, str) and value in AMP, True), "data_fingerprint": (_text, True),
-    "data_content": (_text, True),
+    "data_content": (_text, True), "frozen": (_text, True),
     "digests": (lambda value: isinstance(value, dict), True),
 }
 
@@ -89,20 +90,32 @@ class Judge:
 
     def __init__(self, model: nn.Module, config: Config, images=None, force: bool = False):
         self.model, self.config, self.force = model, config, force
-        self.data = data_identity(images) if images is not None else {}
+        self.data = identity(model, images) if images is not None else {}
 
     def __call__(self, content, path: Path) -> dict:
         """The full state in a file's content, in this program's form whatever program wrote it.
 
         Raises:
             DataError: One line that names what is missing, too much, of another shape or type, or not finite.
-            UserError: It was trained on other images.
+            UserError: It was trained on other images, or its adapters on other frozen weights.
         """
         state = content if is_ours(content) else adopt(content, path, self.model, self.config)
         refuse(path, list(problems(state, self.model, self.config)))
         refuse(path, list(_other_digests(state)))
+        self._check_frozen(state, path)
         self._check_data(state, path)
         return state
+
+    def _check_frozen(self, state: dict, path: Path) -> None:
+        """Adapters mean something beside the weights only that they were trained with."""
+        stored, mine = state.get("frozen"), self.data.get("frozen")
+        if stored is None or mine is None or stored == mine:
+            return
+        if not self.force:
+            raise UserError(f"{path} has trained adapters of other weights ({stored}, model.pretrained "
+                            f"{self.config.model.pretrained} has {mine}); give the same, or --force to go on with "
+                            "these")
+        log.warning("resuming adapters on other weights than those of %s, because of --force", path)
 
     def _check_data(self, state: dict, path: Path) -> None:
         """Files that were only copied or touched have another fingerprint and the same content."""
@@ -140,8 +153,9 @@ def inherit(path: Path, model: nn.Module, config: Config) -> dict:
     return state | {"step": 0, "epoch": 0, "lr_schedule": {"last_epoch": 0}}
 
 
-def data_identity(images) -> dict[str, str]:
-    """What a full state keeps of its images: the fingerprint of their files, and 16 digits of their content.
+def identity(model: nn.Module, images) -> dict[str, str]:
+    """What a full state keeps of its images, the fingerprint of their files and 16 digits of their content, and of
+    frozen weights.
 
     The content stands for the number of images, all labels, and SAMPLED images spread over the set.
     """
@@ -149,7 +163,9 @@ def data_identity(images) -> dict[str, str]:
     digest = hashlib.sha256(f"{images.num_images} {images.labels.tolist()}".encode())
     for batch in images.batches([rows]):
         digest.update(batch.cpu().contiguous().numpy())
-    return {"data_fingerprint": images.fingerprint, "data_content": digest.hexdigest()[:16]}
+    found = {"data_fingerprint": images.fingerprint, "data_content": digest.hexdigest()[:16]}
+    rest = frozen(model)
+    return found | {"frozen": weights_fingerprint(rest)} if rest else found
 
 
 def refuse(path: Path, found: list[str]) -> None:

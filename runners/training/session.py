@@ -20,7 +20,7 @@ from runners.training.grids import training_sheet
 from runners.training.monitor import Monitor
 from runners.training.periodic_fid import PeriodicFid
 from runners.training.plan import Plan
-from runners.training.resuming import Judge, data_identity
+from runners.training.resuming import Judge, identity
 from runners.training.state import TrainingState
 from runners.training.writer import CheckpointWriter, refuse_non_finite
 from utils.errors import UserError
@@ -61,7 +61,7 @@ class Session:
             self.state.load_state_dict(begin)
         diffusion.averages = self.state.averages
         diffusion.inherited = None                   # it is as large as the state itself
-        self.data = judge.data if judge else data_identity(images)
+        self.data = judge.data if judge else identity(diffusion.model, images)
         self.step, self.best = stored.get("step", 0), stored.get("best_fid")
         self.event, self.line, self.saved_at, self.began = 0, {}, time.monotonic(), time.monotonic()
         self.first_grid_due = self.step == 0 and training.first_grid_minutes > 0

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import tarfile
 
@@ -125,6 +126,20 @@ def opened(pipeline, data, root, *more):
     return open_latent_images(config, make_codec(config), root)
 
 
+@pytest.fixture(scope="module")
+def packed(sdxl, captioned, tmp_path_factory):
+    """A folder with the pack of ``opened`` without further settings."""
+    root = tmp_path_factory.mktemp("packed")
+    opened(sdxl, captioned, root)
+    return root
+
+
+@pytest.fixture
+def packed_copy(packed, tmp_path):
+    """One that a test may spoil."""
+    return shutil.copytree(packed, tmp_path / "packed")
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_packed_are_the_moments_and_the_embeddings(sdxl, captioned, tmp_path, dtype):
     from configs.schema import load_config
@@ -147,14 +162,14 @@ def test_packed_are_the_moments_and_the_embeddings(sdxl, captioned, tmp_path, dt
     assert chosen.shape == (2, 2, 4, 8, 8) and told["time_ids"].shape == (2, 6)
 
 
-def test_a_pack_is_made_once_and_anew_for_another_model(sdxl, sdxl_copy, captioned, tmp_path, monkeypatch):
-    first = opened(sdxl, captioned, tmp_path)
+def test_a_pack_is_made_once_and_anew_for_another_model(sdxl, sdxl_copy, captioned, packed_copy, monkeypatch):
+    first = opened(sdxl, captioned, packed_copy)
     monkeypatch.setattr("models.vae.VAE.moments", lambda *args: pytest.fail("encoded again"))
-    assert opened(sdxl_copy, captioned, tmp_path).fingerprint == first.fingerprint      # the same files elsewhere
+    assert opened(sdxl_copy, captioned, packed_copy).fingerprint == first.fingerprint      # the same files elsewhere
     monkeypatch.undo()
     with open(sdxl_copy / "tokenizer" / "tokenizer_config.json", "a") as file:
         file.write("\n")
-    assert opened(sdxl_copy, captioned, tmp_path).fingerprint != first.fingerprint
+    assert opened(sdxl_copy, captioned, packed_copy).fingerprint != first.fingerprint
 
 
 def killed_at_the_sixth(*args) -> None:
@@ -173,7 +188,7 @@ def killed_at_the_sixth(*args) -> None:
     opened(*args)
 
 
-def test_packing_goes_on_where_it_was_killed(sdxl, captioned, tmp_path, monkeypatch):
+def test_packing_goes_on_where_it_was_killed(sdxl, captioned, packed, tmp_path, monkeypatch):
     fork = multiprocessing.get_context("fork")               # which has diffusers and transformers imported
     killed = fork.Process(target=killed_at_the_sixth, args=(sdxl, captioned, tmp_path / "a"))
     killed.start()
@@ -185,7 +200,7 @@ def test_packing_goes_on_where_it_was_killed(sdxl, captioned, tmp_path, monkeypa
     monkeypatch.setattr(models.vae.VAE, "moments", lambda self, images: calls.append(1) or encode(self, images))
     resumed = opened(sdxl, captioned, tmp_path / "a")
     assert len(calls) == 16 - 5
-    whole = opened(sdxl, captioned, tmp_path / "b")
+    whole = opened(sdxl, captioned, packed)
     everything = torch.arange(16)
     assert torch.equal(next(resumed.batches([everything])), next(whole.batches([everything])))
     for name, rows in whole.condition(everything).items():
@@ -193,9 +208,7 @@ def test_packing_goes_on_where_it_was_killed(sdxl, captioned, tmp_path, monkeypa
     assert not list((tmp_path / "a").rglob("*.partial"))
 
 
-def test_bad_images_are_left_out_where_that_is_allowed(sdxl, captioned, tmp_path):
-    import shutil
-
+def test_bad_images_are_left_out_where_that_is_allowed(sdxl, captioned, packed, tmp_path):
     data = shutil.copytree(captioned, tmp_path / "data")
     (data / "004.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="004.jpg.*set data.skip_bad to tolerate some"):
@@ -204,12 +217,10 @@ def test_bad_images_are_left_out_where_that_is_allowed(sdxl, captioned, tmp_path
     assert store.num_images == 15 and isinstance(store, LatentStore)
     assert store.captions[4] == CaptionedFolder(data).captions[5]
     torch.testing.assert_close(next(store.batches([torch.tensor([4])]))[0, 0],
-                               next(opened(sdxl, captioned, tmp_path).batches([torch.tensor([5])]))[0, 0])
+                               next(opened(sdxl, captioned, packed).batches([torch.tensor([5])]))[0, 0])
 
 
 def test_what_was_left_out_is_listed_at_every_start_and_counted_again(sdxl, captioned, tmp_path, caplog):
-    import shutil
-
     data = shutil.copytree(captioned, tmp_path / "data")
     (data / "004.jpg").write_bytes(b"no picture")
     opened(sdxl, data, tmp_path, "data.skip_bad=1")
@@ -223,28 +234,27 @@ def test_what_was_left_out_is_listed_at_every_start_and_counted_again(sdxl, capt
 @pytest.mark.parametrize("about", [
     b"", b"null", b"[]", b"{}", b"[" * 100_000, {"kept": 3}, {"kept": [0, 99]}, {"kept": ["0"]}, {"kept": []},
     {"arrays": ["time_ids"]}, {"arrays": [1]}, {"dtype": "float8"}, {"dtype": []}, {"captions": ["a"]}, {"bad": 1}])
-def test_a_damaged_store_is_named(sdxl, captioned, tmp_path, about):
-    opened(sdxl, captioned, tmp_path)
-    file = next(tmp_path.glob(".packed/*.latents/about.json"))
+def test_a_damaged_store_is_named(sdxl, captioned, packed_copy, about):
+    file = next(packed_copy.glob(".packed/*.latents/about.json"))
     damaged = json.dumps(json.loads(file.read_text()) | about).encode() if isinstance(about, dict) else about
     file.write_bytes(damaged)
     with pytest.raises(DataError, match=r"latents: damaged .*; remove it, and it is made again"):
-        opened(sdxl, captioned, tmp_path)
+        opened(sdxl, captioned, packed_copy)
 
 
 @pytest.mark.parametrize("content", [lambda size: bytes(size), lambda size: None], ids=["zeros", "cut"])
-def test_damaged_remains_are_made_again(sdxl, captioned, tmp_path, content):
+def test_damaged_remains_are_made_again(sdxl, captioned, packed, packed_copy, content):
     """After a power cut a file may be there without its content, or without its end."""
     everything = torch.arange(16)
-    whole = next(opened(sdxl, captioned, tmp_path).batches([everything]))
-    (target,) = tmp_path.glob(".packed/*.latents")
+    whole = next(opened(sdxl, captioned, packed).batches([everything]))
+    (target,) = packed_copy.glob(".packed/*.latents")
     partial = target.with_name(f".{target.name}.partial")
     target.rename(partial)
     (partial / "about.json").unlink()
     np.save(partial / "done.npy", np.ones(16, np.uint8))
     moments = (partial / "moments.npy").read_bytes()
     (partial / "moments.npy").write_bytes(content(len(moments)) or moments[:-1000])
-    assert torch.equal(next(opened(sdxl, captioned, tmp_path).batches([everything])), whole)
+    assert torch.equal(next(opened(sdxl, captioned, packed_copy).batches([everything])), whole)
 
 
 def test_data_without_captions_and_stores_that_are_not_kept_are_refused(sdxl, captioned, tmp_path):

@@ -29,9 +29,9 @@ EVERY_TWO = ["--training.snapshot_unit", "steps", "--training.snapshot_freq", "2
 class Job:
     """``script.main(argv)`` in a process of its own; or ``script(*argv)`` where it is a function."""
 
-    def __init__(self, script, argv: list, faults=(), env: dict | None = None):
-        self._printed, there = SERVER.Pipe(duplex=False)
-        self.process = SERVER.Process(target=_run, args=(script, argv, there, tuple(faults), env or {}))
+    def __init__(self, script, argv: list, faults=(), env: dict | None = None, context=SERVER):
+        self._printed, there = context.Pipe(duplex=False)
+        self.process = context.Process(target=_run, args=(script, argv, there, tuple(faults), env or {}))
         self.process.start()
         there.close()
 
@@ -74,11 +74,21 @@ def train_ranks(exp: Path, world: int, *flags, faults: dict | None = None) -> li
     return ranks("train_ddp", [*TINY, *HARD, "--exp", str(exp), *flags], world, faults or {})
 
 
-def ranks(script: str, argv: list[str], world: int = 2, faults: dict | None = None) -> list[Job]:
+def ranks(script: str, argv: list[str], world: int = 2, faults: dict | None = None, context=SERVER) -> list[Job]:
     """One job for each rank, with the variables that torchrun would give it."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    return [Job(script, argv, (faults or {}).get(rank, ()), address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(world)]
+    return [Job(script, argv, (faults or {}).get(rank, ()), address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                context) for rank in range(world)]
+
+
+def ranks_with(modules: list[str], script: str, argv: list[str]) -> int:
+    """In a job: two ranks forked from it, so that what only they need is imported once. Prints what they print."""
+    for name in modules:
+        import_module(name)
+    pair = ranks(script, argv, context=multiprocessing.get_context("fork"))
+    codes = [each.wait(120) for each in pair]
+    print(*(each.text for each in pair), sep="\n")
+    return max(map(abs, codes))
 
 
 def free_port() -> int:

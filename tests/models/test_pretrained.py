@@ -1,8 +1,8 @@
 """Pipelines of diffusers as networks, codecs and text encoders, against what diffusers itself computes from them."""
 
 import json
-import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from functions.denoiser import Denoiser
 from models import build_model, load_weights, make_codec
 from models.pretrained import LORA_FILE, lora_from_file, lora_to_file
 from models.trained import trained
-from tests.conftest import REPOSITORY
+from tests.faults import jobs
 from utils.errors import ConfigError, DataError, UserError
 
 
@@ -132,8 +132,11 @@ def test_settings_that_cannot_be_used_are_refused_in_one_line(sdxl, override, me
     assert "\n" not in str(refused.value)
 
 
+def print_loaded():
+    import_module("runners.sampling.job")
+    print([name for name in ("diffusers", "transformers", "peft", "huggingface_hub") if name in sys.modules])
+
+
 def test_nothing_of_it_is_imported_before_it_is_used():
-    code = "import sys, runners.diffusion, generate, train_ddp, runners.sampling.job\n" \
-           "print([name for name in ('diffusers', 'transformers', 'peft', 'huggingface_hub') if name in sys.modules])"
-    told = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert told.stdout.strip() == "[]", told.stderr
+    job = jobs.Job(print_loaded, [])                  # forked from a server that has the scripts imported
+    assert job.wait() == 0 and job.text.strip() == "[]", job.text

@@ -47,6 +47,12 @@ def test_on_rank_zero_returns_and_raises():
     assert caught.value.on_all_ranks
 
 
+def test_of_a_lost_rank_the_first_sentence_is_told():
+    error = RuntimeError("[/a/gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:3734. This is typically "
+                         "caused by a remote worker crashing. Check the logs.\nException raised from ...")
+    assert distributed.first_sentence(error) == "Connection closed by peer [127.0.0.1]:3734"
+
+
 def test_a_signal_is_noted_and_the_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     with Signals().listening() as signals:

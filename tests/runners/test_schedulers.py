@@ -88,7 +88,7 @@ def test_a_second_order_scheduler_calls_the_network_twice(denoiser):
 
 
 @pytest.mark.parametrize(("name", "settings", "message"), [
-    ("UniPCScheduler", {}, "no scheduler of that name; did you mean"),
+    ("UniPCScheduler", {}, "no scheduler of that name; did you mean UniPCMultistepScheduler"),
     ("FlowMatchEulerDiscreteScheduler", {}, "not a scheduler of a chain of betas"),
     ("RePaintScheduler", {}, "original_image|no prediction_type"),
     ("DDIMInverseScheduler", {}, "does not run from noise to an image"),
