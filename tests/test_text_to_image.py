@@ -217,13 +217,13 @@ def test_wrong_requests_are_one_line(sdxl, tmp_path, capsys, more, code, message
     assert message in error and error.count("\n") == 1
 
 
-def test_the_libraries_add_no_line_of_their_own(sdxl_copy, tmp_path, capsys, monkeypatch):
+def test_weights_that_the_library_cannot_read_are_one_line(sdxl_copy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logging.getLogger("diffusers").handlers[0], "stream", sys.stderr)
     file = sdxl_copy / "unet" / "diffusion_pytorch_model.safetensors"
-    file.rename(file.with_suffix(".bin"))
+    file.write_bytes(bytes(file.stat().st_size))
     assert generate.main(["--weights", str(sdxl_copy), "--exp", str(tmp_path), "--device", "cpu", "--prompt", "x"]) == 3
     error = capsys.readouterr().err
-    assert "no file named diffusion_pytorch_model.safetensors" in error and error.count("\n") == 1
+    assert "not loaded: Unable to load" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("more", [[], ["--dry_run"]])
