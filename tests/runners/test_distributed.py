@@ -11,6 +11,7 @@ import torch
 
 from runners import distributed
 from runners.distributed import Signals, World, detect, master_address, on_rank_zero
+from runners.launcher import launch
 from tests.conftest import REPOSITORY, TINY
 from tests.faults import jobs
 
@@ -88,7 +89,7 @@ def test_ranks_by_their_variables(tmp_path, names):
 def test_our_launcher_returns_the_code_of_the_rank_that_failed(tmp_path):
     """A data set whose files vanish between the check and the ranks: every rank exits 3, and so does the launcher."""
     (tmp_path / "rank.py").write_text("import os, sys; sys.exit(3 if os.environ['RANK'] == '1' else 0)")
-    assert jobs.Job(partial(distributed.launch, processes=2), [str(tmp_path / "rank.py"), []]).wait() == 3
+    assert jobs.Job(partial(launch, processes=2), [str(tmp_path / "rank.py"), []]).wait() == 3
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
