@@ -241,7 +241,7 @@ def test_a_file_by_url_without_a_network_is_a_line(tmp_path, monkeypatch, capsys
 
 
 def test_learning_rates_are_published():
-    from configs.sections import Optim
+    from configs.training import Optim
 
     for seen, lr, ramp, expected in one("misc", "lr")["rows"]:
         if ramp:                                               # upstream's first step has lr 0 even without a ramp
@@ -252,7 +252,7 @@ def test_learning_rates_are_published():
 
 
 def test_averages_are_published():
-    from configs.sections import Average
+    from configs.training import Average
 
     for seen, batch, half_life, ramp, expected in one("misc", "ema")["rows"]:
         if half_life and seen % batch == 0:
