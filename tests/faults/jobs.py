@@ -23,6 +23,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["runners.diffusion", "train_ddp", "generate", "tests.faults.jobs"])
 HARD = ["--model.dropout", "0.1", "--input_perturbation", "0.1", "--num_consecutive_steps", "2", "--lamda", "1",
         "--optim.lr_schedule", "cosine", "--optim.warmup_steps", "3", "--training.sample_num", "0"]
+PATIENCE = 300                                       # seconds; a busy machine is no failure
 EVERY_TWO = ["--training.snapshot_unit", "steps", "--training.snapshot_freq", "2"]
 
 
@@ -35,7 +36,7 @@ class Job:
         self.process.start()
         there.close()
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code; negative after a signal."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -136,7 +137,7 @@ def hold_after(step: int, reached, released) -> list:
 
 def _hold(reached, released) -> None:
     reached.set()
-    released.wait(60)
+    released.wait(PATIENCE)
 
 
 # --------------------------------------------------------------------------------------------------------- results
@@ -165,7 +166,7 @@ def files(folder: Path) -> dict:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = PATIENCE) -> None:
     """For what another process does and cannot tell: its files and its death."""
     deadline = time.monotonic() + seconds
     while not condition():

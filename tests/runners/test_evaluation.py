@@ -137,7 +137,7 @@ def test_results_do_not_depend_on_ranks_order_or_batches(net, folder, tmp_path):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(90)
+        process.join(jobs.PATIENCE)
     assert [process.exitcode for process in ranks] == [0, 0]
     first, second = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
     assert first == second
