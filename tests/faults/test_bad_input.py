@@ -38,7 +38,7 @@ def test_one_line_the_code_and_nothing_changed(folder, capfd, what, command, cod
         got, error = job.wait(), job.text
     elif what == "--exp is a file":                  # one as a user types it
         done = subprocess.run([sys.executable, f"{script}.py", *argv], cwd=REPOSITORY, capture_output=True, text=True,
-                              timeout=60)
+                              timeout=jobs.PATIENCE)
         got, error = done.returncode, done.stderr
     else:
         got, error = import_module(script).main(argv), capfd.readouterr().err

@@ -68,7 +68,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_foreign_launchers(tmp_path, launcher):
     command = [*LAUNCHERS[launcher], "train_ddp.py", *TINY, "--exp", str(tmp_path), "--max_steps", "1"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=jobs.PATIENCE)
     assert done.returncode == 0, done.stderr
     stored = torch.load(tmp_path / "logs" / "digits" / "ckpt.pth", weights_only=True)
     assert len(stored["metric_sums"]) == 2                                # one entry for each rank
