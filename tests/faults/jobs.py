@@ -1,7 +1,8 @@
 """Scripts as real processes that break at an exact moment.
 
-Jobs are forked from a server that has torch imported, so that one starts in milliseconds. ``faults`` run in the job
-before the script: most wrap the training step, since that is the clock of everything.
+Jobs are forked from a server that has imported what they need, so that one starts in milliseconds; an optimizer alone
+takes more than a second for torch._dynamo. ``faults`` run in the job before the script: most wrap the training step,
+since that is the clock of everything.
 """
 
 import json
@@ -20,7 +21,8 @@ import torch
 from tests.conftest import TINY
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["runners.diffusion", "train_ddp", "generate", "tests.faults.jobs"])
+SERVER.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
+                               "matplotlib.figure", "runners.diffusion", "train_ddp", "generate", "tests.faults.jobs"])
 HARD = ["--model.dropout", "0.1", "--input_perturbation", "0.1", "--num_consecutive_steps", "2", "--lamda", "1",
         "--optim.lr_schedule", "cosine", "--optim.warmup_steps", "3", "--training.sample_num", "0"]
 PATIENCE = 300                                       # seconds; a busy machine is no failure
