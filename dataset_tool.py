@@ -8,6 +8,7 @@
 
 import argparse
 import hashlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ from utils.text import escape_control
 
 log = logging.getLogger("sa-ddim")
 LABEL_RULES = tuple(sorted(FILE_RULES.keys() - {"json"}))
+LOOKED_AT = 100                                      # pictures that info opens
 TOOL_TRANSFORMS = ("none", "center-crop", "center-crop-wide", "celeba")
 assert set(TOOL_TRANSFORMS) <= set(TRANSFORMS)
 
@@ -114,8 +116,10 @@ def convert(args) -> None:
     kind = args.format or format_of(args.dest)
     if kind in ("lmdb", "npy") and (reader.labels != -1).any():
         log.warning("%s has no place for labels; they are left out", kind)
-    FORMATS[kind](_items(reader, args), args.dest, ".png" if args.jpeg is None else ".jpg")
-    log.info("wrote %s (%s), labels: %s", args.dest, kind, _classes(reader.labels))
+    written = itertools.count()
+    items = (item for item, _ in zip(_items(reader, args), written, strict=False))       # counts as they are written
+    FORMATS[kind](items, args.dest, ".png" if args.jpeg is None else ".jpg")
+    log.info("wrote %s (%s): %d images, labels: %s", args.dest, kind, next(written), _classes(reader.labels))
 
 
 def open_source(path: Path, skip_bad: int = 0, labels: str = "auto") -> Reader:
@@ -256,13 +260,27 @@ def _verify_split(images: ImageDataset, data, full: bool) -> None:
 
 
 def info(args) -> None:
-    """Print what a source holds."""
-    reader = open_source(args.source)
-    height, width, channels = reader.read(0).shape
+    """Print what a source holds; the first pictures are opened."""
+    reader = open_source(args.source, LOOKED_AT)
+    looked, shapes, bad = min(len(reader), LOOKED_AT), {}, []
+    for i in range(looked):
+        try:
+            shapes[reader.name(i)] = reader.read(i).shape
+        except UnreadableImage as error:
+            bad.append(f"unreadable {escape_control(str(error).replace(': unreadable image', ''))}")
+    name, (height, width, channels) = next(iter(shapes.items()))
     print(f"source    {escape_control(str(args.source))} ({type(reader).__name__})\n"
           f"images    {len(reader)}, other files {getattr(reader, 'ignored', 0)}\n"
-          f"first     {escape_control(reader.name(0))}: {height}x{width}, {channels} channel(s)\n"
-          f"labels    {_classes(reader.labels)}")
+          f"first     {escape_control(name)}: {height}x{width}, {channels} channel(s)\n"
+          f"sizes     of the first {looked}: height {_range(h for h, _, _ in shapes.values())}, "
+          f"width {_range(w for _, w, _ in shapes.values())}; {len(bad)} unreadable\n"
+          f"labels    {_classes(reader.labels)}", *bad, sep="\n")
+
+
+def _range(numbers: Iterator[int]) -> str:
+    numbers = sorted(numbers)
+    low, high = numbers[0], numbers[-1]
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _classes(labels: np.ndarray) -> str:

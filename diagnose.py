@@ -31,7 +31,7 @@ HELP = {
 
 def parse(argv):
     parser = Parser(prog="diagnose.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar=" | ".join(HELP))
     made = {}
     for name, text in HELP.items():
         made[name] = commands.add_parser(name, help=text, description=text)

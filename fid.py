@@ -13,7 +13,8 @@ METRICS = "fid,sfid,kid,is,is_blocks,pr,digits_fd,digits_unsure"
 
 def parse(argv):
     parser = Parser(prog="fid.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser,
+                                     metavar="ref | calc | compare")
     ref = commands.add_parser("ref", help="statistics of a data set or of images", description=make.__doc__)
     ref.add_argument("--config", metavar="NAME.yml", help="data set to describe, through its training transform, "
                                                           "unflipped; any key can be overridden: --data.root DIR")

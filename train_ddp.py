@@ -71,6 +71,8 @@ def check(args):
     check_training(config, args)
     if args.keep_optimizer and not args.init_from:
         raise UserError("--keep_optimizer needs --init_from: the run whose moments are taken over")
+    if args.force and not mode(args)["resume"]:
+        raise UserError("--force needs --resume_training: it is about the images that a run goes on with")
     if args.init_from:
         starting_point(args)
         if args.resume_training and run.full_states() and not restarted():

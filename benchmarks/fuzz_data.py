@@ -4,6 +4,8 @@ import io
 import json
 import pickle
 import random
+import tarfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +35,14 @@ def write(folder: Path, files: dict[str, bytes | str]) -> list[str]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return list(files)
+
+
+@cache
+def tiny_model():
+    from configs.schema import Config
+    from models import build_model
+
+    return build_model(Config.model_validate(TINY))
 
 
 def make_tree(folder: Path, rng) -> list[str]:
@@ -117,6 +127,75 @@ def make_pack(folder: Path, rng) -> list[str]:
     return [f"packs/.packed/{path.name}" for path in (folder / "packs/.packed").iterdir() if path.suffix != ".lock"]
 
 
+def make_captions(folder: Path, rng) -> list[str]:
+    """Captioned pictures: a folder with its list, or a tar shard."""
+    pictures = {f"{i}.jpg": png(image, "JPEG") for i, image in enumerate(noise())}
+    if rng.random() < 0.5:
+        lines = "".join(json.dumps({"file_name": name, "text": f"a square, {name}"}) + "\n" for name in pictures)
+        placed = {f"captions/{name}": data for name, data in pictures.items()}
+        return write(folder, placed | {"captions/metadata.jsonl": lines})
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in pictures.items():
+            for entry, content in ((name, data), (name.replace("jpg", "txt"), b"a square")):
+                info = tarfile.TarInfo(entry)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return write(folder, {"captions/0.tar": file.getvalue()})
+
+
+def read_captions(folder: Path, rng) -> None:
+    from datasets.captions import open_captioned
+    from datasets.images import UnreadableImage
+
+    reader = open_captioned(folder / "captions", 3)
+    reader.stamp()
+    for i in range(len(reader)):
+        reader.captions[i].encode()
+        with suppress(UnreadableImage):
+            reader.read(i)
+
+
+def open_pack_of_latents(folder: Path, stop: int | None = None):
+    """The latents of four pictures, packed if they are not there; ``stop``: a kill before this picture."""
+    import torch
+
+    from configs.schema import Config
+    from datasets import open_dataset
+    from datasets.latents import open_latents
+
+    data = {**TINY["data"], "dataset": "FOLDER", "root": str(folder / "tree")}
+    images = open_dataset(Config.model_validate({**TINY, "data": data}))
+    rows = {"moments": torch.ones(1, 2, 4, 2, 2), "time_ids": torch.ones(1, 6), "prompt_embeds": torch.ones(3, 5)}
+
+    def encode(i: int) -> dict:
+        if i == stop:
+            raise KeyboardInterrupt
+        return rows
+
+    return open_latents(folder / "packs", images, fingerprint="0" * 16, dtype="bfloat16", captions=list("abcd"),
+                        device="cpu", cache="mmap", skip_bad=0, encode=encode,
+                        empty=lambda: {"prompt_embeds": rows["prompt_embeds"]})
+
+
+def make_latents(folder: Path, rng) -> list[str]:
+    """A pack of latents, whole or half-made, of sound pictures."""
+    make_tree(folder, rng)
+    with suppress(KeyboardInterrupt):
+        open_pack_of_latents(folder, rng.choice((None, 2)))
+    return [str(path.relative_to(folder)) for path in (folder / "packs").rglob("*")
+            if path.is_file() and path.suffix != ".lock"]
+
+
+def read_latents(folder: Path, rng) -> None:
+    import torch
+
+    store = open_pack_of_latents(folder)
+    for i in range(store.num_images):
+        next(iter(store.batches([torch.tensor([i])])))
+        store.condition(torch.tensor([i]))
+
+
 def read_dataset(name: str, root: str | None = None, cache: str | None = None, side: int = SIDE):
     """Open as training does, through a pack or (by chance) without one, and take every image."""
     def read(folder: Path, rng: random.Random) -> None:
@@ -158,5 +237,6 @@ DATA_KINDS = {
     "lmdb": (make_lmdb, read_dataset("FOLDER", "x.lmdb")), "ffhq": (make_ffhq, read_dataset("FFHQ")),
     "cifar": (make_cifar, read_dataset("CIFAR10", side=32)), "imagenet": (make_imagenet, read_dataset("IMAGENET32")),
     "celeba": (make_celeba, read_dataset("CELEBA")), "pack": (make_pack, read_dataset("ZIP", "x.zip", "mmap")),
+    "captions": (make_captions, read_captions), "latents": (make_latents, read_latents),
     "tool": (make_any, read_by_tool),
 }

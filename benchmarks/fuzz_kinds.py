@@ -13,9 +13,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-import yaml
 
-from benchmarks.fuzz_data import DATA_KINDS, SIDE, TINY, noise, write
+from benchmarks.fuzz_data import DATA_KINDS, SIDE, noise, write
+from benchmarks.fuzz_models import MODEL_KINDS
+from benchmarks.fuzz_pipelines import PIPELINE_KINDS
 
 DIM = 16                    # features of the statistics, 2,048 in earnest
 
@@ -32,108 +33,10 @@ def pickle_seeds() -> list[bytes]:
                                   for protocol in range(6))]
 
 
-# ------------------------------------------------------------------------------------------------- pickles and weights
-
 def read_pickle(folder: Path, rng) -> None:
     from utils.safe_load import load_pickle
 
     load_pickle(folder / "x.npy")
-
-
-@cache
-def weight_seeds() -> dict[str, bytes]:
-    """A checkpoint of each program, by file name."""
-    import argparse
-
-    import torch
-
-    from configs.schema import Config
-    from models import build_model
-
-    state = build_model(Config.model_validate(TINY)).state_dict()
-    slots = {i: {"step": torch.tensor(3.0), "ema": tensor.clone()} for i, tensor in enumerate(state.values())}
-    optimizer = {"state": slots, "param_groups": [{"lr": 1e-4, "params": list(slots)}]}
-    contents = {
-        "ckpt.pth": {"format_version": 1, "config": TINY, "step": 3, "epoch": 1, "model": state, "ema": state},
-        "model_3_ema.pth": {f"module.{name}": tensor for name, tensor in state.items()},
-        "ckpt_3.pth": {"model_dict": state, "epoch": 3, "optimizer": optimizer, "config": argparse.Namespace(a=1)},
-        "ddim.pth": [state, optimizer, 3, 70, state]}
-    seeds = {}
-    for legacy in (False, True):
-        for name, content in contents.items():
-            file = io.BytesIO()
-            torch.save(content, file, _use_new_zipfile_serialization=not legacy)
-            seeds[f"{'old/' if legacy else ''}{name}"] = file.getvalue()
-    return seeds
-
-
-def make_weights(folder: Path, rng: random.Random) -> list[str]:
-    name = rng.choice(list(weight_seeds()))
-    return write(folder, {name: weight_seeds()[name]})
-
-
-@cache
-def tiny_model():
-    from configs.schema import Config
-    from models import build_model
-
-    return build_model(Config.model_validate(TINY))
-
-
-def read_weights(folder: Path, rng) -> None:
-    from models.weights import load_weights
-
-    for path in sorted(folder.rglob("*.pth")):
-        load_weights(tiny_model(), path)
-
-
-def make_snapshot(folder: Path, rng) -> list[str]:
-    golden = Path(__file__).parents[1] / "tests/golden/edm_snapshot_nosource.pkl"
-    return write(folder, {"network-snapshot-1.pkl": golden.read_bytes()})
-
-
-def read_snapshot(folder: Path, rng) -> None:
-    from models.weights import about_weights, stored_settings
-
-    path = folder / "network-snapshot-1.pkl"
-    stored_settings(path)
-    about_weights(path)
-
-
-def make_diffusers(folder: Path, rng) -> list[str]:
-    from safetensors.torch import save
-
-    settings = {"_class_name": "UNet2DModel", "sample_size": SIDE, "block_out_channels": [32], "layers_per_block": 1,
-                "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "flip_sin_to_cos": False,
-                "freq_shift": 1, "norm_eps": 1e-6, "downsample_padding": 0, "attention_head_dim": 32}
-    state = {name: tensor.contiguous() for name, tensor in tiny_model().state_dict().items()}
-    return write(folder, {"config.json": json.dumps(settings), "diffusion_pytorch_model.safetensors": save(state)})
-
-
-def read_diffusers(folder: Path, rng) -> None:
-    from models.weights import load_weights
-
-    load_weights(tiny_model(), folder)
-
-
-def make_run(folder: Path, rng) -> list[str]:
-    metrics = "".join(json.dumps({"step": i, "loss": 1.0, "loss_base": 1.0, "validation_loss": 1.0}) + "\n"
-                      for i in range(30))
-    return write(folder, {"config.yml": yaml.safe_dump(TINY), "ckpt.pth": weight_seeds()["ckpt.pth"],
-                          "ckpt_1.pth": weight_seeds()["ckpt.pth"], "metrics.jsonl": metrics})
-
-
-def read_run(folder: Path, rng) -> None:
-    from configs.schema import load_config
-    from runners.diagnosis.verdict import verdict
-    from runners.training.checkpoint import RunFolder
-    from runners.training.metrics_file import read_metrics
-
-    run = RunFolder(folder)
-    norms = [{"evaluation": "first", "t": float(t), "ratio": 1.01, "ratio_error": 0.001} for t in range(4)]
-    verdict(load_config(run.config), read_metrics(run.metrics), None, True, norms)
-    run.weights()
-    run.load_newest()
 
 
 # ------------------------------------------------------------------------------------------------------- texts, tables
@@ -183,6 +86,66 @@ def read_manifest(folder: Path, rng) -> None:
     from runners.sampling.folder import ImageFolder
 
     ImageFolder(folder / "images").prepare(MANIFEST)
+
+
+def make_prompts(folder: Path, rng) -> list[str]:
+    return write(folder, {"p.txt": "a red square\n\na bl\u00fce square\r\na green square"})
+
+
+def read_prompt_file(folder: Path, rng) -> None:
+    from runners.sampling.prompts import read_prompts
+
+    for prompt in read_prompts(folder / "p.txt"):
+        prompt.encode()
+
+
+def make_command(folder: Path, rng) -> list[str]:
+    """A published training or sampling command of guided-diffusion's family, as a text."""
+    flags = ("--image_size 64 --num_channels 192 --num_res_blocks 3 --learn_sigma True --dropout 0.1 --batch_size 8 "
+             "--diffusion_steps 4000 --noise_schedule cosine --use_fp16 True --channel_mult 1,2,3,4 --ema_rate 0.9999")
+    words = rng.choice(("image_train.py --data_dir data --schedule_sampler loss-second-moment --lr 1e-4 --input_pertub "
+                        "0.1", "image_sample.py --model_path ema.pt --timestep_respacing ddim25 --use_ddim True"))
+    return write(folder, {"c.txt": f"mpiexec -n 2 python scripts/{words} {flags}"})
+
+
+def read_command(folder: Path, rng) -> None:
+    from configs.from_adm import convert
+    from utils.files import MIB, read_regular
+
+    convert(read_regular(folder / "c.txt", MIB).decode(errors="surrogateescape"))
+
+
+def make_cells(folder: Path, rng) -> list[str]:
+    """What a study leaves: its description and the lines of a run."""
+    entry = {"study": {"run": "plain", "seed": 1, "images_seen": 64, "settings": {"timesteps": 10, "eta": 1.0}},
+             "fid": 3.5, "name": "FID-500", "seconds": 1.0, "sampling_seconds": 0.5, "reference_fingerprint": "0" * 16,
+             "fid_interval": [3.0, 4.0], "network_calls": 10}
+    shipped = next((Path(__file__).parents[1] / "configs/studies").glob("*.yml"))
+    return write(folder, {"cells/plain-1.jsonl": 2 * (json.dumps(entry) + "\n"), "study.yml": shipped.read_bytes()})
+
+
+def read_study_folder(folder: Path, rng) -> None:
+    from configs.study import load_study
+    from runners.study.grid import drop_broken_lines, read_cells
+
+    for entry in read_cells(folder / "cells").values():
+        f"{entry['fid']:.2f} {entry['seconds']:.0f} {entry['network_calls']} {entry['reference_fingerprint']}"
+    drop_broken_lines(folder / "cells/plain-1.jsonl")
+    load_study(folder / "study.yml")
+
+
+def make_parts(folder: Path, rng) -> list[str]:
+    """Batches of a likelihood that a stopped diagnosis has left."""
+    file = io.BytesIO()
+    rng.choice((np.savez, np.savez_compressed))(file, sums=np.ones((3, 2)), squares=np.ones((3, 2)),
+                                                total=np.ones(4), prior=np.ones(4))
+    return write(folder, {f"nll.parts/00000{i}.npz": file.getvalue() for i in range(2)})
+
+
+def read_parts(folder: Path, rng) -> None:
+    from runners.diagnosis.likelihood import merged
+
+    merged(sorted((folder / "nll.parts").iterdir()), [0, 1])
 
 
 def make_gamma(folder: Path, rng) -> list[str]:
@@ -284,10 +247,11 @@ def read_arguments(folder: Path, rng: random.Random) -> None:
 
 KINDS = {
     "pickles": (lambda folder, rng: write(folder, {"x.npy": rng.choice(pickle_seeds())}), read_pickle),
-    "weights": (make_weights, read_weights), "snapshot": (make_snapshot, read_snapshot),
-    "diffusers": (make_diffusers, read_diffusers), "run": (make_run, read_run),
+    **MODEL_KINDS, **PIPELINE_KINDS,
     "yaml": (make_yaml, read_yaml), "study": (make_study, read_study), "log": (make_log, read_log),
     "gamma": (make_gamma, read_gamma), "samples": (make_samples, read_samples),
     "manifest": (make_manifest, read_manifest), "statistics": (make_statistics, read_statistics),
+    "prompts": (make_prompts, read_prompt_file), "command": (make_command, read_command),
+    "cells": (make_cells, read_study_folder), "parts": (make_parts, read_parts),
     **DATA_KINDS, "arguments": (lambda folder, rng: [], read_arguments),
 }

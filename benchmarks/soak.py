@@ -24,6 +24,7 @@ from tests.faults import jobs
 from tests.faults.test_checkpoints import check_folder, kill_a_writer
 
 STEPS, INTERVAL = 40, 2
+PATIENCE = 600                           # seconds; others may use the machine as well
 FLAGS = ["--training.max_steps", str(STEPS), "--training.snapshot_unit", "steps", "--training.snapshot_freq",
          str(INTERVAL)]
 
@@ -45,7 +46,7 @@ def restarted_run(folder: Path, world: int, reference: Path) -> Counter:
     figures, exp = Counter(), folder / "broken"
     while True:
         running = jobs.train_ranks(exp, world, *FLAGS, "--resume_training")
-        running[-1].process.join(random.uniform(1.5, 4) if figures["kills of a run"] < 4 else 60)
+        running[-1].process.join(random.uniform(1.5, 4) if figures["kills of a run"] < 4 else PATIENCE)
         if running[-1].process.exitcode is not None:
             break
         reached = last_step(exp)
@@ -55,7 +56,7 @@ def restarted_run(folder: Path, world: int, reference: Path) -> Counter:
         figures["kills of a run"] += 1
         lost = reached - resumable_step(exp)
         figures["most steps lost"] = max(figures["most steps lost"], lost)
-    codes = [job.wait() for job in running]
+    codes = [job.wait(PATIENCE) for job in running]
     assert codes == [0] * world, [job.text for job in running]
     return figures + same_as(exp, reference)
 
@@ -67,11 +68,11 @@ def lost_rank(folder: Path, reference: Path) -> Counter:
                "1", "train_ddp.py", *TINY, *jobs.HARD, *FLAGS, "--exp", str(exp)]
     job = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-    jobs.wait_until(lambda: (exp / "logs" / "digits" / "ckpt.pth").exists())
+    jobs.wait_until(lambda: (exp / "logs" / "digits" / "ckpt.pth").exists(), PATIENCE)
     ranks = jobs.children(job.pid)
     os.kill(random.choice(ranks), signal.SIGKILL)
     died = time.monotonic()
-    assert job.wait(120) == 0
+    assert job.wait(PATIENCE) == 0
     figures = Counter({"ranks killed under torchrun": 1, "seconds to the end after it": round(time.monotonic() - died)})
     return figures + same_as(exp, reference)
 
@@ -100,7 +101,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         references = {n: folder / f"whole{n}" for n in (1, 2)}
-        assert all(job.wait() == 0 for n in (1, 2) for job in jobs.train_ranks(references[n], n, *FLAGS))
+        assert all(job.wait(PATIENCE) == 0 for n in (1, 2) for job in jobs.train_ranks(references[n], n, *FLAGS))
         figures += writer_kills(folder / "writer", args.kills)
         while time.monotonic() < end:
             with tempfile.TemporaryDirectory(dir=folder) as fresh:

@@ -3,10 +3,12 @@
     model_index.json   unet/config.json   scheduler/scheduler_config.json   vae/config.json
 """
 
+import json
+import re
 from pathlib import Path
 
 from utils.errors import ConfigError, DataError
-from utils.files import read_settings
+from utils.files import MIB, open_regular, read_regular, read_settings
 
 INDEX, SCHEDULER = "model_index.json", Path("scheduler", "scheduler_config.json")
 # Schedulers whose files describe a chain of betas, and how they space steps where the file does not say.
@@ -107,6 +109,80 @@ def pipeline_configuration(folder: Path) -> dict:
 
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
+# Folder of a text encoder -> the class of transformers that reads it. The index of a pipeline may name any other,
+# a library or in a file of its own, and diffusers before 0.36 executes that file.
+TEXT_CLASSES = {"tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "text_encoder": ("CLIPTextModel",),
+                "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+                "text_encoder_2": ("CLIPTextModelWithProjection",)}
+MOST_LAYERS = 100                                        # of a block or an encoder; published ones have 32 at most
+TEXT_LIMIT = 64 * MIB                                    # of a JSON file or vocabulary; CLIP's have 3 MB
+
+
+def part_settings(file: Path) -> dict:
+    """``config.json`` of a network, whose folder is safe to be read by diffusers and transformers.
+
+    Raises:
+        DataError: Missing, no settings, more layers than any network has, or see ``check_part``.
+    """
+    settings = read_settings(file)
+    check_part(file.parent)
+    for key, value in settings.items():
+        counts = _flat(value) if "layers" in key else [len(value)] if isinstance(value, list) and "block" in key else []
+        if any(isinstance(count, int | float) and not 0 <= count <= MOST_LAYERS for count in counts):
+            raise DataError(f"{file}: {key} {str(value)[:40]}: at most {MOST_LAYERS} layers or blocks are possible")
+    return settings
+
+
+def _flat(value) -> list:
+    return [each for item in value for each in _flat(item)] if isinstance(value, list) else [value]
+
+
+def check_part(folder: Path) -> None:
+    """Refuse a sub-folder of a pipeline of which a library would read what is no plain file, elsewhere, or a pickle.
+
+    Raises:
+        DataError: A pipe, a device or a link to one; a text beyond 64 MiB; adapters of a network elsewhere; an index
+            that leads to anything but safetensors files beside it.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir():
+            continue
+        open_regular(path, TEXT_LIMIT if path.suffix in (".json", ".txt") else None, "text of a model").close()
+        if path.name == "adapter_config.json":
+            raise DataError(f"{path}: adapters of a network elsewhere, which are not followed; remove the file")
+        if path.name.endswith(".safetensors.index.json"):
+            _check_index(path)
+
+
+def _check_index(path: Path) -> None:
+    try:
+        shards = json.loads(read_regular(path, TEXT_LIMIT, "index"))["weight_map"].values()
+        odd = [name for name in shards if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(f"{path}: no index of weights") from None
+    if odd:
+        raise DataError(f"{path}: leads to {odd[0][:80]}, which is no safetensors file beside it")
+
+
+def text_classes(folder: Path, sized: bool) -> dict[str, str]:
+    """Folders of the text encoders of a pipeline and the classes that read them.
+
+    Raises:
+        DataError: One is missing, is to be read by another class, or is not safe to be read.
+    """
+    index, found = read_settings(folder / INDEX), {}
+    for part, known in TEXT_CLASSES.items():
+        if part.endswith("_2") and not sized:
+            continue
+        if not (folder / part).is_dir():
+            raise DataError(f"{folder}: has no folder {part}, without which it cannot read prompts")
+        named = index.get(part)
+        if not (isinstance(named, list) and len(named) == 2 and named[0] == "transformers" and named[1] in known):
+            raise DataError(f"{folder / INDEX}: {part} is {str(named)[:80]}, not known here; known: {known[0]} of "
+                            "transformers")
+        (part_settings(folder / part / "config.json") if "encoder" in part else check_part(folder / part))
+        found[part] = known[0]
+    return found
 
 
 def unet_settings(folder: Path) -> dict:
@@ -120,7 +196,7 @@ def unet_settings(folder: Path) -> dict:
 
 def known_unet(file: Path) -> dict:
     """The settings of a U-Net. Raises DataError: another kind of network."""
-    settings = read_settings(file)
+    settings = part_settings(file)
     if settings.get("_class_name") not in UNETS:
         raise DataError(f"{file}: {settings.get('_class_name')!r} is not known here; known: {', '.join(UNETS)}")
     return settings
@@ -151,7 +227,7 @@ def vae_settings(folder: Path) -> dict | None:
         if takes_text(unet_settings(folder)):
             raise DataError(f"{folder}: has no vae/config.json, without which its latents are no images")
         return None
-    settings = read_settings(found / "config.json")
+    settings = part_settings(found / "config.json")
     if settings.get("_class_name") != "AutoencoderKL":
         raise DataError(f"{found}: {settings.get('_class_name')!r} is not known here; AutoencoderKL is")
     return settings

@@ -113,7 +113,7 @@ def find_config(name: str | Path) -> Path:
     found = [candidate for candidate in candidates if _is_file(candidate)]
     if found and is_bare and len({candidate.resolve() for candidate in found}) > 1:
         log.info("reading %s of this folder, not %s", path, found[1])
-    elif found and is_bare:
+    elif found and is_bare and (found[0] != path or path.parent == Path()):     # no run's own config.yml
         log.info("reading %s", found[0])
     if found:
         return found[0]

@@ -26,6 +26,7 @@ def _usable_as_folder(name: str) -> str:
 RunName = Annotated[str, AfterValidator(_usable_as_folder)]
 Overrides = dict[str, Any]
 MetricName = Literal["fid", "sfid", "kid", "is", "is_blocks", "pr", "digits_fd", "digits_unsure"]
+LOWER_IS_BETTER = ("fid", "sfid", "kid", "digits_fd", "digits_unsure")
 
 
 class Sampler(SamplerSettings):
@@ -64,7 +65,7 @@ class Study(Section):
     num_images: Annotated[int, Field(ge=10)] = 500
     """Generated images in each cell, of the seeds 0, 1, ...: the number in FID-500."""
     metrics: Annotated[tuple[MetricName, ...], AsTuple] = ("fid", "pr")
-    """Of one feature pass; fid is always among them."""
+    """Of one feature pass; the report is about the first, one of fid, sfid, kid, digits_fd and digits_unsure."""
     interval: bool = True
     """Give every FID a 95% interval, for so many images of the same weights."""
     fid_stats: str | None = None
@@ -80,8 +81,9 @@ class Study(Section):
     def _parts_agree(self):
         if list(self.images_seen) != sorted(set(self.images_seen)):
             raise ValueError(f"images_seen {list(self.images_seen)} must ascend")
-        if "fid" not in self.metrics:
-            raise ValueError("metrics must hold fid, which the report is about")
+        if not self.metrics or self.metrics[0] not in LOWER_IS_BETTER:
+            raise ValueError(f"metrics {list(self.metrics)} must begin with what the report is about, one of "
+                             f"{', '.join(LOWER_IS_BETTER)}")
         for number, sampler in enumerate(self.samplers):
             for key, known in (("images_seen", self.images_seen), ("runs", self.runs)):
                 unknown = set(getattr(sampler, key) or ()) - set(known)

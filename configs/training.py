@@ -45,6 +45,16 @@ class Loss(Section):
     """Variational bound in bits per dimension (2102.09672): added to the loss, for learned variances (hybrid; rescaled:
     times S/1000 of a chain of S steps), or in place of it (kl; rescaled: times S)."""
 
+    @property
+    def terms(self) -> int:
+        """Network calls for each image and step, forward and back: the base step and those of the sequence."""
+        return self.num_consecutive_steps if self.lamda > 0 else 1
+
+    @property
+    def calls(self) -> int:
+        """The same, with those of scheduled sampling, which are forward only."""
+        return self.terms + (self.scheduled_sampling.steps if self.scheduled_sampling else 0)
+
     @model_validator(mode="after")
     def _sequence_has_steps(self):
         if self.lamda > 0 and self.num_consecutive_steps < 1:

@@ -9,6 +9,7 @@ The eigenvalues of S1^(1/2) S2 S1^(1/2) are those of B1^T S2 B1, so that two sym
 square root of a product that is not symmetric.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,4 +110,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, *, root1: Tensor | None = None) -
 
 
 def _float64(value) -> Tensor:
+    if isinstance(value, np.ndarray):
+        value = np.require(value, requirements="W")                        # of a pickle it is read-only: copied
     return torch.as_tensor(value).detach().to("cpu", torch.float64)

@@ -215,7 +215,7 @@ def sampling_times(schedule, spec: int | str, skip_type: str | None = None, *, p
     known = [*(SKIP_TYPES if discrete else CONTINUOUS), *LEVELS]
     skip_type = skip_type or schedule.skip_type
     if skip_type not in known:
-        raise ValueError(f"skip type {skip_type!r} is unknown for this schedule; known: {', '.join(sorted(known))}")
+        raise ValueError(f"skip_type {skip_type!r} is unknown for this schedule; known: {', '.join(sorted(known))}")
     levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
     for key, value in levels.items():
         if value is not None and skip_type not in (LEVELS if key != "rho" else ("edm",)):

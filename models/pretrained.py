@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from configs.pipelines import UNETS, known_unet, unet_settings
 from models.formats.diffusers import diffusers_folder
 from utils.errors import DataError, UserError
+from utils.files import open_regular
 from utils.hub import local_folder, needs_package, quiet_libraries
 
 # Parts of a pipeline beside its U-Net that decide what it makes of pictures and prompts.
@@ -85,10 +86,24 @@ def load_unet(folder: Path, settings: dict) -> nn.Module:
     theirs, _ = _classes()[settings["_class_name"]]
     _check_supported(folder, settings)
     try:
+        check_size(theirs, settings, folder)
         with quiet_libraries():
             return theirs.from_pretrained(folder, use_safetensors=True, local_files_only=True).float()
+    except DataError:
+        raise
     except Exception as error:                # OSError, ValueError, SafetensorError, RuntimeError: whatever files do
         raise DataError(f"{folder}: not loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def check_size(kind: type, settings: dict, folder: Path) -> None:
+    """DataError where a class of diffusers would make a larger network of these settings than the folder has weights
+    for; whatever from_config raises where it makes none."""
+    with quiet_libraries(), torch.device("meta"):
+        claimed = sum(each.numel() for each in kind.from_config(settings).parameters())
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if claimed > stored:
+        raise DataError(f"{folder}: not loaded: it claims {claimed:,} numbers, its safetensors files have {stored:,} "
+                        "bytes")
 
 
 def _check_supported(folder: Path, settings: dict) -> None:
@@ -141,7 +156,7 @@ def pipeline_fingerprint(folder: Path, parts: Sequence[str]) -> str:
     for part in parts:
         for file in sorted((folder / part).glob("*.*")) if (folder / part).is_dir() else ():
             digest.update(f"{part}/{file.name}".encode())
-            with open(file, "rb") as content:
+            with open_regular(file) as content:
                 while block := content.read(1 << 22):
                     digest.update(block)
     return digest.hexdigest()[:16]

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.pipelines import takes_sizes, unet_settings
+from configs.pipelines import INDEX, takes_sizes, text_classes, unet_settings
 from utils.errors import DataError
+from utils.files import read_settings
 from utils.hub import needs_package, quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -31,27 +32,34 @@ class TextEncoders:
     def __init__(self, folder: Path, device="cpu"):
         self.folder, self.device = folder, torch.device(device)
         self.pooled = takes_sizes(unet_settings(folder))
-        for part in ("tokenizer", "text_encoder") + (("tokenizer_2", "text_encoder_2") if self.pooled else ()):
-            if not (folder / part).is_dir():
-                raise DataError(f"{folder}: has no folder {part}, without which it cannot read prompts")
+        self.classes = text_classes(folder, self.pooled)
         self._warned = False
         self.pipeline = self._open().to(self.device, torch.float32)
 
     def _open(self):
         try:
-            import transformers  # noqa: F401  (diffusers' pipelines without it are stand-ins that only complain)
+            import transformers
             from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
         except ImportError as error:
             raise needs_package(error, "a text-to-image model") from None
-        made, unused = StableDiffusionXLPipeline, {"unet": None, "vae": None, "scheduler": None}
-        if not self.pooled:
-            made, unused = StableDiffusionPipeline, {**unused, "safety_checker": None, "feature_extractor": None,
+        others = {"unet": None, "vae": None, "scheduler": None}
+        if self.pooled:
+            zeros = read_settings(self.folder / INDEX).get("force_zeros_for_empty_prompt", True)
+            made, others = StableDiffusionXLPipeline, {**others, "force_zeros_for_empty_prompt": bool(zeros)}
+        else:
+            made, others = StableDiffusionPipeline, {**others, "safety_checker": None, "feature_extractor": None,
                                                      "image_encoder": None, "requires_safety_checker": False}
         try:
             with quiet_libraries():
-                return made.from_pretrained(self.folder, use_safetensors=True, local_files_only=True, **unused)
+                return made(**{part: self._part(getattr(transformers, name), part)
+                               for part, name in self.classes.items()}, **others)
         except Exception as error:            # OSError, ValueError, SafetensorError, ...: whatever files do
             raise DataError(f"{self.folder}: text encoders not loaded: {' '.join(str(error).split())[:300]}") from None
+
+    def _part(self, kind: type, part: str):
+        """Not by the pipeline's own loader, which executes what the index of a stranger names."""
+        safe = {"use_safetensors": True} if part.startswith("text_encoder") else {}
+        return kind.from_pretrained(self.folder / part, local_files_only=True, **safe)
 
     def _note_long(self, prompt: str) -> None:
         tokenizer = self.pipeline.tokenizer

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.pipelines import vae_factor, vae_folder, vae_settings
+from models.pretrained import check_size
 from utils.errors import DataError, UserError
 from utils.hub import needs_package, quiet_libraries
 
@@ -58,8 +59,11 @@ class VAE:
             except ImportError as error:
                 raise needs_package(error, "model.arch diffusers") from None
             try:
+                check_size(AutoencoderKL, vae_settings(self.folder.parent), self.folder)
                 with quiet_libraries():
                     vae = AutoencoderKL.from_pretrained(self.folder, use_safetensors=True, local_files_only=True)
+            except DataError:
+                raise
             except Exception as error:        # OSError, ValueError, SafetensorError, RuntimeError: whatever files do
                 raise DataError(f"{self.folder}: not loaded: {' '.join(str(error).split())[:300]}") from None
             self._vae = vae.float().requires_grad_(False).eval()

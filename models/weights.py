@@ -114,13 +114,23 @@ def load_profile(model: nn.Module, files: Sequence[Path], length: float) -> Weig
         raise UserError(f"--ema_length {length:g} is not in (0, 0.289)")
     stored = [load_torch(path) for path in files]
     for path, content in zip(files, stored, strict=True):
-        if not isinstance(content, dict) or not {"step", "length", "weights"} <= content.keys():
+        if not _is_profile(content):
             raise DataError(f"{path}: no power-function average of this program")
+        check_fits(model, content["weights"], str(path))
     step = stored[-1]["step"]
-    coefficients = combination([(each["step"], each["length"]) for each in stored], (step, length))
+    kept = [(each["step"], each["length"]) for each in stored]
+    if len(set(kept)) < len(kept):
+        raise DataError(f"{files[-1]}: no power-function average of its own: another file has the same step and length")
+    coefficients = combination(kept, (step, length))
     state = combine([each["weights"] for each in stored], coefficients)
     _copy_into(model, state, f"{files[-1].parent} (averages)")
     return WeightsInfo("sa-ddim-averages", f"ema of length {length:g}", step, None, weights_fingerprint(state))
+
+
+def _is_profile(content) -> bool:
+    return (isinstance(content, dict) and {"step", "length", "weights"} <= content.keys()
+            and type(content["step"]) is int and content["step"] > 0
+            and isinstance(content["length"], float) and 0 < content["length"] < 0.289 and is_state(content["weights"]))
 
 
 def weights_fingerprint(state: State) -> str:
@@ -155,6 +165,14 @@ def _check_digest(content, path: Path) -> None:
 
 
 def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None = None) -> None:
+    own = check_fits(model, state, where, read_settings)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def check_fits(model: nn.Module, state: State, where: str, read_settings: Callable | None = None) -> State:
+    """The tensors of ``model`` that ``state`` would replace. DataError: they are of another network."""
     own = {bare_name(name): tensor for name, tensor in trained(model).items()}
     problems = {
         "missing": sorted(own.keys() - state.keys()),
@@ -168,9 +186,7 @@ def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callab
     if found:
         found = _contradictions(own, state, read_settings) or found
         raise DataError(f"{where}: weights of another network: {'; '.join(found)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    return own
 
 
 def _contradictions(own: State, state: State, read_settings: Callable | None) -> list[str]:

@@ -43,11 +43,25 @@ class Parser(argparse.ArgumentParser):
         argv, overrides = split_overrides(argv)
         args, unknown = self.parse_known_args(joined(argv))
         if unknown:
-            close = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
-            hint = f"did you mean {close[0]}?" if close else "see --help"
-            raise UserError(f"unknown argument {unknown[0]!r}; {hint}")
+            raise UserError(f"unknown argument {unknown[0]!r}; {self._suggest(unknown[0])}")
         args.overrides = overrides
         return args
+
+
+    def _suggest(self, word: str) -> str:
+        """What may have been meant: a flag, a key of the configuration without its section, a configuration."""
+        from configs.schema import dotted_keys  # imports pydantic, which only such an error has to await
+
+        flag = word.partition("=")[0]
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        keys = [f"--{key}" for key in dotted_keys() if flag.startswith("--") and key.endswith(f".{flag[2:]}")]
+        if close:
+            return f"did you mean {close[0]}?"
+        if keys and "--config" in self._option_string_actions:
+            return f"did you mean {' or '.join(keys)}?"
+        if word.endswith((".yml", ".yaml")) and "--config" in self._option_string_actions:
+            return f"did you mean --config {word}?"
+        return "see --help"
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -130,7 +144,7 @@ positive.__name__ = natural.__name__ = port.__name__ = "whole number"           
 def run_folder(args) -> Path:
     """exp/logs/DOC; DOC defaults to the stem of --config."""
     if args.doc is None and not args.config:
-        raise UserError("--doc is required: the name of a run under exp/logs/")
+        raise UserError("--doc is required, the name of a run under exp/logs/; or --config NAME.yml")
     return Path(args.exp) / "logs" / safe_name("--doc", Path(args.config).stem if args.doc is None else args.doc)
 
 
@@ -146,6 +160,12 @@ def guarded(script: str, job: Callable, is_told: Callable = lambda error: False)
         if not is_told(error):
             _complain(script, error)
         return error.code
+    except ModuleNotFoundError as error:           # Python of the system instead of .venv
+        if Path(__file__).parents[1].joinpath(*(error.name or "").split(".")[:1]).exists():
+            raise                                  # a module of this project: a bug
+        _complain(script, f"the package {error.name} is not installed for {sys.executable}; `make install` makes .venv "
+                          "with all that is needed, `. .venv/bin/activate` uses it")
+        return 2
     except OSError as error:                       # no room, no right, no such device: not a bug either
         if error.errno is None or isinstance(error, ConnectionError):
             raise
@@ -218,10 +238,27 @@ def quiet():
         root.setLevel(level)
 
 
+class OnceOfFiles(logging.Filter):
+    """Drops what configurations and data sets have already told: several parts of a command open the same file."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith(("configs.", "datasets.")):
+            return True
+        line = record.getMessage()
+        known = line in self.told
+        self.told.add(line)
+        return not known
+
+
 def setup_logging(level: str, rank: int = 0) -> None:
     """Log to standard error on rank 0; other ranks report errors only."""
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(OnceOfFiles())
     root = logging.getLogger()
     for old in [h for h in root.handlers if type(h) is logging.StreamHandler]:
         root.removeHandler(old)                        # of an earlier call of main() in this process

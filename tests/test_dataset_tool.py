@@ -176,6 +176,16 @@ def test_verify(source, tmp_path, capsys):
 def test_info(source, capsys):
     assert main(["info", "--source", str(source)]) == 0
     assert "images    5" in (out := capsys.readouterr().out) and "12x8, 3 channel(s)" in out
+    assert "sizes     of the first 5: height 12, width 8; 0 unreadable" in out
+
+
+def test_info_tells_of_mixed_sizes_and_unreadable_pictures(source, capsys):
+    Image.new("RGB", (30, 20)).save(source / "1/1.png")
+    (source / "0/0.png").write_bytes(b"")
+    assert main(["info", "--source", str(source)]) == 0
+    out = capsys.readouterr().out
+    assert "sizes     of the first 5: height 12 to 20, width 8 to 30; 1 unreadable" in out
+    assert f"unreadable {source / '0/0.png'}: not an image file" in out
 
 
 def test_help_and_a_real_process(tmp_path):

@@ -219,6 +219,9 @@ def test_counting_steps_and_reading_logs(tmp_path):
         (tmp_path / "bad.jsonl").write_text('{"fid": 1}\n' + line + "\n")
         with pytest.raises(DataError, match=f"line 2: .*{message}"):
             read_logs([tmp_path / "bad.jsonl"])
+    (tmp_path / "bad.txt").write_text("Checkpoint a/b.pth  --> FID 1\n")
+    with pytest.raises(DataError, match=r"line 1: not a JSON object; did you mean .*bad\.jsonl\?"):
+        read_logs([tmp_path / "bad.txt"])
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="is not a file but a pipe"):
         read_logs([tmp_path / "pipe.jsonl"])

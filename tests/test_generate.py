@@ -104,16 +104,6 @@ def test_the_python_api_makes_the_same_images(exp):
         assert np.array_equal(files[f"{seed:06d}.png"], image[0])
 
 
-def test_files_are_read_and_told_about_once(exp, caplog):
-    np.savez(exp / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with caplog.at_level("INFO"):
-        flags = ["--config", "digits.yml", "--dry_run", "--fid_stats", str(exp / "edm.npz"), *TINY]
-        assert generate.main([*base(exp), "--verbose", "info", *flags]) == 0
-    told = [record.getMessage() for record in caplog.records]
-    assert sum("does not say how it was made" in line for line in told) == 1
-    assert len(told) == len(set(told)), told
-
-
 def test_missing_images_are_made_again_and_the_others_kept(exp):
     assert run(exp, "--num_samples", "6", "--batch_size", "3") == 0
     folder = exp / "image_samples" / "digits"
@@ -208,10 +198,13 @@ def test_weights_from_a_file_use_the_given_config(exp):
     (["--seeds", "-3"], "--seeds"),
     (["--seeds", "0-3", "--num_samples", "3"], "give one"),
     (["--sample_type", "magic"], "ddpm_noisy"),
-    (["--skip_type", "spiral"], "uniform"),
+    (["--skip_type", "spiral"], "--skip_type 'spiral' is unknown"),
+    (["--time_shift", "40"], "--time_shift 40: too few numbers; such as 40,300"),
+    (["--doc", "digit"], "did you mean --doc digits?"),
     (["--eps_scaler", "a"], "such as 1.017 or 0.0005,1.01"),
     (["--eps_scaler", "-1"], "greater than 0"),
     (["--ckpt_id", "77"], "no checkpoint 77"),
+    (["--sampling.ckpt_id", "77"], "--sampling.ckpt_id null takes the newest"),
     (["--weights", "nowhere.pth", "--config", "digits.yml"], "nowhere.pth"),
     (["--doc", "../digits"], ".."),
     (["-i", "../out"], ".."),

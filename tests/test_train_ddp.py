@@ -35,6 +35,7 @@ def run(exp, *flags):
     (["--num_proces_per_node", "2"], "did you mean --num_process_per_node?"),
     (["--amp", "fp16"], "needs a CUDA GPU"),
     (["--resume_training", "--overwrite"], "exclude each other"),
+    (["--force"], "--force needs --resume_training"),
     (["--init_from", "nowhere.pth"], "nowhere.pth"),
 ])
 def test_bad_requests_get_one_line_exit_2_and_change_nothing(tmp_path, capsys, flags, message):

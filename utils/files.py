@@ -1,10 +1,11 @@
 """Files of strangers: regular ones of a stated size, read without waiting for what lies behind a link or a pipe."""
 
+import errno
 import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from utils.errors import DataError
 
@@ -45,6 +46,28 @@ def read_regular(path: str | Path, limit: int, what: str = "file") -> bytes:
             return file.read(limit)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def open_append(path: str | Path) -> TextIO:
+    """Open a file to add lines to it, made if need be; what lies there must be a file of its own.
+
+    Raises:
+        DataError: A link, which could lead anywhere, or a pipe. OSError: A folder; no room.
+    """
+    try:
+        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, how, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DataError(f"{path}: is a link, lines are added to a file of its own only; remove it") from None
+        if error.errno == errno.ENXIO:                       # a pipe that nobody reads
+            raise DataError(f"{path}: is not a file but a pipe") from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise DataError(f"{path}: is not a file but a {_kind(mode)}")
+    return os.fdopen(descriptor, "a")
 
 
 def read_json(path: str | Path):

@@ -136,7 +136,9 @@ def load_torch(path: str | Path, map_location="cpu"):
                 _check_legacy(file)
             file.seek(0)
             with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(file, map_location=map_location, weights_only=True)
+                content = torch.load(file, map_location=map_location, weights_only=True)
+            _check_tensors(content)
+            return content
         except Exception as error:            # torch wraps nothing: RuntimeError, UnpicklingError, EOFError, ...
             raise DataError(f"{path}: not loaded, only tensors and plain values are: {_reason(error, file)}") from None
 
@@ -186,6 +188,23 @@ def _check_torch_pickle(file: BinaryIO) -> None:
         if "no pickle" in str(error):                         # a text, a page: _what_it_is knows more
             raise
         raise _Damaged(str(error)) from None
+
+
+def _check_tensors(content) -> None:
+    """Refuse tensors with more numbers than their storage: strides of zero make terabytes of one number."""
+    import torch
+
+    ahead, seen = [content], set()
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, torch.Tensor):
+            if value.layout == torch.strided and not value.is_meta:
+                held = value.untyped_storage().nbytes() // value.element_size()
+                if value.numel() > held:
+                    raise _Damaged(f"it has a tensor of {value.numel():,} numbers of which it holds {held:,}")
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))                               # a list may hold itself
+            ahead += value.values() if isinstance(value, dict) else value
 
 
 def _reason(error: Exception, file: BinaryIO) -> str:

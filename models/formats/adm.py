@@ -49,6 +49,8 @@ def read_settings(state: State) -> dict:
 def _settings(shapes: dict[str, tuple]) -> dict:
     base, in_channels = shapes["time_embed.0.weight"][1], shapes["input_blocks.0.0.weight"][1]
     count = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("input_blocks."))
+    if count > len(shapes):
+        raise ValueError(f"{count:,} blocks")
     period, resampling = _levels(shapes, count)
     first = [f"input_blocks.{1 + start}." for start in range(0, count, period)]        # of each level
     widths = [shapes[f"{stage}0.out_layers.3.weight"][0] for stage in first]

@@ -86,7 +86,8 @@ def fit_eps_scaler(run: Measured):
     scaler = f"{fit.k:.4g},{fit.b:.5g}" if fit.k else f"{fit.b:.5g}"
     advice = ("no correction of exposure bias: it is too far from 1, or leaves the norms as far off" if
               run.diagnosis.is_no_correction(fit) else job.command(run.name, eps_scaler=scaler))
-    run.say(f"eps_scaler {scaler}  (standard errors {fit.k_error:.1g}, {fit.b_error:.1g})\n"
+    errors = f"standard errors {fit.k_error:.1g}, {fit.b_error:.1g}" if fit.k else f"standard error {fit.b_error:.1g}"
+    run.say(f"eps_scaler {scaler}  ({errors})\n"
             f"eps-norms (median of the steps) off by {fit.before:.2%} without, {fit.mismatch:.2%} with it\n{advice}")
     details = {"fit": fit._asdict()}
     if args.fid_check:

@@ -4,12 +4,14 @@ import hashlib
 import json
 import logging
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.arrays import npz_array
 from functions.variational import bound_terms, prior_bits
 from runners import distributed
 from runners.diagnosis.measures import LIKELIHOOD, Diagnosis
@@ -91,13 +93,10 @@ def merged(parts: list[Path], steps: list) -> tuple[list[dict], dict]:
     sums = squares = 0.0
     totals, priors = [], []
     for path in parts:
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                sums, squares = sums + stored["sums"], squares + stored["squares"]
-                totals.append(stored["total"])
-                priors.append(stored["prior"])
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path}: not readable: {error}; remove it and start again") from None
+        stored = _read_part(path, len(steps))
+        sums, squares = sums + stored["sums"], squares + stored["squares"]
+        totals.append(stored["total"])
+        priors.append(stored["prior"])
     totals, priors = np.concatenate(totals), np.concatenate(priors)
     n = len(totals)
     means = sums / n                                                                         # (3, S)
@@ -107,6 +106,22 @@ def merged(parts: list[Path], steps: list) -> tuple[list[dict], dict]:
             for i, t in enumerate(steps)]
     return rows, {"bits_per_dim": float(totals.mean()), "standard_error": float(totals.std(ddof=1) / n**0.5),
                   "prior_bits": float(priors.mean()), "num_images": n}
+
+
+def _read_part(path: Path, steps: int) -> dict[str, np.ndarray]:
+    """What ``measure`` has given. DataError: damaged."""
+    try:
+        arrays = {key: npz_array(path, key) for key in ("sums", "squares", "total", "prior")}
+        shapes = [array.shape for array in arrays.values()]
+        if shapes[:2] != [(len(COLUMNS), steps)] * 2 or shapes[2] != shapes[3] or len(shapes[2]) != 1 or any(
+                array.dtype != np.float64 for array in arrays.values()):
+            raise DataError(f"arrays {', '.join(map(str, shapes))}, not of {steps} steps")
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise DataError("its CRC-32 is another")
+        return arrays
+    except DataError as error:
+        raise DataError(f"{path}: not readable: {error}; remove it and start again") from None
 
 
 def write_published(rows: list[dict], folder: Path) -> None:

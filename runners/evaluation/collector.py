@@ -37,12 +37,12 @@ class Collector:
     Args:
         net: Makes the features.
         keep_features: Keep every feature vector (8 KiB for each image), not only sums.
-        spaces: Of ``SPACES``; "pool" always belongs to it.
+        spaces: Of ``SPACES``: which features to make.
     """
 
     def __init__(self, net: FeatureNet, keep_features: bool = False, spaces: Collection[str] = ("pool",)):
         self.net, self.keep_features = net, keep_features
-        self.spaces = [space for space in SPACES if space in {"pool", *spaces}]
+        self.spaces = [space for space in SPACES if space in spaces]
         self.digits: DigitClassifier | None = load_digit_classifier(net.device) if "digits" in self.spaces else None
         dims = {"pool": lambda: net.dim, "spatial": lambda: net.spatial_dim, "digits": lambda: FEATURES}
         self.sums = {space: FeatureStats(dims[space]()) for space in self.spaces}
@@ -62,7 +62,7 @@ class Collector:
         found, self.image_size = {}, list(images.shape[-2:])
         if "spatial" in self.spaces:
             found["pool"], found["spatial"] = self.net.with_spatial(images)
-        else:
+        elif "pool" in self.spaces:
             found["pool"] = self.net(images)
         if self.digits:
             found["digits"] = self.digits(images)

@@ -59,8 +59,10 @@ def read_logs(paths: Sequence[str | Path]) -> list[dict]:
             lines = read_regular(path, LARGEST, "log").decode().splitlines()
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: cannot be read: {error}") from None
+        beside = Path(path).with_suffix(".jsonl")                 # --fid_log fid.txt: SA-DPM's lines, objects beside
+        hint = f"; did you mean {beside}?" if beside != Path(path) and beside.exists() else ""
         for number, line in enumerate(lines, 1):
-            entry = _parse(line, f"{path}, line {number}")
+            entry = _parse(line, f"{path}, line {number}", hint)
             if "fid" in entry:
                 entries.append(entry)
     if not entries:
@@ -68,13 +70,13 @@ def read_logs(paths: Sequence[str | Path]) -> list[dict]:
     return entries
 
 
-def _parse(line: str, where: str) -> dict:
+def _parse(line: str, where: str, hint: str) -> dict:
     try:
         entry = json.loads(line.strip() or "{}")
     except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
-        raise DataError(f"{where}: not a JSON object")
+        raise DataError(f"{where}: not a JSON object{hint}")
     fid = entry.get("fid", 0.0)
     if isinstance(fid, bool) or not isinstance(fid, int | float) or not abs(fid) <= sys.float_info.max:
         raise DataError(f"{where}: fid is {str(fid)[:40]!r}, no finite number")

@@ -20,6 +20,7 @@ from datasets.files import ImageFiles
 from datasets.images import image_size
 from datasets.specs import open_any
 from runners.distributed import on_rank_zero, rank, world_size
+from runners.evaluation.collector import SPACES
 from runners.evaluation.references import config_provenance
 from utils.atomic import atomic_write
 from utils.errors import DataError, UserError, choose
@@ -215,7 +216,8 @@ def save_features(path: str | Path, images: FileSource, evaluation) -> None:
 def is_cache(path: Path) -> bool:
     """Whether a file was written by ``save_features``."""
     try:
-        return {"key", "indices", "pool"} <= {*npz_keys(path)}
+        keys = {*npz_keys(path)}
+        return {"key", "indices"} <= keys and not keys.isdisjoint(SPACES)
     except DataError:
         return False
 

@@ -170,12 +170,12 @@ class Evaluation:
             UserError: Too few images for a metric.
         """
         measured, _ = self.collector.gather()
-        count = measured["pool"].stats.count
+        count = next(iter(measured.values())).stats.count
         for name, minimum in [*((name, METRICS[name].minimum) for name in self.metrics),
                               *([("the interval", INTERVAL_MINIMUM)] if self.interval else [])]:
             if count < minimum:
                 raise UserError(f"{count} image(s) given, {name} needs at least {minimum}")
-        if count < self.net.dim and rank() == 0:
+        if "pool" in measured and count < self.net.dim and rank() == 0:
             log.warning("%d images are fewer than %d dimensions: the covariance is singular and FID biased upwards",
                         count, self.net.dim)
         return on_rank_zero(lambda: self._compute(measured, count))
@@ -223,7 +223,7 @@ def make_reference(images, net: FeatureNet, out: str | Path | None = None, *, ro
     indices = choose_subset(len(source), num, seed, source.name, rule)
     if len(indices) < 2:
         raise UserError(f"{source.name}: {len(indices)} image(s); statistics need at least 2")
-    collector = Collector(net, keep_features, ("spatial",) if spatial else ())
+    collector = Collector(net, keep_features, ("pool", "spatial") if spatial else ("pool",))
     evaluate_images(source, collector, batch_size, indices=indices)
     measured, _ = collector.gather()
     stats = measured["pool"].stats

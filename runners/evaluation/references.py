@@ -140,7 +140,14 @@ def default_name(config: Config, preprocess: str = "pytorch-fid") -> str:
 
 
 def default_path(config: Config, preprocess: str = "pytorch-fid") -> Path:
-    """Where the reference that ``config`` names (or else the default one) is made, if it is missing."""
+    """Where the reference that ``config`` names (or else the default one) is made, if it is missing.
+
+    Raises:
+        UserError: A name that leads out of pytorch_fid/ and the working folder.
+    """
+    if config.sampling.fid_stats:
+        safe_name("a missing reference is made below this folder only, fid.py ref --out makes it elsewhere: "
+                  "sampling.fid_stats", config.sampling.fid_stats)
     wanted = Path(config.sampling.fid_stats or default_name(config, preprocess)).with_suffix(".npz")
     return FOLDER / wanted if wanted.parent == Path() else wanted
 

@@ -88,8 +88,9 @@ def one_line(error) -> str:
     if problem["type"] == "value_error":
         return f"--{problem['ctx']['error']}"
     example = EXAMPLES.get(problem["loc"][0]) if problem["loc"] else None
-    return f"{flag}{problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}" + (
-        f"; such as {example}" if example else "")
+    given = flag_text(problem["input"]) if isinstance(problem["input"], tuple) else repr(problem["input"])
+    what = "too few numbers" if problem["type"] == "missing" else problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{flag}{given}: {what}" + (f"; such as {example}" if example else "")
 
 
 def flag_text(value) -> str:

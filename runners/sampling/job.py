@@ -170,8 +170,8 @@ class SamplingJob:
             self.notes.append(f"sampling with --var_type {settings.var_type}; this network has learned its variances, "
                               "which --var_type learned uses")
         elif settings.sample_type == "ddpm_noisy" and settings.var_type != recorded:
-            self.notes.append(f"sampling with --var_type {settings.var_type}; the configuration says {recorded}, which "
-                              "DDIM and SA-DPM do not read either")
+            self.notes.append(f"sampling with --var_type {settings.var_type}; model.var_type {recorded} of the "
+                              "configuration is not used, as in DDIM and SA-DPM")
 
     def _check_reconstruction(self) -> None:
         args = self.args

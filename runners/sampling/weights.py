@@ -1,5 +1,6 @@
 """Files of weights that a request names: where they lie, and the configuration that some of them bring."""
 
+import difflib
 import re
 import shutil
 import urllib.request
@@ -65,10 +66,13 @@ def configuration_of(run: RunFolder, config: str | None, overrides: Sequence[str
     stored = stored_config(file, overrides) if file else None
     given = config or (run.config if run.config.exists() else None)
     if not (given or stored):
-        raise UserError(f"no configuration: {run.config} does not exist, and --config is not given")
+        runs = [path.parent.name for path in sorted(run.path.parent.glob("*/config.yml"))]
+        close = difflib.get_close_matches(run.path.name, runs, n=1)
+        hint = f"; did you mean --doc {close[0]}?" if close else ""
+        raise UserError(f"no configuration: {run.config} does not exist, and --config is not given{hint}")
     chosen = load_config(given, overrides) if given else stored
     if stored and given:
-        refuse_differences(stored, chosen, file, DECIDE_A_NETWORK)
+        refuse_differences(stored, chosen, file, DECIDE_A_NETWORK, "")
     if run.config.exists() and not file:
         refuse_differences(load_config(run.config), chosen, run.config)
     return chosen

@@ -96,11 +96,33 @@ def read_cells(folder: Path) -> dict[str, dict]:
             entry = _parse(text)
             if entry is None:
                 continue
-            try:
-                found[Cell(**entry["study"]).key] = entry
-            except (KeyError, TypeError):
-                raise DataError(f"{path}: holds a line that is no cell of a study; move the file away") from None
+            cell = _cell_of(entry)
+            if cell is None:
+                raise DataError(f"{path}: holds a line that is no cell of a study; move the file away")
+            found[cell.key] = entry
     return found
+
+
+# What a report reads of a line: numbers that must be there, and those that may be.
+NUMBERS = {"seconds", "sampling_seconds", "network_calls"}
+OTHER_NUMBERS = {"reference_count", "fid", "precision", "recall", "kid", "inception_score", "sfid", "digits_fd",
+                 "digits_unsure"}
+
+
+def _cell_of(entry: dict) -> Cell | None:
+    """The cell that a line has measured; None: it is none."""
+    try:
+        cell = Cell(**entry["study"])
+    except (KeyError, TypeError):
+        return None
+    fit, interval = entry.get("fit"), entry.get("fid_interval_95", (0, 0))
+    values = [*(entry.get(key) for key in NUMBERS), *(entry.get(key, 0) for key in OTHER_NUMBERS),
+              *(interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None,)),
+              fit.get("b") if isinstance(fit, dict) else fit or 0, cell.seed, cell.images_seen]
+    texts = cell.run, entry.get("reference_fingerprint")
+    whole = (all(type(value) in (int, float) for value in values) and all(isinstance(text, str) for text in texts)
+             and isinstance(cell.settings, dict) and "timesteps" in cell.settings)
+    return cell if whole else None
 
 
 def drop_broken_lines(path: Path) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from utils.files import MIB, read_regular
+
 
 @dataclass(frozen=True)
 class Heading:
@@ -106,7 +108,7 @@ def _html(block) -> str:
 
 
 def _image(path: Path, text: str, css: str = "") -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    data = base64.b64encode(read_regular(path, 64 * MIB, "picture")).decode()
     return f'<img class="{css}" alt="{escape(text)}" src="data:image/png;base64,{data}">'
 
 

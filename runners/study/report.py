@@ -3,42 +3,18 @@
 from pathlib import Path
 
 from runners.diagnosis.curves import PALETTE
-from runners.evaluation.metrics import count_name
+from runners.study.comparisons import compared
+from runners.study.findings import Findings
 from runners.study.page import Gallery, Heading, Picture, Table, Text, to_html, to_markdown
 from runners.study.runner import StudyJob
 from runners.training.metrics_file import read_metrics
 from utils.atomic import atomic_path, write_text
-from utils.errors import UserError
 
-COMPANIONS = {"precision": "precision", "recall": "recall", "kid": "KID", "inception_score": "Inception Score",
-              "sfid": "sFID", "digits_fd": "digits FD", "digits_unsure": "unsure digits"}
+COMPANIONS = {"fid": "FID", "precision": "precision", "recall": "recall", "kid": "KID",
+              "inception_score": "Inception Score", "sfid": "sFID", "digits_fd": "digits FD",
+              "digits_unsure": "unsure digits"}
+BARS = "bars: intervals, or standard errors over several seeds"
 IN_COLUMNS = {"loss.num_consecutive_steps", "loss.lamda", "loss.input_perturbation"}
-
-
-class Findings:
-    """The measured cells, grouped for tables: ``values[(label, steps, images_seen)][run]`` lists those of all seeds."""
-
-    def __init__(self, job: StudyJob):
-        found = job.read_cells()
-        self.job, self.cells = job, [(cell, found[cell.key]) for cell in job.all_cells if cell.key in found]
-        if not self.cells:
-            raise UserError(f"{job.folder} holds no measured cell yet")
-        self.runs = [run for run in job.study.runs if any(cell.run == run for cell, _ in self.cells)]
-        self.name, self.budget = count_name(job.study.num_images), job.study.images_seen[-1]
-        self.values: dict[tuple, dict[str, list]] = {}
-        for cell, entry in self.cells:
-            key = cell.label, cell.settings["timesteps"], cell.images_seen
-            self.values.setdefault(key, {}).setdefault(cell.run, []).append((cell, entry))
-
-    def fid(self, key: tuple, run: str) -> tuple[float, float, float] | None:
-        """Mean over seeds of training, and an interval: their range, or that of the images where there is one seed."""
-        entries = [entry for _, entry in self.values[key].get(run, [])]
-        if not entries:
-            return None
-        fids = [entry["fid"] for entry in entries]
-        mean = sum(fids) / len(fids)
-        low, high = entries[0].get("fid_interval_95", [mean, mean]) if len(fids) == 1 else (min(fids), max(fids))
-        return mean, low, high
 
 
 def write_report(job: StudyJob) -> list[Path]:
@@ -48,8 +24,8 @@ def write_report(job: StudyJob) -> list[Path]:
         UserError: Nothing is measured yet.
     """
     findings, title = Findings(job), f"Study {job.name}"
-    blocks = [*introduction(findings), *runs_table(findings), *steps_part(findings), *images_part(findings),
-              *precision_part(findings), *grids_part(findings), *cells_part(findings)]
+    blocks = [*introduction(findings), *runs_table(findings), *steps_part(findings), *compared(findings),
+              *images_part(findings), *precision_part(findings), *grids_part(findings), *cells_part(findings)]
     markdown, page = job.folder / "report.md", job.folder / "report.html"
     write_text(markdown, to_markdown(title, blocks, job.folder))
     write_text(page, to_html(title, blocks))
@@ -58,16 +34,16 @@ def write_report(job: StudyJob) -> list[Path]:
 
 def introduction(findings: Findings) -> list:
     job, (_, entry) = findings.job, findings.cells[0]
-    spread = "the range over them" if len(job.study.seeds) > 1 else \
-        "the 95% interval for so many images of the same weights"
+    spread = "Behind ±: the standard error of the mean over them." if len(job.study.seeds) > 1 else \
+        "In brackets: the 95% interval for so many images of the same weights." if job.study.interval else ""
     reference = f"{entry['reference_count']:,} " if entry.get("reference_count") else ""
     seeds = ", ".join(map(str, job.study.seeds))
     return [Text(
         f"{len(findings.cells)} of {len(job.all_cells)} cells are measured. All runs share data, data order and the "
         f"seeds of weights and noise ({seeds}), and differ in the keys of the first table. {findings.name} is of "
         f"{job.study.num_images} images, the same seeds in every cell, against {reference}training images: comparable "
-        f"within this report only. In brackets: {spread}. Bold is the lowest of a row; where brackets overlap widely, "
-        f"the order is undecided. Made with study.py from {job.study.config}.")]
+        f"within this report only. {spread} Bold is the lowest of a row, which says nothing where the spreads overlap. "
+        f"Made with study.py from {job.study.config}.")]
 
 
 def runs_table(findings: Findings) -> list:
@@ -76,11 +52,10 @@ def runs_table(findings: Findings) -> list:
     for run in findings.runs:
         config = job.configs[f"{run}-{job.study.seeds[0]}"]
         loss = config.loss
-        calls = loss.num_consecutive_steps if loss.lamda > 0 else 1
         minutes = [_training_minutes(job, f"{run}-{seed}") for seed in job.study.seeds]
         changed = ", ".join(f"{key} {value}" for key, value in job.study.runs[run].items() if key not in IN_COLUMNS)
         rows.append([run, str(loss.num_consecutive_steps), f"{loss.lamda:g}", f"{loss.input_perturbation:g}",
-                     *([changed] if others else []), f"{job.step(findings.budget):,}", str(calls),
+                     *([changed] if others else []), f"{job.step(findings.budget):,}", str(loss.calls),
                      f"{sum(minutes) / len(minutes):.1f}"])
     return [Heading("Runs"), Table(["run", "K", "lamda", "gamma", *(["other keys"] if others else []), "steps",
                                     "calls for each image", "minutes"], rows)]
@@ -97,22 +72,22 @@ def _training_minutes(job: StudyJob, doc: str) -> float:
 
 
 def steps_part(findings: Findings) -> list:
-    """FID of every sampler after the whole training, and its curves over the number of steps."""
+    """Every sampler after the whole training, and its curves over the number of steps."""
     keys = [key for key in findings.values if key[2] == findings.budget]
     labels = [label for label in dict.fromkeys(key[0] for key in keys)
               if len([key for key in keys if key[0] == label]) > 1]
     curves = [(label, "sampling steps", [(key, key[1]) for key in keys if key[0] == label]) for label in labels]
     blocks = [Heading(f"{findings.name} after {findings.budget:,} training images"),
-              _fid_table(findings, keys, ["sampler", "steps"], lambda key: [key[0], str(key[1])])]
+              _values_table(findings, keys, ["sampler", "steps"], lambda key: [key[0], str(key[1])])]
     if curves:
         path = findings.job.folder / "figures" / "fid_over_steps.png"
         draw(findings, curves, path)
-        blocks.append(Picture(path, f"{findings.name} against the number of sampling steps; bars: intervals"))
+        blocks.append(Picture(path, f"{findings.name} against the number of sampling steps; {BARS}"))
     return blocks
 
 
 def images_part(findings: Findings) -> list:
-    """FID in the course of training."""
+    """The course of training."""
     courses = {}
     for key in findings.values:
         courses.setdefault(key[:2], []).append(key)
@@ -122,20 +97,19 @@ def images_part(findings: Findings) -> list:
     path = findings.job.folder / "figures" / "fid_over_training.png"
     draw(findings, [(f"{label}, {steps} steps", "training images", [(key, key[2]) for key in keys])
                     for (label, steps), keys in courses.items()], path)
-    table = _fid_table(findings, [key for keys in courses.values() for key in keys],
+    table = _values_table(findings, [key for keys in courses.values() for key in keys],
                        ["sampler", "steps", "training images"], lambda key: [key[0], str(key[1]), f"{key[2]:,}"])
     return [Heading(f"{findings.name} in the course of training"), table,
-            Picture(path, f"{findings.name} against the number of training images seen; bars: intervals")]
+            Picture(path, f"{findings.name} against the number of training images seen; {BARS}")]
 
 
-def _fid_table(findings: Findings, keys: list[tuple], header: list[str], name) -> Table:
+def _values_table(findings: Findings, keys: list[tuple], header: list[str], name) -> Table:
     rows, bold = [], set()
     for number, key in enumerate(keys):
-        values = [findings.fid(key, run) for run in findings.runs]
-        best = min((value[0] for value in values if value), default=None)
-        bold |= {(number, len(header) + i) for i, value in enumerate(values) if value and value[0] == best}
-        rows.append([*name(key), *(f"{value[0]:.1f} ({value[1]:.1f} to {value[2]:.1f})" if value else ""
-                                   for value in values)])
+        values = [findings.value(key, run) for run in findings.runs]
+        best = min((value.mean for value in values if value), default=None) if len(values) > 1 else None
+        bold |= {(number, len(header) + i) for i, value in enumerate(values) if value and value.mean == best}
+        rows.append([*name(key), *(value.text if value else "" for value in values)])
     return Table([*header, *findings.runs], rows, bold)
 
 
@@ -171,7 +145,7 @@ def grids_part(findings: Findings) -> list:
 
 
 def cells_part(findings: Findings) -> list:
-    measures = [key for key in COMPANIONS if any(key in entry for _, entry in findings.cells)]
+    measures = [key for key in COMPANIONS if key != findings.headline and any(key in e for _, e in findings.cells)]
     header = ["run", "seed", "images seen", "sampler", "steps", "calls", findings.name, "95% interval",
               *(COMPANIONS[key] for key in measures), "sampling s", "cell s"]
     rows = []
@@ -179,7 +153,8 @@ def cells_part(findings: Findings) -> list:
         fit = f", B = {entry['fit']['b']:.4f}" if entry.get("fit") else ""
         low, high = entry.get("fid_interval_95", ["", ""])
         rows.append([cell.run, str(cell.seed), f"{cell.images_seen:,}", cell.label + fit,
-                     str(cell.settings["timesteps"]), str(entry["network_calls"]), f"{entry['fid']:.2f}",
+                     str(cell.settings["timesteps"]), str(entry["network_calls"]),
+                     f"{entry[findings.headline]:.{findings.digits + 1}f}",
                      f"{low:.2f} to {high:.2f}" if low else "",
                      *(f"{entry[key]:.4g}" if key in entry else "" for key in measures),
                      f"{entry['sampling_seconds']:.0f}", f"{entry['seconds']:.0f}"])
@@ -195,8 +170,8 @@ def draw(findings: Findings, panels: list, path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (title, xlabel, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, run in enumerate(findings.runs):
-            found = [(x, *findings.fid(key, run)) for key, x in sorted(points, key=lambda point: point[1])
-                     if findings.fid(key, run)]
+            found = [(x, *findings.value(key, run)[:3]) for key, x in sorted(points, key=lambda point: point[1])
+                     if findings.value(key, run)]
             if found:
                 x, y, low, high = zip(*found, strict=True)
                 shift = 1.012 ** (number - (len(findings.runs) - 1) / 2)    # bars side by side
@@ -219,11 +194,11 @@ def describe_plan(job: StudyJob) -> str:
     """The grid, with its network calls; what --dry_run prints."""
     done, lines, total = job.read_cells(), ["dry run: nothing was written"], 0
     for run, seed in job.runs:
-        doc, loss = f"{run}-{seed}", job.configs[f"{run}-{seed}"].loss
-        calls = job.study.images_seen[-1] * (loss.num_consecutive_steps if loss.lamda > 0 else 1)
+        doc = f"{run}-{seed}"
+        calls = job.study.images_seen[-1] * job.configs[doc].loss.calls
         state = "trained" if job.trained(doc) else "to train"
-        lines.append(f"  {doc:16} {job.step(job.study.images_seen[-1]):,} steps, {calls:,} images through the network, "
-                     f"forward and back; {state}")
+        lines.append(f"  {doc:16} {job.step(job.study.images_seen[-1]):,} steps, {calls:,} images through the network; "
+                     f"{state}")
     for number, cell in enumerate(job.cells, 1):
         calls = job.calls[cell.key] * job.study.num_images
         state = "measured" if cell.key in done else "to measure"
@@ -231,6 +206,7 @@ def describe_plan(job: StudyJob) -> str:
         fit = " and the fit" if cell.fits else ""
         lines.append(f"  {number:3} {cell}: {calls:,} images through the network{fit}; {state}")
     left = sum(cell.key not in done for cell in job.cells)
-    lines.append(f"{left} of {len(job.cells)} cells to measure: {total:,} images through the network, "
-                 f"{left * job.study.num_images:,} through Inception")
+    inception = "" if all(metric.startswith("digits") for metric in job.study.metrics) else \
+        f", {left * job.study.num_images:,} through Inception"
+    lines.append(f"{left} of {len(job.cells)} cells to measure: {total:,} images through the network{inception}")
     return "\n".join(lines)

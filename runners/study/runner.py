@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from configs.reading import parse_yaml
+from configs.reading import find_config, parse_yaml
 from configs.sampling import SamplerSettings
 from configs.schema import Config, Data, Training, load_config
 from configs.study import Study, load_study, study_yaml
@@ -68,8 +68,9 @@ class StudyJob:
         unknown = set(only or ()) - set(self.study.runs)
         if unknown:
             raise UserError(f"--only {' '.join(sorted(unknown))}: no such run; runs: {', '.join(self.study.runs)}")
-        self.runs = [(run, seed) for run in self.study.runs if not only or run in only for seed in self.study.seeds]
-        self.configs = {f"{run}-{seed}": run_config(self.study, run, seed) for run in self.study.runs
+        self.runs = [(run, seed) for seed in self.study.seeds for run in self.study.runs if not only or run in only]
+        config = find_config(self.study.config).resolve()                # found, and told about, once
+        self.configs = {f"{run}-{seed}": run_config(self.study, config, run, seed) for run in self.study.runs
                         for seed in self.study.seeds}
         docs = {f"{run}-{seed}" for run, seed in self.runs}
         self.all_cells = cells_of(self.study)
@@ -159,14 +160,13 @@ def as_overrides(keys: dict) -> list[str]:
     return [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
 
 
-def run_config(study: Study, run: str, seed: int) -> Config:
-    """Its batch is global, so that a study is the same on any number of processes."""
-    keys = {**study.overrides, **study.runs[run], **OWN_KEYS, "training.seed": seed}
-    overrides = as_overrides(keys)
-    config = load_config(study.config, overrides)
+def run_config(study: Study, path: Path, run: str, seed: int) -> Config:
+    """Of the file at ``path``. Its batch is global, so that a study is the same on any number of processes."""
+    overrides = as_overrides({**study.overrides, **study.runs[run], **OWN_KEYS, "training.seed": seed})
+    config = load_config(path, overrides)
     if config.training.global_batch_size is None:
         overrides.append(f"training.global_batch_size={config.training.batch_size}")
-    return load_config(study.config, overrides)
+    return load_config(path, overrides)
 
 
 class StudyRunner:
@@ -275,7 +275,8 @@ class StudyRunner:
             self._stop_if_told()
             entry = self.measure(cell, diffusion, path)
             left = (time.monotonic() - started) / (number + 1) * (len(cells) - number - 1)
-            log.info("%s: %s %.2f; %.0f s; %d cells and about %.0f min left", cell, entry["name"], entry["fid"],
+            headline = self.job.study.metrics[0]
+            log.info("%s: %s %.4g; %.0f s; %d cells and about %.0f min left", cell, headline, entry[headline],
                      entry["seconds"], len(cells) - number - 1, left / 60)
 
     def measure(self, cell: Cell, diffusion: Diffusion, path: Path) -> dict:

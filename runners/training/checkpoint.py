@@ -78,9 +78,12 @@ class RunFolder:
         if candidates:
             return max(candidates, key=_epoch)               # the first of equals; ckpt.pth is newer than all
         known = sorted({_epoch(p) for p in [*self.full_states(), *self.averages()] if p.name != "ckpt.pth"})
-        wanted = "no checkpoint" if ckpt_id is None else f"no checkpoint {ckpt_id}"
-        raise UserError(f"{wanted} in {self.path}; " + (f"there are: {', '.join(map(str, known))}" if known else
-                        "train first, or name a file with --weights"))
+        wanted = "no checkpoint" if ckpt_id is None else f"no checkpoint {ckpt_id} (--ckpt_id or sampling.ckpt_id)"
+        there = [f"there are: {', '.join(map(str, known))}"] if known else []
+        if ckpt_id is not None and self.full_states():
+            there.append("without --ckpt_id, --sampling.ckpt_id null takes the newest")
+        raise UserError(f"{wanted} in {self.path}; " + ("; ".join(there) or "train first, or name a file with "
+                                                        "--weights"))
 
     def prepare(self, config: Config, *, resume: bool, overwrite: bool, judge: Callable | None = None) -> None:
         """Make the folder ready for a run and write its config.yml.
@@ -190,6 +193,7 @@ DECIDE_ADOPTION = {**DECIDE_IMAGES, "optim": ("optimizer", "amsgrad")}
 # What may change when a run is resumed, but changes what it computes: a warning names it.
 MAY_CHANGE = {"data": ("random_flip", "validation_fraction", "labels", "max_size"), "model": ("dropout",),
               "training": None, "optim": None}
+OWN = "; to use the run's own configuration leave out --config and such keys"
 
 
 def differences(stored: Config, given: Config, sections: dict) -> list[str]:
@@ -213,11 +217,12 @@ def _told(value) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else repr(value)
 
 
-def refuse_differences(stored: Config, given: Config, where: Path, sections: dict = DECIDE_IMAGES) -> None:
+def refuse_differences(stored: Config, given: Config, where: Path, sections: dict = DECIDE_IMAGES,
+                       advice: str = OWN) -> None:
     """UserError that lists the keys in which two configurations contradict each other."""
     found = differences(stored, given, sections)
     if found:
-        raise UserError(f"{where} contradicts the given configuration: {'; '.join(found)}")
+        raise UserError(f"{where} contradicts the given configuration: {'; '.join(found)}{advice}")
 
 
 def _epoch(path: Path) -> float:

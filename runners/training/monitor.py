@@ -20,6 +20,7 @@ from runners.training.checkpoint import RunFolder
 from runners.training.loggers import LOGGERS
 from runners.training.metrics_file import read_metrics
 from utils.atomic import write_text
+from utils.files import open_append
 from utils.png import save_png
 from utils.text import LineFormatter
 
@@ -123,7 +124,7 @@ class Monitor:
     def _record(self, line: dict) -> None:
         """Append to metrics.jsonl and draw the curves; without room on the disk training goes on."""
         with self._despite_full_disk():
-            with open(self.run.metrics, "a") as file:
+            with open_append(self.run.metrics) as file:
                 file.write(json.dumps(line) + "\n")
             for key, value in line.items():
                 if key not in ("step", "epoch", "spikes") and value is not None:
@@ -177,6 +178,9 @@ class Monitor:
 
 class _LogFile(logging.FileHandler):
     """A full disk costs lines of the file, not the run."""
+
+    def _open(self):
+        return open_append(self.baseFilename)
 
     def handleError(self, record):
         pass

@@ -60,7 +60,7 @@ class Objective:
             images = random_flip(images, generator)
         x0 = self.codec.encode(images, generator)
         t, importance = times.draw(len(x0), generator)
-        shape = (loss.num_consecutive_steps if loss.lamda > 0 else 1, *x0.shape)
+        shape = (loss.terms, *x0.shape)
         noise = torch.randn(shape, generator=generator, device=self.device)
         xi = torch.randn(shape, generator=generator, device=self.device) if loss.input_perturbation > 0 else None
         if condition and config.training.label_dropout:

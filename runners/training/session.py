@@ -100,11 +100,12 @@ class Session:
     def _make_network(self, amp: torch.dtype | None) -> Network:
         diffusion, training, plan = self.diffusion, self.training, self.plan
         compiled = resolve_compile(training.compile, diffusion.device, plan.last_step)
+        usual = amp is resolve_amp(training.amp, diffusion.device)
+        precision = explain_amp(training.amp, diffusion.device) if usual else f"auto: {amp_name(amp)}, as the run began"
         log.info("%d images, %d steps in an epoch, %d in this run; batch %d = %d processes x %d calls x %d images; "
                  "%s, amp %s, compile %s", plan.num_images, plan.steps_per_epoch, plan.last_step, plan.global_batch,
                  plan.world_size, plan.accumulate, plan.micro_batch, diffusion.device,
-                 explain_amp(training.amp, diffusion.device),
-                 "on" if compiled else "off")
+                 precision, "on" if compiled else "off")
         return Network(diffusion.model, diffusion.device, amp, compiled=compiled, ddp=plan.world_size > 1,
                        accumulate=plan.accumulate)
 
@@ -133,7 +134,6 @@ class Session:
         if began == "fp16" and device.type == "cpu":
             log.warning("amp auto: the run began with fp16, which a CPU has not; it goes on with %s", amp_name(amp))
             return amp
-        log.info("amp auto: %s, with which the run began", began)
         return AMP[began]
 
     def _open_held_out(self):
@@ -240,6 +240,7 @@ class Session:
         self.first_grid_due = False
         if self.training.sample_num and distributed.rank() == 0:
             with self.monitor.paused():
+                log.info("drawing samples/%07d.png", self.step)             # may take minutes on a CPU
                 self.monitor.grid(training_sheet(self.diffusion, self.images), self.step)
 
     def finish(self) -> None:

@@ -36,7 +36,7 @@ def dry_run_pretrained(config, num_images: int | None, plan, absent: list[str]) 
     """Print what a step of fine-tuning takes: whole or LoRA, with and without activation checkpointing."""
     settings, size, tokens = _shapes(config, absent)
     amp = config.training.amp != "off"
-    copies = max(1, config.loss.num_consecutive_steps if config.loss.lamda else 1)
+    copies = config.loss.terms
     rank = config.model.lora_rank or RANK
     rows, flops = {}, 0
     for name, lora_rank in (("all weights", None), (f"LoRA, rank {rank}", rank)):

@@ -158,6 +158,10 @@ def test_a_file_that_is_there_wins_over_a_shipped_one_and_the_log_says_so(tmp_pa
     assert [r.getMessage() for r in caplog.records] == [
         f"reading cifar10.yml of this folder, not {CONFIG_FOLDER / 'cifar10.yml'}",
         f"reading {CONFIG_FOLDER / 'cifar10.yml'}", "reading mine.yml"]
+    caplog.clear()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yml").write_text(SMALL)
+    assert load_config("run/config.yml").data.dataset == "DIGITS" and not caplog.records       # no name to look up
 
 
 def bomb(levels: int, merge: bool = False) -> str:

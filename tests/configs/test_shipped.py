@@ -29,7 +29,7 @@ PUBLISHED = {
     "church": ("LSUN", "church_outdoor", 256, M256, (0, 0.0, 0.0), None, 64, 10000, True, 0.0, 0.999, 2e-5, None),
     "bedroom": ("LSUN", "bedroom", 256, M256, (0, 0.0, 0.0), None, 64, 10000, True, 0.0, 0.999, 2e-5, None),
 }
-OURS = ["digits", "digits_cond", "digits_flow", "digits_v", "cifar10_tiny", "folder64"]
+OURS = ["digits", "digits_cond", "digits_flow", "digits_v", "digits_8x8", "cifar10_tiny", "folder64"]
 CONDITIONAL = "cifar10_cond"                                # cifar10 with labels
 # name: (side, gamma, global batch, batch of a call, epochs, optimizer, lr, decay, clip, rank, parameters)
 TEXT = {

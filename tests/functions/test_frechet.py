@@ -71,6 +71,12 @@ def test_pytorch_fid_itself(random):
     assert frechet_distance(*sets) == pytest.approx(expected, rel=1e-9)
 
 
+def test_arrays_of_a_pickle_are_read_only_and_taken_without_a_word(recwarn):
+    mean, cov = np.zeros(2), np.eye(2)
+    mean.flags.writeable = cov.flags.writeable = False
+    assert frechet_distance(mean, cov, mean, cov) == 0 and not recwarn.list
+
+
 def test_any_split_gives_the_same_statistics(random):
     features = random.normal(size=(500, 40)) * np.geomspace(1, 100, 40) + 3
     whole = FeatureStats(40)

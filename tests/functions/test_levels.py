@@ -88,7 +88,7 @@ def test_steps_of_a_discrete_chain_are_those_nearest_to_the_levels(spacing):
 @pytest.mark.parametrize("options, message", [
     ({"skip_type": "uniform", "sigma_max": 3.0}, "sigma_max is for --skip_type edm and iddpm and ve and vp, not for"),
     ({"skip_type": "vp", "rho": 3.0}, "rho is for --skip_type edm, not for vp"),
-    ({"skip_type": "cosine"}, "skip type 'cosine' is unknown for this schedule; known: edm, iddpm, uniform, ve, vp"),
+    ({"skip_type": "cosine"}, "skip_type 'cosine' is unknown for this schedule; known: edm, iddpm, uniform, ve, vp"),
 ])
 def test_what_a_spacing_does_not_read_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

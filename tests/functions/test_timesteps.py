@@ -55,7 +55,7 @@ def test_quad_merges_duplicates():
     (0, "uniform"), (1001, "uniform"), (-1, "uniform"), ("abc", "uniform"), ("", "uniform"), ("10", "spiral"),
     ("ddim999", "uniform"), ("1000,1", "uniform"), ("0,5", "respace")])
 def test_refusals(spec, skip_type):
-    with pytest.raises(ValueError, match="timesteps|skip type"):
+    with pytest.raises(ValueError, match="timesteps|skip_type"):
         sampling_times(SCHEDULE, spec, skip_type)
 
 

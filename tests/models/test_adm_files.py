@@ -112,3 +112,8 @@ def test_a_state_dict_that_does_not_fit_together(broken):
         state["time_embed.0.weight"] = torch.zeros(3)
     with pytest.raises(DataError, match="no ADM network: its tensors do not fit together at "):
         read_settings(state)
+
+
+def test_a_name_that_claims_a_billion_blocks_takes_no_memory():
+    with pytest.raises(DataError, match="no ADM network: its tensors do not fit together at 1,000,000,000 blocks"):
+        read_settings({**STATE, "input_blocks.999999999.0.in_layers.0.weight": torch.zeros(1)})

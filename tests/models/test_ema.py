@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from configs.training import Average
+from models import load_profile
 from models.ema import EMA, combination, combine, decay_of, profile_exponent
+from utils.errors import DataError
 
 
 class Scalar(nn.Module):
@@ -135,3 +137,24 @@ def test_an_average_of_any_length_is_made_up_afterwards():
     for wanted, truth in ((0.07, averages[0.07]), (0.05, averages[0.05])):
         made = combine(states, combination(profiles, (1600, wanted)))
         assert made["weight"].item() == pytest.approx(truth.module.weight.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s | {"step": "2"}, lambda s: s | {"step": 0}, lambda s: s | {"step": True}, lambda s: s | {"length": 0.4},
+    lambda s: s | {"length": None}, lambda s: s | {"weights": []}, lambda s: s | {"weights": {}},
+    lambda s: s | {"weights": {"w": torch.zeros(3)}}, lambda s: s | {"weights": {"w": torch.zeros(2).bool()}},
+    lambda s: list(s.items())])
+def test_odd_averages_are_one_line(tmp_path, change):
+    network, whole = torch.nn.Module(), {"step": 1, "length": 0.05, "weights": {"w": torch.zeros(2)}}
+    network.w = torch.nn.Parameter(torch.ones(2))
+    files = [tmp_path / f"phema_{step}_{length}.pth" for step in (1, 2) for length in (0.05, 0.1)]
+    for file in files:
+        _, step, length = file.stem.split("_")
+        torch.save({**whole, "step": int(step), "length": float(length)}, file)
+    assert load_profile(network, files, 0.07).step == 2
+    for file in (files[0], files[-1]):
+        kept = file.read_bytes()
+        torch.save(change({**whole}), file)
+        with pytest.raises(DataError, match=f"{file.name}: no power-function average|another network"):
+            load_profile(network, files, 0.07)
+        file.write_bytes(kept)

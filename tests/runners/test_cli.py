@@ -1,5 +1,7 @@
 """The life of a script: what it returns, and how a rank of several ends."""
 
+import logging
+import re
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -43,6 +45,39 @@ def test_a_flag_after_a_flag_is_still_a_missing_value():
     add_sampler_flags(parser, "100")
     with pytest.raises(UserError, match="--dcw: expected one argument"):
         parser.parse(["--dcw", "--eta", "1"])
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--batch_size", "64"], "did you mean --training.batch_size or --sampling.batch_size?"),
+    (["--dropout", "0"], "did you mean --model.dropout?"),
+    (["digits.yml"], "did you mean --config digits.yml?"),
+    (["--nothing_like_it", "1"], "see --help"),
+])
+def test_keys_and_files_without_their_flag_are_pointed_out(words, message):
+    parser = cli.Parser()
+    cli.add_common(parser)
+    with pytest.raises(UserError, match=re.escape(message)):
+        parser.parse(words)
+
+
+def test_a_missing_package_is_one_line_and_a_missing_module_of_ours_a_bug(capsys):
+    def lacks(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    assert cli.guarded("job.py", lambda: lacks("torch.nn")) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("job.py: the package torch.nn is not installed") and told.count("\n") == 1
+    with pytest.raises(ModuleNotFoundError):
+        cli.guarded("job.py", lambda: lacks("runners.nothing"))
+
+
+def test_what_files_tell_is_logged_once_in_a_command(capsys):
+    for _ in range(2):
+        cli.setup_logging("info")
+        for name in ("configs.reading", "configs.reading", "runners.diffusion", "runners.diffusion"):
+            logging.getLogger(name).info("from %s", name)
+    told = capsys.readouterr().err
+    assert told.count("from configs.reading") == 2 and told.count("from runners.diffusion") == 4
 
 
 def test_help_tells_every_default_also_zero(capsys):

@@ -20,9 +20,10 @@ def test_real_digits_are_near_themselves_and_torn_ones_far(net):
     found = {}
     for name, made in (("half", real[::2].expand(-1, 3, -1, -1)), ("torn", tear(real[::8].float(), 4).byte()),
                        ("noise", images_of(pixels(64))[:, :1])):
-        measured = Evaluation(reference_of(pixels(30), net), net, ("digits_fd", "digits_unsure"))
+        measured, before = Evaluation(reference_of(pixels(30), net), net, ("digits_fd", "digits_unsure")), net.images
         measured.update(made, range(len(made)))
         found[name] = measured.results()
+        assert net.images == before                                      # no pass that no metric asks for
     assert found["half"]["digits_fd"] < 1 and found["half"]["digits_unsure"] < 0.02
     assert found["torn"]["digits_fd"] > 50 and found["torn"]["digits_unsure"] > 0.5
     assert found["noise"]["digits_fd"] > 50 and found["noise"]["digits_unsure"] > 0.9

@@ -48,7 +48,7 @@ def same(a, b):
     return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
 
 
-def test_a_resumed_run_keeps_what_auto_chose(cpu_has, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_what_auto_chose(cpu_has, tmp_path, monkeypatch, capsys):
     """The network is made with it: in float32 a GPU must be told to leave out TF32."""
     made = []
     monkeypatch.setattr(session, "Network", lambda model, device, amp, **more: made.append(amp) or Network(
@@ -57,7 +57,9 @@ def test_a_resumed_run_keeps_what_auto_chose(cpu_has, tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", *AUTO, "--training.max_steps", "4")
     train(tmp_path / "moved", *AUTO, "--training.max_steps", "4", "--max_steps", "2")
     cpu_has("avx2")                                            # on another machine, whose auto would be off
-    moved = train(tmp_path / "moved", *AUTO, "--training.max_steps", "4", "--resume_training")
+    moved = train(tmp_path / "moved", *AUTO, "--training.max_steps", "4", "--resume_training", "--verbose", "info")
+    told = capsys.readouterr().err
+    assert told.count("amp auto") == 1 and "amp auto: bf16, as the run began" in told
     assert whole["amp"] == moved["amp"] == "bf16" and same(whole, moved) and made == [torch.bfloat16] * 3
     off = train(tmp_path / "off", "--amp", "off", "--training.max_steps", "4")
     assert off["amp"] == "off" and not same(whole, off)

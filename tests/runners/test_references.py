@@ -228,6 +228,18 @@ def test_a_category_cannot_lead_out_of_the_folder(wide, net, tmp_path, category)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("stats", ["../../x.npz", "{tmp}/x", "a/../../x"])
+def test_a_configuration_cannot_have_a_reference_made_elsewhere(wide, net, tmp_path, monkeypatch, stats):
+    """``--fid_stats auto`` in a stranger's run folder; a file that is there already may lie anywhere."""
+    monkeypatch.chdir(tmp_path)
+    config = config_of("FOLDER", 8, root=str(tmp_path)).replace("sampling.fid_stats", stats.format(tmp=tmp_path))
+    with pytest.raises(UserError, match="--out makes it elsewhere: sampling.fid_stats .* must be a relative"):
+        make_reference(config, net)
+    np.savez(tmp_path / "x.npz", **FINE)
+    here = config.replace("sampling.fid_stats", str(tmp_path / "x.npz"))
+    assert find_reference(here).path == tmp_path / "x.npz"
+
+
 def test_a_reference_never_replaces_a_file_of_someone_else(wide, net, tmp_path):
     np.savez(tmp_path / "real.npz", arr_0=pixels(20))
     source = FileSource(tmp_path / "real.npz")

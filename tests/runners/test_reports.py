@@ -256,8 +256,9 @@ def test_raw_weights_are_shown_only_while_the_average_is_cold(tmp_path):
     assert is_cold(Average(1000, 0.9999)) and not is_cold(Average(1, 0.0))
 
 
-def test_the_first_sheet_comes_after_the_first_minutes(tmp_path):
-    assert train(tmp_path, "--training.max_steps", "4", "--training.first_grid_minutes", "1e-9") == 0
+def test_the_first_sheet_comes_after_the_first_minutes(tmp_path, capsys):
+    flags = ["--training.max_steps", "4", "--training.first_grid_minutes", "1e-9"]
+    assert train(tmp_path, *flags, level="info") == 0 and capsys.readouterr().err.count("drawing samples/000000") == 2
     names = sorted(path.name for path in (tmp_path / "logs" / "digits" / "samples").iterdir())
     assert names == ["0000001.png", "0000004.png"]
 
