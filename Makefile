@@ -30,7 +30,7 @@ lint: install
 	$(BIN)/ruff check .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest          # many small processes: threads would wait for one another
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile     # each file in one of two processes, of one thread
 
 soak: install
 	$(BIN)/python -m benchmarks.soak --minutes 10

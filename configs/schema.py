@@ -14,7 +14,8 @@ from configs.messages import describe
 from configs.networks import NETWORKS
 from configs.pipelines import fill_in, is_pipeline, pipeline_configuration
 from configs.reading import OLD_AVERAGE, convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
-from configs.sections import Data, DiffusionSection, Loss, Optim, Sampling, Training
+from configs.sections import Data, DiffusionSection, Sampling
+from configs.training import Loss, Optim, Training
 from utils.atomic import write_text
 from utils.errors import ConfigError
 from utils.hub import local_folder

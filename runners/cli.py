@@ -206,9 +206,11 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         if world is None and args.num_process_per_node * args.num_proc_node > 1:
             if args.device != "cpu" and distributed.pick_device(args.device, distributed.World()).type == "cuda":
                 distributed.check_gpus(args.num_process_per_node)
-            return distributed.launch(script, argv, processes=args.num_process_per_node, nodes=args.num_proc_node,
-                                      node_rank=args.node_rank, address=args.master_address, port=args.master_port,
-                                      max_restarts=args.max_restarts)
+            from runners.launcher import launch
+
+            return launch(script, argv, processes=args.num_process_per_node, nodes=args.num_proc_node,
+                          node_rank=args.node_rank, address=args.master_address, port=args.master_port,
+                          max_restarts=args.max_restarts)
         device = distributed.pick_device(args.device, world or distributed.World())
         shared = False
         if device.type == "cpu":

@@ -11,7 +11,7 @@ from benchmarks.__main__ import check_markers, put
 from benchmarks.trace import profile_steps
 from benchmarks.workload import Training, make_config, write_pictures
 from configs.schema import Config
-from configs.sections import Average
+from configs.training import Average
 from functions.denoiser import Denoiser
 from functions.denoising import generalized_steps
 from functions.losses import sequence_aware_loss

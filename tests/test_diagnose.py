@@ -12,6 +12,7 @@ from PIL import Image
 
 import diagnose
 import generate
+from tests.faults import jobs
 from utils.errors import DataError, UserError
 
 FLAGS = ["--device", "cpu", "--timesteps", "4", "--num_images", "12", "--batch_size", "5", "--verbose", "critical"]
@@ -35,6 +36,11 @@ def exp(trained, tmp_path):
 
 def run(exp, measure, *flags, docs=("digits",)):
     return diagnose.main([measure, "--exp", str(exp), "--doc", *docs, *FLAGS, *flags])
+
+
+def run_on_two_ranks(exp, measure, *flags):
+    ranks = jobs.ranks("diagnose", [measure, "--exp", str(exp), "--doc", "digits", *FLAGS, *flags])
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.text for rank in ranks]
 
 
 def table(exp, measure, doc="digits", panels=2):
@@ -88,7 +94,7 @@ def test_gap(exp):
 def test_two_processes_measure_the_same(exp):
     assert run(exp, "exposure", "--sample_type", "ddpm_noisy") == 0
     one, _ = table(exp, "exposure")
-    assert run(exp, "exposure", "--sample_type", "ddpm_noisy", "--num_process_per_node", "2") == 0
+    run_on_two_ranks(exp, "exposure", "--sample_type", "ddpm_noisy")
     assert numbers(table(exp, "exposure")[0]) == pytest.approx(numbers(one), rel=1e-4, abs=1e-5)
 
 
@@ -237,8 +243,7 @@ def test_everything_on_one_page_with_a_verdict(exp, capsys):
 
 
 def test_two_processes_measure_the_same_sizes(exp):
-    found = []
-    for processes in ("1", "2"):
-        assert run(exp, "energy", "--num_process_per_node", processes) == 0
-        found.append(numbers(table(exp, "energy")[0]))
-    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)
+    assert run(exp, "energy") == 0
+    one, _ = table(exp, "energy")
+    run_on_two_ranks(exp, "energy")
+    assert numbers(table(exp, "energy")[0]) == pytest.approx(numbers(one), rel=1e-4, abs=1e-5)

@@ -10,7 +10,7 @@ from configs.schema import load_config
 from runners.diffusion import Diffusion
 from tests.conftest import REPOSITORY
 from tests.faults import jobs
-from tests.runners.test_evaluation import TinyNet
+from tests.tiny_net import TinyNet
 from utils.errors import UserError
 from utils.locks import lock_folder
 

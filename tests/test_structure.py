@@ -17,7 +17,7 @@ LAYERS = {
     "runners": {"functions", "models", "datasets", "configs", "utils"},
 }
 SCRIPTS = ["train_ddp", "generate", "fid", "dataset_tool", "diagnose", "study"]
-MAY_READ_PROCESS_STATE = {"runners/distributed.py", "runners/cli.py", "configs/from_adm.py",
+MAY_READ_PROCESS_STATE = {"runners/distributed.py", "runners/launcher.py", "runners/cli.py", "configs/from_adm.py",
                           *(f"{name}.py" for name in SCRIPTS)}
 FILES = {layer: sorted((REPOSITORY / layer).rglob("*.py")) for layer in LAYERS}
 

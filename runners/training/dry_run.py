@@ -190,11 +190,11 @@ def _make_step(diffusion: Diffusion, images: torch.Tensor) -> Callable:
     network = Network(diffusion.model, device, resolve_amp(config.training.amp, device))
     labels = {"labels": torch.zeros(len(images), dtype=torch.long, device=device)} if config.model.num_labels else {}
     times, generator = TimeSampler.of(config, diffusion.schedule), shard_generator(config.training.seed, 0, 0, device)
-    draw = diffusion.draw(images.to(device), labels, times, generator)
+    draw = diffusion.objective.draw(images.to(device), labels, times, generator)
 
     def step():
         denoiser = Denoiser.of(config, network, diffusion.schedule)
-        diffusion.loss(denoiser, draw).total.mean().backward()
+        diffusion.objective.loss(denoiser, draw).total.mean().backward()
 
     return step
 

@@ -145,7 +145,7 @@ class Session:
         return opened[0] if opened else None
 
     def _batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """(images, condition) of this rank's network calls, b images each, as ``Diffusion.draw`` takes them."""
+        """(images, condition) of this rank's network calls, b images each, as ``Objective.draw`` takes them."""
         fed, again = tee(self.plan.index_lists(self.step))
         condition = self.diffusion.conditions_of(self.images)
         for images, indices in zip(self.images.batches(fed), again, strict=False):

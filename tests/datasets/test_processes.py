@@ -55,7 +55,7 @@ def test_two_ranks_over_one_lmdb(make_config, write_lmdb, tmp_path, cache):
     ranks = [fork.Process(target=_rank, args=(config, tmp_path, rank, queue)) for rank in range(2)]
     for process in ranks:
         process.start()
-    seen = [queue.get(timeout=60) for _ in ranks]
+    seen = [queue.get(timeout=300) for _ in ranks]
     for process in ranks:
         process.join()
     assert sorted(seen[0] + seen[1]) == list(range(8))

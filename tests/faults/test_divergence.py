@@ -12,9 +12,10 @@ from tests.faults import jobs
 def poison(where: str, steps: list[int]) -> None:
     """Make the training steps ``steps`` (from 1) not finite."""
     from models.codecs import Pixels
-    from runners import diffusion
+    from runners.diffusion import Diffusion
+    from runners.training import objective
 
-    original, current = diffusion.Diffusion.train_step, [0]
+    original, current = Diffusion.train_step, [0]
 
     def train_step(self, session):
         current[0] = session.step + 1
@@ -22,10 +23,10 @@ def poison(where: str, steps: list[int]) -> None:
             session.state.parameters[3].register_hook(lambda g: g * math.inf if current[0] in steps else g)
         original(self, session)
 
-    diffusion.Diffusion.train_step = train_step
+    Diffusion.train_step = train_step
     if where == "loss":
-        loss = diffusion.sequence_aware_loss
-        diffusion.sequence_aware_loss = lambda *args, **kwargs: (
+        loss = objective.sequence_aware_loss
+        objective.sequence_aware_loss = lambda *args, **kwargs: (
             terms := loss(*args, **kwargs))._replace(total=terms.total * (math.nan if current[0] in steps else 1))
     if where == "data":
         encode = Pixels.encode

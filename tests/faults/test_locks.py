@@ -15,7 +15,7 @@ from utils.locks import lock_folder
 def test_a_second_job_in_a_run_folder_is_refused(tmp_path):
     reached, released = jobs.SERVER.Event(), jobs.SERVER.Event()
     first = jobs.train(tmp_path, "--max_steps", "2", faults=jobs.hold_after(1, reached, released))
-    assert reached.wait(60), first.text
+    assert reached.wait(jobs.PATIENCE), first.text
     before = jobs.files(tmp_path / "logs" / "digits")
     for flags in ([], ["--overwrite"], ["--resume_training"]):
         second = jobs.train(tmp_path, "--max_steps", "2", *flags)
@@ -44,7 +44,7 @@ def test_a_second_job_in_an_image_folder_is_refused(trained, tmp_path):
             "--num_samples", "2", "--verbose", "critical"]
     reached, released = jobs.SERVER.Event(), jobs.SERVER.Event()
     first = jobs.Job("generate", argv, faults=[partial(hold_in_generation, reached, released)])
-    assert reached.wait(60), first.text
+    assert reached.wait(jobs.PATIENCE), first.text
     second = jobs.Job("generate", argv)
     assert second.wait() == 2 and "in use by another job" in second.text, second.text
     elsewhere = jobs.Job("generate", [*argv, "-i", "elsewhere"])

@@ -54,11 +54,10 @@ def test_the_error_is_the_spread_over_fresh_sets(count, shift):
     """Normal features of 60 dimensions below, at and above their rank: coverage and size over 300 sets."""
     mu, root = torch.zeros(DIM), torch.diag(SCALES)
     sets = [draw(count, seed, shift) for seed in range(300)]
-    values = np.array([frechet_spread(features, mu, root=root) for features in sets])
-    low, high = np.array([frechet_interval(features, mu, root=root) for features in sets]).T
-    assert 0.85 < values[:, 1].mean() / values[:, 0].std() < 1.15
-    expectation = values[:, 0].mean()
-    assert 0.91 < ((low < expectation) & (expectation < high)).mean() < 0.98
+    values, errors, freedoms = np.array([frechet_spread(features, mu, root=root) for features in sets]).T
+    assert 0.85 < errors.mean() / values.std() < 1.15
+    reach = errors * [student(0.975, freedom) for freedom in freedoms]              # as frechet_interval has it
+    assert 0.91 < (abs(values - values.mean()) < reach).mean() < 0.98
 
 
 def test_interval_is_centred_and_scales_with_its_level():

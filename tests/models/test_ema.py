@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from configs.sections import Average
+from configs.training import Average
 from models import load_profile
 from models.ema import EMA, combination, combine, decay_of, profile_exponent
 from utils.errors import DataError

@@ -20,6 +20,7 @@ from functions.losses import sequence_aware_loss
 from functions.variational import Transitions, with_bound
 from models.adm_classifier import ADMClassifier, load_classifier
 from runners.diffusion import Diffusion
+from runners.training.objective import Objective
 from runners.training.state import TrainingState
 from tests.adm import denoiser_of, network, of_kind, relative_error, schedule_of
 from tests.faults import jobs
@@ -73,14 +74,14 @@ def test_all_terms_of_the_loss_fall(exp):
 
 
 def test_the_history_holds_the_unweighted_losses_of_all_shards_in_their_order(config_file, tmp_path, monkeypatch):
-    seen, original = [], Diffusion.loss
+    seen, original = [], Objective.loss
 
     def loss(self, denoiser, batch):
         terms = original(self, denoiser, batch)
         seen.append((batch.t, terms.total.detach(), batch.importance))
         return terms
 
-    monkeypatch.setattr(Diffusion, "loss", loss)
+    monkeypatch.setattr(Objective, "loss", loss)
     assert train_ddp.main(flags(config_file, tmp_path, "--max_steps", 6, "--training.micro_batch_size", 8)) == 0
     assert len(seen) == 6 * 4 and any((importance != 1).any() for _, _, importance in seen)
     t, losses = (torch.cat(column) for column in list(zip(*seen, strict=True))[:2])

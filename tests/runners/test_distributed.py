@@ -11,6 +11,7 @@ import torch
 
 from runners import distributed
 from runners.distributed import Signals, World, detect, master_address, on_rank_zero
+from runners.launcher import launch
 from tests.conftest import REPOSITORY, TINY
 from tests.faults import jobs
 
@@ -73,7 +74,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_foreign_launchers(tmp_path, launcher):
     command = [*LAUNCHERS[launcher], "train_ddp.py", *TINY, "--exp", str(tmp_path), "--max_steps", "1"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=jobs.PATIENCE)
     assert done.returncode == 0, done.stderr
     stored = torch.load(tmp_path / "logs" / "digits" / "ckpt.pth", weights_only=True)
     assert len(stored["metric_sums"]) == 2                                # one entry for each rank
@@ -94,7 +95,7 @@ def test_ranks_by_their_variables(tmp_path, names):
 def test_our_launcher_returns_the_code_of_the_rank_that_failed(tmp_path):
     """A data set whose files vanish between the check and the ranks: every rank exits 3, and so does the launcher."""
     (tmp_path / "rank.py").write_text("import os, sys; sys.exit(3 if os.environ['RANK'] == '1' else 0)")
-    assert jobs.Job(partial(distributed.launch, processes=2), [str(tmp_path / "rank.py"), []]).wait() == 3
+    assert jobs.Job(partial(launch, processes=2), [str(tmp_path / "rank.py"), []]).wait() == 3
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

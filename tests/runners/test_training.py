@@ -71,7 +71,8 @@ def test_the_number_of_processes_changes_nothing_when_the_shards_are_the_same(tm
     flags = [*HARD, *remedies, "--training.global_batch_size", "8", "--training.micro_batch_size", "4", "--data.cache",
              "ram"]
     assert train(tmp_path / "one", *flags) == 0
-    assert train(tmp_path / "two", *flags, "--num_process_per_node", "2") == 0
+    ranks = jobs.ranks("train_ddp", [*TINY, "--exp", str(tmp_path / "two"), *flags])
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.text for rank in ranks]
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     one, two = state(tmp_path / "one")["ema"], state(tmp_path / "two")["ema"]

@@ -1,0 +1,8 @@
+import pytest
+
+from tests.tiny_net import TinyNet
+
+
+@pytest.fixture
+def net():
+    return TinyNet()
