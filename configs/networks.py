@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from configs.base import AsTuple, Count, Counts, Fraction, Natural, Positive, Section
 
+MOST_BLOCKS, WIDEST = 1000, 65536                # of a network in any of its numbers; published ones have 6 and 1,536
+
 
 class Network(Section, ABC):
     """What the rest of the program asks of a ``model`` section, whatever its arch."""
@@ -15,6 +17,18 @@ class Network(Section, ABC):
     """Keys that may change between training and use: the weights fit either way."""
 
     arch: str
+
+    @model_validator(mode="after")
+    def _is_no_larger_than_any(self):
+        """A stranger's file must not make a network that fills the memory layer by layer."""
+        for key, value in self:
+            limit = MOST_BLOCKS if "block" in key else WIDEST
+            if isinstance(value, tuple) and len(value) > MOST_BLOCKS:
+                raise ValueError(f"model.{key} has {len(value)} entries, at most {MOST_BLOCKS} are possible")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and number > limit:
+                    raise ValueError(f"model.{key} {number} is beyond {limit}")
+        return self
 
     @property
     @abstractmethod

@@ -1,5 +1,6 @@
 """Networks by name, and the weights that they can be given."""
 
+import re
 from collections.abc import Callable
 
 from torch import nn
@@ -21,6 +22,7 @@ from models.weights import (
     stored_settings,
     weights_fingerprint,
 )
+from utils.errors import UserError
 
 __all__ = ["EMA", "MODELS", "WeightsInfo", "about_weights", "build_model", "decay_of", "load_classifier",
            "load_profile", "load_weights", "make_codec", "stored_settings", "weights_fingerprint"]
@@ -54,5 +56,13 @@ def build_model(config: Config) -> nn.Module:
 
     Its forward takes x (B, C, H, W) float, t (B,) float or long and the condition by name, such as ``labels`` long
     (B,); it returns F, (B, C or 2C, H, W). Names in its state dict are those of its program, without prefixes.
+
+    Raises:
+        UserError: It does not fit into memory.
     """
-    return MODELS[config.model.arch](config)
+    try:
+        return MODELS[config.model.arch](config)
+    except (RuntimeError, MemoryError) as error:               # as torch says it where memory is short
+        if isinstance(error, RuntimeError) and not re.search("allocate|overflow|memory", str(error)):
+            raise
+        raise UserError(f"the network of this configuration cannot be made here: {error or 'no memory'}") from None

@@ -202,7 +202,9 @@ def _check_tensors(content) -> None:
                 held = value.untyped_storage().nbytes() // value.element_size()
                 if value.numel() > held:
                     raise _Damaged(f"it has a tensor of {value.numel():,} numbers of which it holds {held:,}")
-        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            continue
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        if isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))                               # a list may hold itself
             ahead += value.values() if isinstance(value, dict) else value
 

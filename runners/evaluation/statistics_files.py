@@ -138,6 +138,8 @@ def _provenance(path: Path, text: str) -> dict:
 def check_moments(path: Path, mean, cov, dim: int, names=("mu", "sigma")) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64 (dim,) and (dim, dim). Raises DataError where they are no mean and no covariance."""
     try:
+        if np.iscomplexobj(mean) or np.iscomplexobj(cov):
+            raise TypeError
         mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
     except (TypeError, ValueError):
         raise DataError(f"{path}: {' or '.join(names)} are not numbers") from None

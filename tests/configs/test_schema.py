@@ -124,6 +124,10 @@ def test_later_override_wins():
     ("training.batch_size=[", r"--training.batch_size \[, line 1: not usable YAML"),
     ("batch_size=64", "'batch_size=64' is not of the form section.key=value"),
     ("training.batch_size", "is not of the form"),
+    ("model.num_res_blocks=1000000000", "num_res_blocks 1000000000 is beyond 1000"),
+    ("model.ch=10000000000", "ch 10000000000 is beyond 65536"),
+    ("model.ch_mult=[1, 99999999]", "ch_mult 99999999 is beyond 65536"),
+    (f"model.ch_mult={[1] * 2000}", "ch_mult has 2000 entries, at most 1000"),
     ("=3", "is not of the form"),
     ("training.=3", "is not of the form"),
 ])

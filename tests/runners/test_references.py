@@ -89,6 +89,7 @@ FINE = {"mu": np.zeros(16), "sigma": np.eye(16)}
     ({"mu": np.zeros(16)}, "keys mu and sigma expected, found mu"),
     ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, "it holds images: python fid.py ref --images"),
     ({"mu": np.array(["a"]), "sigma": np.eye(16)}, "are not numbers"),
+    ({**FINE, "mu": np.full(16, 1j)}, "are not numbers"), ({**FINE, "sigma": np.eye(16) * 1j}, "are not numbers"),
     ({**FINE, "provenance": np.array("[1]")}, "provenance is not what fid.py ref writes"),
     ({**FINE, "provenance": np.array("{nonsense")}, "provenance is not what fid.py ref writes"),
     ({**FINE, "provenance": np.array("[" * 100000)}, "provenance is not what fid.py ref writes"),

@@ -1,5 +1,6 @@
 """Pickles, arrays and torch files of strangers: numbers come through, nothing else does, no file kills the process."""
 
+import argparse
 import os
 import pickle
 import random
@@ -207,8 +208,8 @@ def test_torch_files_that_claim_too_much(tmp_path, weights):
 def test_a_tensor_that_repeats_its_numbers_is_refused(tmp_path, legacy):
     """A stride of zero makes 4 TB of one number, which whoever copies or digests the tensor would write out."""
     endless = torch.zeros(1).expand(10**12)
-    inside = [{"a": [torch.zeros(2)]}, ({"b": endless},)]
-    torch.save(inside, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-    assert "a tensor of 1,000,000,000,000 numbers of which it holds 1" in refused(tmp_path / "x.pth", load_torch)
+    for inside in ([{"a": [torch.zeros(2)]}, ({"b": endless},)], {"c": argparse.Namespace(d=[endless])}):
+        torch.save(inside, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+        assert "a tensor of 1,000,000,000,000 numbers of which it holds 1" in refused(tmp_path / "x.pth", load_torch)
     torch.save(torch.arange(6.0).view(2, 3).T, tmp_path / "y.pth", _use_new_zipfile_serialization=not legacy)
     assert torch.equal(load_torch(tmp_path / "y.pth"), torch.arange(6.0).view(2, 3).T)
