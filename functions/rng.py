@@ -99,7 +99,8 @@ def check_seeds(seeds: Sequence[int], last: int = LAST_SEED) -> Sequence[int]:
         try:
             seeds = ends = [index(seed) for seed in seeds]
         except TypeError:
-            raise ValueError(f"seeds {str(seeds)[:80]} must be whole numbers") from None
+            raise ValueError(f"seeds {str(seeds)[:80]} must be whole numbers in a list, or a range such as "
+                             "range(16)") from None
     if wrong := next((seed for seed in ends if not 0 <= seed <= last), None):
         raise ValueError(f"seed {wrong}: seeds are 0 to {last}")
     if isinstance(seeds, list) and len(set(seeds)) < len(seeds):

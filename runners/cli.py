@@ -52,16 +52,13 @@ class Parser(argparse.ArgumentParser):
         """What may have been meant: a flag, a key of the configuration without its section, a configuration."""
         from configs.schema import dotted_keys  # imports pydantic, which only such an error has to await
 
-        flag = word.partition("=")[0]
-        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-        keys = [f"--{key}" for key in dotted_keys() if flag.startswith("--") and key.endswith(f".{flag[2:]}")]
-        if close:
-            return f"did you mean {close[0]}?"
-        if keys and "--config" in self._option_string_actions:
-            return f"did you mean {' or '.join(keys)}?"
-        if word.endswith((".yml", ".yaml")) and "--config" in self._option_string_actions:
+        name, takes_config = word.partition("=")[0].lstrip("-"), "--config" in self._option_string_actions
+        flags = {flag.lstrip("-"): flag for flag in self._option_string_actions}
+        close = [flags[each] for each in difflib.get_close_matches(name, flags, n=1)]
+        keys = [f"--{key}" for key in dotted_keys() if takes_config and key.endswith(f".{name}")]
+        if takes_config and word.endswith((".yml", ".yaml")):
             return f"did you mean --config {word}?"
-        return "see --help"
+        return f"did you mean {' or '.join(keys or close)}?" if keys or close else "see --help"
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

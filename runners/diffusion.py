@@ -22,6 +22,7 @@ from runners import distributed
 from runners.conditioning import PROMPT_STRIDE, StoredPrompts
 from runners.latents import open_latent_images
 from runners.network import Network, explain_out_of_memory, memory_format
+from runners.sampling.flags import checked_settings
 from runners.sampling.gamma import read_gamma
 from runners.sampling.sampler import Sampler
 from runners.sampling.weights import local_weights, stored_config
@@ -311,7 +312,7 @@ class Diffusion:
             seeds = check_seeds(seeds, PROMPT_STRIDE * (self.prompts.count if self.prompts else 1) - 1)
         except ValueError as error:
             raise UserError(str(error)) from None
-        sampler = self.sampler(settings or SamplerSettings(**keywords))
+        sampler = self.sampler(settings or checked_settings(keywords))
         size = batch_size or self.config.sampling.batch_size
         for start in range(0, len(seeds), size):
             chunk = list(seeds[start:start + size])

@@ -62,6 +62,7 @@ def _told(failures: Mapping) -> int:
         return reasons[0]
     first = min(failures.values(), key=lambda failure: failure.timestamp)
     if killed:
-        raise LostRank(f"rank {killed[0]} died (signal {-codes[killed[0]]}); resume with the same command and "
+        who = f"rank {killed[0]}" if len(killed) == 1 else f"ranks {', '.join(map(str, killed))}"
+        raise LostRank(f"{who} died (signal {-codes[killed[0]]}); resume with the same command and "
                        "--resume_training, or start with --max_restarts N", 128 - codes[killed[0]])
     return first.exitcode if first.exitcode > 0 else 128 - first.exitcode

@@ -52,6 +52,18 @@ def test_train_prepares_and_protects_a_folder(tmp_path, monkeypatch):
     assert all(torch.equal(value, stored[name]) for name, value in from_run.model.state_dict().items())
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"timesteps": [10, 500]}, r"timesteps \[10, 500\]: .* such as 50, 'ddim25' or '10,15,20'"),
+    ({"sampler": "heun"}, "sampler is no setting of a sampler; known: sample_type, timesteps"),
+    ({"eta": 3}, "eta 3: input should be less than or equal to 1"),
+])
+def test_settings_that_are_not_possible_are_one_line(settings, message):
+    diffusion = Diffusion(load_config("digits.yml", SMALL), "cpu")
+    with pytest.raises(UserError, match=message) as caught:
+        next(diffusion.sample([1], **settings))
+    assert "\n" not in str(caught.value) and not str(caught.value).startswith("--")
+
+
 def train_one_step(folder) -> None:
     Diffusion(load_config("digits.yml", SMALL), "cpu").train(folder, max_steps=1)
 

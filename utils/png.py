@@ -22,13 +22,13 @@ def columns_of(count: int) -> int:
 def tile(images: Tensor, columns: int | None = None) -> Tensor:
     """uint8 (N, C, H, W) in rows of ``columns`` (default: near a square), with a white gap, as one (C, H', W').
 
-    Images that would not fill the last row are left out. All are
-    enlarged by a whole factor until the sheet is WIDTH pixels wide.
+    Images that would not fill the last row are left out. All are enlarged by a whole factor until the sheet is WIDTH
+    pixels wide, a tall one no further than twice as high.
     """
     n, c, h, w = images.shape
     columns = min(n, columns or columns_of(n))
     rows = n // columns
-    factor = max(1, -(-(WIDTH + GAP - columns * GAP) // (columns * w)))
+    factor = max(1, min(-(-(WIDTH + GAP - columns * GAP) // (columns * w)), 2 * WIDTH // (rows * h)))
     images = images[:rows * columns].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     h, w = h * factor, w * factor
     canvas = images.new_full((c, rows * (h + GAP) - GAP, columns * (w + GAP) - GAP), 255)

@@ -58,8 +58,6 @@ class FileSource:
         self.name = self.path.name
         if not len(self.reader):
             raise DataError(f"{self.path}: holds no images")
-        if isinstance(self.reader, ImageFiles) and self.reader.ignored:
-            log.info("%s: %d files are no images and are left out", self.path, self.reader.ignored)
 
     def _open(self):
         """RGB, except that an array of grey images stays grey, which the network takes too."""

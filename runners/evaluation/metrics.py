@@ -175,7 +175,7 @@ class Evaluation:
                               *([("the interval", INTERVAL_MINIMUM)] if self.interval else [])]:
             if count < minimum:
                 raise UserError(f"{count} image(s) given, {name} needs at least {minimum}")
-        if "pool" in measured and count < self.net.dim and rank() == 0:
+        if count < self.net.dim and {"fid", "sfid"} & set(self.metrics) and rank() == 0:
             log.warning("%d images are fewer than %d dimensions: the covariance is singular and FID biased upwards",
                         count, self.net.dim)
         return on_rank_zero(lambda: self._compute(measured, count))

@@ -1,6 +1,7 @@
 """The sampler's flags, the same for every script, and the settings that they make."""
 
 import argparse
+from collections.abc import Iterable
 
 from utils.errors import UserError
 
@@ -51,8 +52,6 @@ def sampler_settings(args):
     Raises:
         UserError: The first flag that is not possible, what was given and what is allowed.
     """
-    from pydantic import ValidationError
-
     from configs.sampling import SamplerSettings
 
     keys = {name: getattr(args, name) for name in SamplerSettings.model_fields if hasattr(args, name)}
@@ -61,10 +60,19 @@ def sampler_settings(args):
             keys[name] = numbers(name, keys[name])
     text = str(keys["timesteps"])
     keys["timesteps"] = int(text) if text.isdigit() and int(text) > 0 else text
+    return checked_settings(keys, "--")
+
+
+def checked_settings(keys: dict, dashes: str = ""):
+    """SamplerSettings of these values; ``dashes`` go before a name in the one line of the UserError."""
+    from pydantic import ValidationError
+
+    from configs.sampling import SamplerSettings
+
     try:
         return SamplerSettings.model_validate(keys)
     except ValidationError as error:
-        raise UserError(one_line(error)) from None
+        raise UserError(f"{dashes}{one_line(error, SamplerSettings.model_fields)}") from None
 
 
 def numbers(name: str, text: str) -> float | tuple[float, ...]:
@@ -77,16 +85,19 @@ def numbers(name: str, text: str) -> float | tuple[float, ...]:
 
 
 EXAMPLES = {"eps_scaler": "1.017 or 0.0005,1.01", "churn": "40 or 40,0.05,50,1.003", "guidance_interval": "0.2,5",
-            "dcw": "0.05, 0.05,0.01 or 0.05,pixel", "time_shift": "40,300 or 40,300,code",
+            "timesteps": "50, 'ddim25' or '10,15,20'", "dcw": "0.05, 0.05,0.01 or 0.05,pixel",
+            "time_shift": "40,300 or 40,300,code",
             "restart": "3,2,0.14,0.3 or 3,2,0.14,0.3,1.003;3,1,5,9"}
 
 
-def one_line(error) -> str:
+def one_line(error, known: Iterable[str]) -> str:
     """The first problem of a pydantic ValidationError about SamplerSettings."""
     problem = error.errors(include_url=False)[0]
-    flag = f"--{problem['loc'][0]} " if problem["loc"] else ""
+    flag = f"{problem['loc'][0]} " if problem["loc"] else ""
     if problem["type"] == "value_error":
-        return f"--{problem['ctx']['error']}"
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "extra_forbidden":
+        return f"{flag}is no setting of a sampler; known: {', '.join(known)}"
     example = EXAMPLES.get(problem["loc"][0]) if problem["loc"] else None
     given = flag_text(problem["input"]) if isinstance(problem["input"], tuple) else repr(problem["input"])
     what = "too few numbers" if problem["type"] == "missing" else problem["msg"][0].lower() + problem["msg"][1:]

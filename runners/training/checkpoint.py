@@ -118,8 +118,9 @@ class RunFolder:
         if resume and overwrite:
             raise UserError("--resume_training and --overwrite exclude each other")
         if (self.full_states() or self.averages()) and not (resume or overwrite):
-            raise UserError(f"{self.path} already holds checkpoints; continue with --resume_training, "
-                            "or start anew with --overwrite (the old folder is kept under another name)")
+            raise UserError(f"{self.path} already holds checkpoints; continue with --resume_training, or start anew "
+                            "with --overwrite (the old folder is kept under another name); in Python resume=True and "
+                            "overwrite=True")
         if resume and self.averages() and not self.full_states():
             raise UserError(f"{self.path} holds weights but no full state to resume from; start another --doc with "
                             f"--init_from {self.averages()[0]}")

@@ -80,7 +80,7 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
         "memory of this machine": room_in_words(on_one_device, room, here, device),
         "training images": f"{num_images:,}; {tried}",
         "steps": f"{plan.steps_per_epoch:,} in an epoch, {plan.total_steps:,} in the run",
-        "time": f"about {in_words(seconds * plan.total_steps)} for the run, {seconds:.2g} s for a step",
+        "time": f"about {in_words(seconds * plan.total_steps)} for the run, {digits(seconds)} s for a step",
         "absent": ", ".join(absent) or "nothing",
     })
 
@@ -122,6 +122,11 @@ def in_words(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {name}"
     return f"{seconds:.0f} seconds"
+
+
+def digits(seconds: float) -> str:
+    """Two digits, without an exponent where there are more: 0.12, 1.9, 140."""
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def step_seconds(diffusion: Diffusion, images: torch.Tensor, plan: Plan, memory: float) -> float:

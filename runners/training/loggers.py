@@ -2,12 +2,14 @@
 
 import importlib.util
 import logging
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from utils.atomic import write_text
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -48,8 +50,16 @@ class WandB:
         import wandb
 
         self.wandb = wandb
-        self.run = wandb.init(project="sa-ddim", name=folder.name, id=folder.name, dir=str(folder), config=config,
+        self.run = wandb.init(project="sa-ddim", name=folder.name, id=self._id(folder), dir=str(folder), config=config,
                               resume="allow")
+
+    @staticmethod
+    def _id(folder: Path) -> str:
+        """Kept in the folder: a run begun anew, or in another place, under the same name is another one."""
+        path = folder / "wandb_id.txt"
+        if not path.exists():
+            write_text(path, f"{secrets.token_hex(4)}\n")
+        return path.read_text().strip()
 
     def scalar(self, name, value, step):
         self.run.log({name: value}, step=step)

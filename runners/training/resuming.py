@@ -73,7 +73,7 @@ PLAIN: dict[str, tuple[Callable, bool]] = {
     "lr_schedule": (_schedule, False), "grad_scaler": (_scaler, False), "best_fid": (_best, True),
     "metric_sums": (_sums, True), "snapshots": (_counts, True), "config": (_sections, True),
     "amp": (lambda value: isinstance(value, str) and value in AMP, True), "data_fingerprint": (_text, True),
-    "data_content": (_text, True), "frozen": (_text, True),
+    "data_content": (_text, True), "frozen": (_text, True), "global_batch": (_count, True),
     "digests": (lambda value: isinstance(value, dict), True),
 }
 

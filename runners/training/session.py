@@ -123,6 +123,9 @@ class Session:
             return {}
         stored, path = found
         log.info("resumed from %s: step %d, epoch %d", path, stored["step"], stored["epoch"])
+        if stored.get("global_batch") not in (None, self.plan.global_batch):
+            log.warning("resuming with another global batch: %d images there, %d here; training.global_batch_size "
+                        "keeps it for any number of processes", stored["global_batch"], self.plan.global_batch)
         return stored
 
     def _keep_precision(self, amp: torch.dtype | None, stored: dict) -> torch.dtype | None:
@@ -231,6 +234,7 @@ class Session:
         """
         full = {"format_version": FORMAT_VERSION, "config": self.diffusion.config.model_dump(mode="json"),
                 "step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "best_fid": self.best,
+                "global_batch": self.plan.global_batch,
                 "amp": amp_name(self.network.amp), "metric_sums": metric_sums, **self.data, **self.state.state_dict()}
         refuse_non_finite(full)
         return full

@@ -50,7 +50,7 @@ def test_parse_seeds_refuses(text):
 @pytest.mark.parametrize(("seeds", "message"), [
     ([-1], "seed -1: seeds are 0 to 4294967295"), ([3, 1, 3], "seed 3 is given twice"), ([2**32], "seed 4294967296: "),
     (range(10**12), "seed 999999999999: "), (range(4, -2, -1), "seed -1: "), ([0.5], "whole numbers"),
-    (["1"], "whole numbers"), (torch.tensor([1, 1]), "seed 1 is given twice")])
+    (5, "such as range"), (["1"], "whole numbers"), (torch.tensor([1, 1]), "seed 1 is given twice")])
 def test_seeds_from_python_are_checked(seeds, message):
     with pytest.raises(ValueError, match=message):
         check_seeds(seeds)

@@ -49,7 +49,7 @@ def test_a_flag_after_a_flag_is_still_a_missing_value():
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--batch_size", "64"], "did you mean --training.batch_size or --sampling.batch_size?"),
-    (["--dropout", "0"], "did you mean --model.dropout?"),
+    (["--dropout", "0"], "did you mean --model.dropout?"), (["--lr=1"], "did you mean --optim.lr?"),
     (["digits.yml"], "did you mean --config digits.yml?"),
     (["--nothing_like_it", "1"], "see --help"),
 ])

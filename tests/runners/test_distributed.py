@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,3 +107,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     assert distributed.pick_device("auto", World(0, 2, 0)).type == "cuda"
     with pytest.raises(UserError, match=r"2 processes on a node with 1 GPU"):
         distributed.pick_device("cuda", World(1, 2, 1))
+
+
+def test_all_ranks_that_were_killed_are_named():
+    """Where one is killed the agent kills those that do not end in time; which was the first cannot be told."""
+    for killed, who in (([1], "rank 1 died"), ([0, 1], "ranks 0, 1 died")):
+        with pytest.raises(distributed.LostRank, match=who) as lost:
+            distributed._told({rank: SimpleNamespace(exitcode=-9, timestamp=5) for rank in killed})
+        assert lost.value.code == 137

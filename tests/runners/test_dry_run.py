@@ -12,7 +12,7 @@ import train_ddp
 from configs.schema import Config
 from runners.diffusion import Diffusion
 from runners.training import dry_run
-from runners.training.dry_run import in_words, room_in_words, training_memory
+from runners.training.dry_run import digits, in_words, room_in_words, training_memory
 from runners.training.plan import Plan
 from tests.conftest import TINY
 from tests.faults import jobs
@@ -108,6 +108,7 @@ def test_words():
     assert room_in_words(gib, 2 * gib, 1, cpu) == "needed: about 1.00 GiB of 2.00: enough"
     assert [in_words(s) for s in (30, 90, 3 * 3600, 10 * 86400)] == ["30 seconds", "1.5 minutes", "3.0 hours",
                                                                      "10.0 days"]
+    assert [digits(s) for s in (0.123, 1.94, 12.3, 140.2)] == ["0.12", "1.9", "12", "140"]
 
 
 def test_a_container_has_what_it_may_use(tmp_path):

@@ -12,6 +12,7 @@ import generate
 from configs.sampling import SamplerSettings
 from runners.diffusion import Diffusion
 from runners.sampling.pictures import open_originals, reconstruct
+from utils.png import tile
 
 
 @pytest.fixture
@@ -26,6 +27,13 @@ def originals(tmp_path):
 def run(exp, *flags):
     return generate.main(["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--timesteps", "3", *flags,
                           "-i", str(exp / "out"), "--verbose", "critical"])
+
+
+@pytest.mark.parametrize(("count", "columns", "shape"), [
+    (4, 2, (642, 642)), (20, 2, (10 * 130 - 2, 2 * 130 - 2)), (3, 1, (3 * 418 - 2, 418 - 2)),
+    (200, 1, (200 * 18 - 2, 16))])
+def test_a_tall_sheet_is_enlarged_no_further_than_fits_a_screen(count, columns, shape):
+    assert tile(torch.zeros(count, 1, 16, 16, dtype=torch.uint8), columns).shape == (1, *shape)
 
 
 @pytest.mark.parametrize("sampler", ["generalized", "heun"])

@@ -300,6 +300,10 @@ def test_wandb_gets_curves_and_sheets(tmp_path, monkeypatch):
                            __spec__=SimpleNamespace())
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert train(tmp_path, "--max_steps", "2", "--training.loggers", "[wandb]") == 0
-    assert calls[0]["id"] == "digits" and calls[0]["resume"] == "allow" and calls[-1] == "finish"
+    assert calls[0]["name"] == "digits" and calls[0]["resume"] == "allow" and calls[-1] == "finish"
     assert calls[0]["config"]["model"]["ch"] == 32
     assert (1, ["loss"]) in logged and (2, ["loss"]) in logged and (2, ["samples"]) in logged
+    for steps, flag in (("3", "--resume_training"), ("1", "--overwrite")):
+        assert train(tmp_path, "--max_steps", steps, "--training.loggers", "[wandb]", flag) == 0
+    first, resumed, anew = (call["id"] for call in calls if call != "finish")
+    assert first == resumed != anew                           # where steps are 1 again, wandb would drop them

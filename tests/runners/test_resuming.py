@@ -98,7 +98,8 @@ BROKEN = [                                                     # key, what it be
     ("grad_scaler", {"scale": "x"}, "grad_scaler is a dict"), ("grad_scaler", ..., "grad_scaler is missing"),
     ("bad_run", "0", "bad_run is str"), ("metric_sums", [["a"]], "metric_sums is a list"),
     ("best_fid", 3.0, "best_fid is float"), ("snapshots", 3, "snapshots is int"), ("config", [], "config is a list"),
-    ("ema_updates", True, "ema_updates is"), ("amp", "fp8", "amp is str 'fp8'"), ("digests", [], "digests is a list"),
+    ("ema_updates", True, "ema_updates is"), ("global_batch", 8.0, "global_batch is"),
+    ("amp", "fp8", "amp is str 'fp8'"), ("digests", [], "digests is a list"),
     ("times", [1], "times is a list"),
     ("model/conv_in.bias", lambda t: t + 1, "model weights have another digest"),
     ("ema/conv_in.bias", lambda t: t + 1, "ema weights have another digest"),
@@ -198,11 +199,12 @@ def test_what_may_change_is_named_in_a_warning(tmp_path, caplog):
     mine = make_photos(tmp_path / "mine", 0)
     assert train(tmp_path / "exp", *mine, "--max_steps", "1") == 0
     other = ["--model.dropout", "0.3", "--training.ema", "[0.5]", "--data.random_flip", "true",
-             "--data.validation_fraction", "0.25"]
+             "--data.validation_fraction", "0.25", "--training.batch_size", "4"]
     with caplog.at_level(logging.WARNING):
         assert train(tmp_path / "exp", *mine, *other, "--max_steps", "2", "--resume_training", level="warning") == 0
     for text in ("model.dropout is 0.0 there, 0.3 here", "training.ema is [rate 0.99] there, [rate 0.5] here",
-                 "data.random_flip is False there, True here", "data.validation_fraction is 0.0 there, 0.25 here"):
+                 "data.random_flip is False there, True here", "data.validation_fraction is 0.0 there, 0.25 here",
+                 "resuming with another global batch: 8 images there, 4 here"):
         assert text in caplog.text
 
 
