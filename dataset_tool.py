@@ -114,8 +114,16 @@ def convert(args) -> None:
     kind = args.format or format_of(args.dest)
     if kind in ("lmdb", "npy") and (reader.labels != -1).any():
         log.warning("%s has no place for labels; they are left out", kind)
-    FORMATS[kind](_items(reader, args), args.dest, ".png" if args.jpeg is None else ".jpg")
-    log.info("wrote %s (%s), labels: %s", args.dest, kind, _classes(reader.labels))
+    labels = []
+    FORMATS[kind](_noting_labels(_items(reader, args), labels), args.dest, ".png" if args.jpeg is None else ".jpg")
+    said = "none" if kind in ("lmdb", "npy") else _classes(np.array(labels))
+    log.info("wrote %s (%s), %d images, labels: %s", args.dest, kind, len(labels), said)
+
+
+def _noting_labels(items: Iterator, labels: list) -> Iterator:
+    for item in items:
+        labels.append(item[2])
+        yield item
 
 
 def open_source(path: Path, skip_bad: int = 0, labels: str = "auto") -> Reader:
