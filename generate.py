@@ -68,7 +68,7 @@ def parse(argv):
     fid.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid",
                      help="resize to 299x299")
     parser.add_argument("--export", metavar="DIR", help="make no images: write the network as a folder that diffusers "
-                        "loads, with a model card")
+                        "(ADM, EDM: the programs they come from) loads, with a model card")
     parser.add_argument("--dry_run", action="store_true", help="check everything, call the network once; write nothing")
     return parser.parse(argv)
 

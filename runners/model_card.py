@@ -21,18 +21,21 @@ def model_card(job, diffusion, usage: str) -> str:
                 + (", mirrored at random" if data.random_flip else ""),
         "network": _network(config, diffusion),
         "weights": f"{weights.kind}, {weights.fingerprint}" + (f", {', '.join(trained)}" if trained else ""),
-        "prediction": f"{config.diffusion.prediction}, {config.diffusion.num_steps:,} steps, betas "
-                      f"{config.diffusion.beta_schedule if config.diffusion.betas is None else 'listed'}",
-        "loss": _loss(loss),
-        "batch": f"{config.training.global_batch_size or config.training.batch_size} images"
-                 + ("" if config.training.global_batch_size else " on each process"),
-        "optimizer": f"{config.optim.optimizer}, lr {config.optim.lr:g}, averages "
-                     + (", ".join(map(str, config.training.ema)) or "none"),
+        "prediction": _prediction(config.diffusion),
     }
+    if job.args.config or job.run.config.exists():           # else the file of weights says only what the network is
+        rows |= {
+            "loss": _loss(loss),
+            "batch": f"{config.training.global_batch_size or config.training.batch_size} images"
+                     + ("" if config.training.global_batch_size else " on each process"),
+            "optimizer": f"{config.optim.optimizer}, lr {config.optim.lr:g}, averages "
+                         + (", ".join(map(str, config.training.ema)) or "none"),
+        }
+    library = "diffusers" if model.arch in ("unet", "diffusers") else "pytorch"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     base = f"base_model: {model.pretrained}\n" if getattr(model, "pretrained", None) else ""
     return f"""---
-library_name: diffusers
+library_name: {library}
 tags: [{_tags(config)}]
 {base}---
 
@@ -54,8 +57,16 @@ tags: [{_tags(config)}]
 """
 
 
+def _prediction(diffusion) -> str:
+    if diffusion.schedule != "discrete":
+        return f"{diffusion.prediction}, continuous noise levels"
+    betas = diffusion.beta_schedule if diffusion.betas is None else "listed"
+    return f"{diffusion.prediction}, {diffusion.num_steps:,} steps, betas {betas}"
+
+
 def _tags(config) -> str:
-    kind = "text-to-image" if config.model.arch == "diffusers" else "unconditional-image-generation"
+    kind = ("text-to-image" if config.model.arch == "diffusers" else
+            "class-conditional-image-generation" if config.model.num_labels else "unconditional-image-generation")
     return f"diffusion, {kind}" + (", lora" if getattr(config.model, "lora_rank", None) else "")
 
 
@@ -75,7 +86,8 @@ def _loss(loss) -> str:
     else:
         base = "plain (DDPM's L_simple)"
     perturbed = f", input perturbation gamma = {loss.input_perturbation:g}" if loss.input_perturbation else ""
-    return base + perturbed + ("" if loss.weight == "none" else f", weight {loss.weight}")
+    bound = "" if loss.variational == "none" else f", variational bound ({loss.variational})"
+    return base + perturbed + bound + ("" if loss.weight == "none" else f", weight {loss.weight}")
 
 
 def _measured(job) -> str:
