@@ -30,6 +30,7 @@ PAGE = ROOT / "docs/performance.md"
 SCRIPTS = {                                                # arguments on a CPU, and on a GPU; None: a CPU's job
     "train": ("", "--device cuda --batch 128 --rounds 20 --pictures 2048"),
     "sample": ("--parts speed memory", "--device cuda --batch 256 --steps 50"),
+    "families": ("--rounds 3 --batch 4", "--device cuda --batch 128 --rounds 20 --steps 25"),
     "startup": ("", "--device cuda"),
     "scaling": ("--parts training sampling processes", "--device cuda --parts training sampling"),
     "fid": ("--num 64 --images {images}", "--device cuda --num 2000 --images {images}"),
