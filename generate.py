@@ -190,7 +190,8 @@ def produce(job, diffusion, sampler):
         if args.save == "npz":                       # rows have no names: which seed is where is part of the request
             manifest["seeds"] = job.seed_text
         on_rank_zero(lambda: job.folder.prepare(manifest))
-    writer = open_writer(args.save, job.folder, len(job.seeds), job.config.data.shape)
+    labels = sampler.labels(job.seeds) if args.save == "npz" else None
+    writer = open_writer(args.save, job.folder, len(job.seeds), job.config.data.shape, labels)
     made = generate_and_measure(sampler, job.seeds, job.batch_size, writer=writer, evaluation=evaluation,
                                 keep=job.grid)
     if job.grid:
