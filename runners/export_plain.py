@@ -55,7 +55,8 @@ def _adm(config) -> dict:
             "num_classes": model.num_classes or None},
         "diffusion": {"steps": T, "noise_schedule": schedule, "learn_sigma": model.learn_sigma,
                       "predict_xstart": diffusion.prediction == "sample",
-                      "rescale_timesteps": diffusion.rescale_timesteps},
+                      "rescale_timesteps": diffusion.rescale_timesteps,
+                      "timestep_respacing": str(diffusion.timestep_respacing or "")},
     }
 
 

@@ -60,7 +60,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     (folder / "adm.yml").write_text(yaml.safe_dump(SMALL_ADM))
     common = ["--device", "cpu", "--verbose", "critical", "--doc", "digits", "--max_steps", "2"]
-    assert train_ddp.main(["--config", str(folder / "adm.yml"), "--exp", str(folder / "adm"), *common]) == 0
+    assert train_ddp.main(["--config", str(folder / "adm.yml"), "--exp", str(folder / "adm"), *common,
+                           "--diffusion.timestep_respacing", "4"]) == 0
     assert train_ddp.main([*SMALL_EDM, "--exp", str(folder / "edm"), "--max_steps", "2"]) == 0
     return {family: folder / family for family in ("adm", "edm")}
 
@@ -73,7 +74,7 @@ def test_an_export_is_sampled_without_a_configuration_as_its_run_is(family, runs
     assert sorted(path.name for path in exported.iterdir()) == ["README.md", "weights.json", "weights.pt"]
     card = (exported / "README.md").read_text()
     assert "library_name: pytorch" in card and "load_state_dict" in card and "class-conditional" in card
-    sampling = [*common, "--timesteps", "4", "--seeds", "0-3", "--no-fid", "--classes", "0-3"]
+    sampling = [*common, "--timesteps", "2", "--seeds", "0-3", "--no-fid", "--classes", "0-3"]
     assert generate.main([*sampling, "--doc", "digits", "-i", str(tmp_path / "run")]) == 0
     assert generate.main([*sampling, "--weights", str(exported / "weights.pt"), "-i", str(tmp_path / "export")]) == 0
     for i in range(4):

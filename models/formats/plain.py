@@ -80,8 +80,9 @@ def _of_adm(where: Path, given: dict, process: dict) -> dict[str, dict]:
         "diffusion": {"beta_schedule": BETAS[process.get("noise_schedule", "linear")],
                       "num_diffusion_timesteps": steps,
                       "prediction": "sample" if process.get("predict_xstart") else "epsilon",
-                      "rescale_timesteps": process.get("rescale_timesteps", False)},
+                      "rescale_timesteps": process.get("rescale_timesteps", False),
+                      "timestep_respacing": process.get("timestep_respacing") or None},
         "loss": {"num_consecutive_steps": 0, "lamda": 0.0, "reduce": "mean",
                  "variational": "hybrid" if learned else "none"},
-        "training": {"sample_timesteps": min(50, steps)},
+        "training": {"sample_timesteps": 1},                               # which every chain has
     }
