@@ -1,6 +1,6 @@
 """The benchmarks of speed and memory one after the other, and their tables into docs/performance.md: ``make bench``.
 
-    python -m benchmarks                                    # CPU, under 20 minutes on two cores that do nothing else
+    python -m benchmarks                                    # CPU, half an hour on two cores that do nothing else
     python -m benchmarks --device cuda                      # the same on a GPU, with its batch sizes; not data
     python -m benchmarks --only train startup               # the others' tables stay
 
