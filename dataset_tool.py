@@ -8,7 +8,6 @@
 
 import argparse
 import hashlib
-import itertools
 import logging
 import multiprocessing
 import os
@@ -116,10 +115,16 @@ def convert(args) -> None:
     kind = args.format or format_of(args.dest)
     if kind in ("lmdb", "npy") and (reader.labels != -1).any():
         log.warning("%s has no place for labels; they are left out", kind)
-    written = itertools.count()
-    items = (item for item, _ in zip(_items(reader, args), written, strict=False))       # counts as they are written
-    FORMATS[kind](items, args.dest, ".png" if args.jpeg is None else ".jpg")
-    log.info("wrote %s (%s): %d images, labels: %s", args.dest, kind, next(written), _classes(reader.labels))
+    labels = []
+    FORMATS[kind](_noting_labels(_items(reader, args), labels), args.dest, ".png" if args.jpeg is None else ".jpg")
+    said = "none" if kind in ("lmdb", "npy") else _classes(np.array(labels))
+    log.info("wrote %s (%s): %d images, labels: %s", args.dest, kind, len(labels), said)
+
+
+def _noting_labels(items: Iterator, labels: list) -> Iterator:
+    for item in items:
+        labels.append(item[2])
+        yield item
 
 
 def open_source(path: Path, skip_bad: int = 0, labels: str = "auto") -> Reader:

@@ -68,7 +68,7 @@ def parse(argv):
     fid.add_argument("--preprocess", choices=["pytorch-fid", "tf1"], default="pytorch-fid",
                      help="resize to 299x299")
     parser.add_argument("--export", metavar="DIR", help="make no images: write the network as a folder that diffusers "
-                        "loads, with a model card")
+                        "(ADM, EDM: the programs they come from) loads, with a model card")
     parser.add_argument("--dry_run", action="store_true", help="check everything, call the network once; write nothing")
     return parser.parse(argv)
 
@@ -192,7 +192,8 @@ def produce(job, diffusion, sampler):
         if args.save == "npz":                       # rows have no names: which seed is where is part of the request
             manifest["seeds"] = job.seed_text
         on_rank_zero(lambda: job.folder.prepare(manifest))
-    writer = open_writer(args.save, job.folder, len(job.seeds), job.config.data.shape)
+    labels = sampler.labels(job.seeds) if args.save == "npz" else None
+    writer = open_writer(args.save, job.folder, len(job.seeds), job.config.data.shape, labels)
     made = generate_and_measure(sampler, job.seeds, job.batch_size, writer=writer, evaluation=evaluation,
                                 keep=job.grid)
     if job.grid:

@@ -12,18 +12,20 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from benchmarks.harness import alternate_apart, in_fresh_process, machine, markdown, matrix_rate
 
 # (batch, rounds) of training, (batch, steps, rounds) of sampling, images and rounds of FID.
-SIZES = {False: {"train": (128, 10), "64x64": (32, 10), "sample": (256, 50, 3), "fid": (2000, 3), "wait": 50},
-         True: {"train": (4, 1), "64x64": (2, 1), "sample": (4, 3, 1), "fid": (8, 1), "wait": 5}}
+SIZES = {False: {"train": (128, 10), "64x64": (32, 10), "sample": (256, 50, 3), "family sample": (128, 3),
+                 "fid": (2000, 3), "wait": 50},
+         True: {"train": (4, 1), "64x64": (2, 1), "sample": (4, 3, 1), "family sample": (4, 1), "fid": (8, 1),
+                "wait": 5}}
 SMALL = {"model.ch": 32, "model.ch_mult": [1, 2], "model.num_res_blocks": 1, "model.attn_resolutions": [8],
          "data.image_size": 16}
-SMALL_ADM = {"model.num_channels": 32, "model.channel_mult": [1, 2], "model.num_res_blocks": 1, "data.image_size": 16,
-             "model.attention_resolutions": [8]}
+FAMILY_STEPS = {"adm": 25, "edm": 18}                # of their chains
 SPEED, UTILISATION, WAIT = 4.0, 0.35, 0.01           # targets
 
 
@@ -57,14 +59,13 @@ def rates_of_the_machine(args, figures: Figures) -> None:
             figures.add(f"matrix product in {name}", matrix_rate(dtype, args.device, rounds=3) / 1e12, "TFLOP/s")
 
 
-def train(args, figures: Figures, steps: int, name: str = "cifar10.yml", size: str = "train", small: dict = SMALL,
-          compiled: bool = False, targets: tuple = (None, None), **overrides) -> None:
+def train(args, figures: Figures, steps: int, name: str = "cifar10.yml", size: str = "train", compiled: bool = False,
+          targets: tuple = (None, None)) -> None:
     """Images/s of a training step with K = ``steps``, optimizer and average included; its share of the matrix rate."""
     from benchmarks.reference import ReferenceTraining
     from benchmarks.workload import make_config, our_training, step_flops, write_pictures
 
-    batch, rounds = SIZES[args.small][size]
-    overrides |= small if args.small else {}
+    (batch, rounds), overrides = SIZES[args.small][size], SMALL if args.small else {}
     kinds = ["bf16"] + ["bf16 compiled"] * (compiled and not args.small)
     with tempfile.TemporaryDirectory() as folder:
         pictures = write_pictures(Path(folder) / "pictures", 4 * batch, 64 if size == "64x64" else 32)
@@ -82,15 +83,19 @@ def train(args, figures: Figures, steps: int, name: str = "cifar10.yml", size: s
         figures.add(f"share of the bf16 matrix rate, {what}", rates[kind] * flops / peak, "", target=targets[1])
 
 
-def train_adm(args, figures: Figures) -> None:
-    """The same with ADM's network, its variances and the variational term left out: the reference has none."""
-    from configs.networks import NETWORKS
+def family(args, figures: Figures, name: str, part: str) -> None:
+    """Images/s of ADM's or EDM's recipe against a plain reading of its own procedure: ``benchmarks.families``."""
+    from benchmarks import families
 
-    if "adm" not in NETWORKS:
-        raise NotApplicable("no ADM network in configs.networks.NETWORKS")
-    train(args, figures, 2, "adm/cifar10.yml", small=SMALL_ADM, targets=(SPEED, None), **{
-        "loss.variational": "none", "model.learn_sigma": False, "training.time_sampler": "antithetic",
-        "training.global_batch_size": "null"})
+    batch, rounds = SIZES[args.small]["train" if part == "train" else "family sample"]
+    given = SimpleNamespace(batch=batch, rounds=rounds, steps=3 if args.small else FAMILY_STEPS[name], compile=False,
+                            small=args.small, device=args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        rates = families.PARTS[part](name, given, Path(folder))
+    medians = {key: statistics.median(values) for key, values in rates.items()}
+    for precision in families.precisions(given):
+        figures.add(f"{families.title(name, part, given)}, {precision}", medians[f"here, {precision}"], "images/s",
+                    reference=medians["reference"], target=SPEED if precision == "bf16" else None)
 
 
 def waits(args, figures: Figures) -> None:
@@ -141,13 +146,15 @@ def sample(args, figures: Figures) -> None:
     """Images/s of DDIM into PNG files, and what the files cost; memory."""
     from benchmarks.sample import our_sampling, reference_sampling
     from benchmarks.workload import make_config
+    from configs.sampling import SamplerSettings
 
     batch, steps, rounds = SIZES[args.small]["sample"]
-    config = make_config(Path("."), batch, **(SMALL if args.small else {}))
+    config, settings = make_config(Path("."), batch, **(SMALL if args.small else {})), SamplerSettings(timesteps=steps)
     kinds = ["fp32", "bf16"] + ["bf16 compiled"] * (not args.small)
     with tempfile.TemporaryDirectory() as folder:
         makers = {"reference": partial(reference_sampling, config, args.device, steps, batch, Path(folder))}
-        makers |= {kind: partial(our_sampling, config, args.device, kind, steps, batch, Path(folder)) for kind in kinds}
+        makers |= {kind: partial(our_sampling, config, args.device, kind, settings, batch, Path(folder))
+                   for kind in kinds}
         makers["no files"] = partial(sampling_without_files, config, args.device, steps, batch)
         rates = {key: statistics.median(values)
                  for key, values in alternate_apart(makers, rounds, warm_up=0 if args.small else 1).items()}
@@ -206,34 +213,25 @@ def memory(args, figures: Figures) -> None:
         figures.add(f"the same, off by, {precision}", abs(predicted / measured - 1), "", target=0.15, at_most=True)
 
 
-class NotApplicable(Exception):
-    """Nothing to measure here; the message says why."""
-
-
 PARTS = {
     "machine": rates_of_the_machine, "waits": waits, "memory": memory, "sample": sample, "fid": fid,
-    "train-adm": train_adm, "train-k1": partial(train, steps=1), "train-k2": partial(train, steps=2, compiled=True,
+    "train-adm": partial(family, name="adm", part="train"), "sample-adm": partial(family, name="adm", part="sample"),
+    "train-edm": partial(family, name="edm", part="train"), "sample-edm": partial(family, name="edm", part="sample"),
+    "train-k1": partial(train, steps=1), "train-k2": partial(train, steps=2, compiled=True,
                                                                                      targets=(SPEED, UTILISATION)),
     "train-k4": partial(train, steps=4), "train-64": partial(train, steps=2, name="celeba.yml", size="64x64"),
 }
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--figures", required=True, type=Path)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--small", action="store_true", help="tiny networks, one round: does it run?")
     args = parser.parse_args()
-    try:
-        PARTS[args.part](args, Figures(args))
-    except NotApplicable as reason:
-        print(f"left out: {reason}")
-        return SKIPPED
-    return 0
+    PARTS[args.part](args, Figures(args))
 
-
-SKIPPED = 77                                         # exit code, as automake has it
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -5,12 +5,14 @@ each call, clipping and Adam with torch's defaults (Adam parameter by parameter 
 EMA by stacking parameters of one shape, a loss that is waited for and logged in every step, images decoded by PIL in
 worker processes; sampling copies every state and estimate to the host and writes the PNG files one by one afterwards.
 
-The network is this project's own, with its weights and names, but for attention and dropout: both compute the same.
+The network is this project's own, with its weights and names, but for attention, dropout and resampling, which compute
+the same. ``benchmarks.reference_adm`` and ``benchmarks.reference_edm`` are the procedures of those families.
 """
 
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import Config
-from models import build_model
+from models import adm_blocks, build_model
+from models.edm_blocks import UNetBlock
+from models.resampling import Resample, ResampledConv
 from models.unet import Attention
 
 log = logging.getLogger(__name__)
@@ -39,13 +43,40 @@ def attend(block: Attention, x: Tensor) -> Tensor:
     return x + block.proj_out(h.reshape(batch, channels, height, width))
 
 
+def attend_adm(block: adm_blocks.Attention, x: Tensor) -> Tensor:
+    """The same for ADM's: q and k scaled by d^(-1/4) each, several heads. (B, C, H, W) -> (B, C, H, W)."""
+    batch, channels, height, width = x.shape
+    d, rows = channels // block.heads, batch * block.heads
+    qkv = block.qkv(block.norm(x).reshape(batch, channels, -1))                                # (B, 3C, HW)
+    q, k, v = (part.reshape(rows, d, -1) for part in qkv.chunk(3, dim=1)) if block.new_order else (
+        qkv.reshape(rows, 3 * d, -1).split(d, dim=1))                                          # (B heads, d, HW) each
+    weights = torch.softmax(torch.einsum("bct,bcs->bts", q * d**-0.25, k * d**-0.25), dim=-1)
+    h = torch.einsum("bts,bcs->bct", weights, v).reshape(batch, channels, -1)                  # (B, C, HW)
+    return x + block.proj_out(h).reshape(batch, channels, height, width)
+
+
+def attend_edm(block: UNetBlock, h: Tensor) -> Tensor:
+    """What ``UNetBlock.attend`` computes: q, k and v vary fastest. (B, C, H, W) -> (B, C, H, W)."""
+    d = h.shape[1] // block.heads
+    qkv = block.qkv(h).reshape(len(h) * block.heads, d, 3, -1)
+    q, k, v = qkv.unbind(2)                                                                    # (B heads, d, HW) each
+    weights = torch.softmax(torch.einsum("ncq,nck->nqk", q, k / math.sqrt(d)), dim=2)
+    return torch.einsum("nqk,nck->ncq", weights, v).reshape(h.shape)
+
+
 def build_reference(config: Config, device) -> nn.Module:
-    """The U-Net in NCHW with the attention above and torch's dropout."""
+    """The network in NCHW with the attention above, torch's dropout and resampling by depthwise convolutions."""
     with torch.device(device):
         network = build_model(config)
     for module in network.modules():
         if isinstance(module, Attention):
             module.forward = partial(attend, module)
+        elif isinstance(module, adm_blocks.Attention):
+            module.forward = partial(attend_adm, module)
+        elif isinstance(module, UNetBlock):
+            module.attend = partial(attend_edm, module)
+        elif isinstance(module, Resample | ResampledConv):
+            module.is_box = False
         elif isinstance(module, nn.Dropout):
             module.forward = partial(nn.Dropout.forward, module)
     return network
@@ -119,6 +150,27 @@ class Pictures(Dataset):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def endless(folder: Path, config: Config, device: torch.device, workers: int) -> Iterator[Tensor]:
+    """Batches of ``Pictures``, pass after pass."""
+    loader = DataLoader(Pictures(folder, config.data.random_flip), config.training.batch_size, shuffle=True,
+                        drop_last=True, num_workers=workers, persistent_workers=workers > 0,
+                        pin_memory=device.type == "cuda")
+    while True:
+        yield from loader
+
+
+def follow(average: nn.Module, network: nn.Module, rate: float) -> None:
+    """An average of the parameters, one after another."""
+    with torch.no_grad():
+        for mean, parameter in zip(average.parameters(), network.parameters(), strict=True):
+            mean.mul_(rate).add_(parameter, alpha=1 - rate)
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """[-1, 1] (B, C, H, W) -> uint8 (B, H, W, C)."""
+    return ((images + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
 class ReferenceTraining:
     """Call it for one step.
 
@@ -135,14 +187,11 @@ class ReferenceTraining:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2),
                                           eps=optim.eps)
         self.ema = StackedEMA(self.network, config.training.ema[0].rate)
-        self.loader = DataLoader(Pictures(folder, config.data.random_flip), config.training.batch_size, shuffle=True,
-                                 drop_last=True, num_workers=workers, persistent_workers=workers > 0,
-                                 pin_memory=self.device.type == "cuda")
-        self.batches, self.step = iter(self.loader), 0
+        self.batches, self.step = endless(folder, config, self.device, workers), 0
 
     def __call__(self) -> int:
         loss_config, betas = self.config.loss, self.betas
-        x0 = self._next_batch().to(self.device)
+        x0 = next(self.batches).to(self.device)
         low = torch.randint(len(betas), (len(x0) // 2 + 1,), device=self.device)
         t = torch.cat([low, len(betas) - 1 - low])[:len(x0)]
         steps = max(1, loss_config.num_consecutive_steps)
@@ -156,13 +205,6 @@ class ReferenceTraining:
         self.optimizer.step()
         self.ema.update()
         return len(x0)
-
-    def _next_batch(self) -> Tensor:
-        try:
-            return next(self.batches)
-        except StopIteration:
-            self.batches = iter(self.loader)
-            return next(self.batches)
 
 
 @torch.no_grad()
@@ -178,7 +220,6 @@ def sample_and_save(network: nn.Module, betas: Tensor, x: Tensor, timesteps: lis
         estimates.append(x0.cpu())
         states.append(x.cpu())
     folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(states[-1]):
-        pixels = ((image + 1) / 2).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    for number, pixels in enumerate(to_pixels(states[-1])):
         Image.fromarray(pixels).save(folder / f"{number:06d}.png")
     return len(x)

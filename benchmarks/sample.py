@@ -40,12 +40,12 @@ AMP = {"fp32": None, "bf16": torch.bfloat16}
 GROWTH = {"cpu": ("digits.yml", "fp32", 2, 50), "cuda": ("cifar10.yml", "bf16", 5, 250)}    # steps and batch at the end
 
 
-def our_sampling(config, device, precision: str, steps: int, batch: int, folder: Path):
+def our_sampling(config, device, precision: str, settings: SamplerSettings, batch: int, folder: Path):
     """generate.py's loop: every call makes ``images``, one batch if not said, into a new folder."""
     as_scripts_do(device)
     diffusion, numbers = Diffusion(config, device), itertools.count()
     diffusion.amp, diffusion.compiled = AMP[precision.partition(" ")[0]], "compiled" in precision
-    sampler = diffusion.sampler(SamplerSettings(timesteps=steps))
+    sampler = diffusion.sampler(settings)
 
     def sample(images: int = batch) -> int:
         target = ImageFolder(folder / f"{precision} {next(numbers)}")
@@ -73,7 +73,7 @@ def against_reference(args, config, folder: Path) -> None:
         "diffusers", partial(peers.diffusers_sampling, args.batch, args.steps, args.device))})
     for precision in ("fp32", "bf16") + ("bf16 compiled",) * args.compile:
         makers[f"here, {precision}"] = partial(
-            our_sampling, config, args.device, precision, args.steps, args.batch, folder)
+            our_sampling, config, args.device, precision, SamplerSettings(timesteps=args.steps), args.batch, folder)
     report(f"DDIM, {args.steps} steps, batch {args.batch}, {args.device}", alternate_apart(makers, args.rounds),
            baseline="reference", precision="as named", steps=args.steps, batch=args.batch)
     print()
@@ -82,7 +82,8 @@ def against_reference(args, config, folder: Path) -> None:
 def compiling(args, config, folder: Path) -> None:
     """What compiling takes off a chain and what it costs: the constants of ``runners/compilation.py``."""
     kinds = [precision + suffix for precision in AMP for suffix in ("", " compiled")]
-    makers = {kind: partial(our_sampling, config, args.device, kind, args.steps, args.batch, folder) for kind in kinds}
+    settings = SamplerSettings(timesteps=args.steps)
+    makers = {kind: partial(our_sampling, config, args.device, kind, settings, args.batch, folder) for kind in kinds}
     rates = alternate_apart(makers, 1 + args.rounds, warm_up=0)
     layers, rows = layers_of(build_reference(config, "cpu")), []
     for precision in AMP:
@@ -97,7 +98,8 @@ def compiling(args, config, folder: Path) -> None:
 def chain_memory(folder: Path, device: str, batch: int, steps: int, images: int, here: bool) -> float:
     """GiB at the peak of sampling beyond the process as it was. A small network, so that states would show."""
     config = make_config(folder, batch, name="cifar10_tiny.yml", **{"data.image_size": 64})
-    sample = (partial(our_sampling(config, device, "fp32", steps, batch, folder), images) if here else
+    settings = SamplerSettings(timesteps=steps)
+    sample = (partial(our_sampling(config, device, "fp32", settings, batch, folder), images) if here else
               reference_sampling(config, device, steps, batch, folder))
     return peak_memory(sample)[1]                                                    # states are kept on the host
 
@@ -120,7 +122,7 @@ def timed_images(folder: Path, device: str, images: int) -> tuple[float, float]:
     config = make_config(folder, 1, name=name)
 
     def work() -> float:
-        sample = our_sampling(config, device, precision, steps, batch, folder)
+        sample = our_sampling(config, device, precision, SamplerSettings(timesteps=steps), batch, folder)
         sample()
         synchronize()
         start = time.perf_counter()

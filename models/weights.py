@@ -18,6 +18,7 @@ from models.formats import FORMATS, SETTINGS, bare_name, is_snapshot
 from models.formats.common import State, is_state, read_safetensors
 from models.formats.edm import read_snapshot
 from models.formats.edm_settings import about, settings_of
+from models.formats.plain import settings_beside
 from models.pretrained import LORA_FILE, is_pretrained, lora_from_file, read_unet_folder
 from models.trained import trained
 from utils.errors import DataError, UserError
@@ -85,13 +86,13 @@ def _load_pretrained(model: nn.Module, path: Path) -> WeightsInfo:
 
 
 def stored_settings(path: str | Path) -> dict[str, dict] | None:
-    """Sections of a configuration that a file of weights brings itself; None where it does not.
+    """Sections of a configuration that a file of weights brings itself, or the JSON beside it; None: neither does.
 
     Raises:
         DataError: A broken file, or a network that cannot be rebuilt here.
     """
     path = Path(path)
-    return settings_of(read_snapshot(path)) if is_snapshot(path) else None
+    return settings_of(read_snapshot(path)) if is_snapshot(path) else settings_beside(path)
 
 
 def about_weights(path: str | Path) -> dict[str, str]:

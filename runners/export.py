@@ -1,8 +1,9 @@
-"""A trained network as a folder that diffusers loads, with a model card.
+"""A trained network as a folder that another program loads, with a model card.
 
     pixels    unet/  scheduler/  model_index.json  README.md               DDIMPipeline.from_pretrained(DIR)
     text      unet/  README.md                                             from_pretrained(BASE, unet=...)
     LoRA      pytorch_lora_weights.safetensors  README.md                  pipeline.load_lora_weights(DIR)
+    ADM, EDM  weights.pt  weights.json  README.md                          class(**arguments), load_state_dict
 """
 
 import json
@@ -16,6 +17,7 @@ from functions.betas import make_betas
 from models.pretrained import LORA_FILE, lora_to_file, plain_unet
 from models.to_diffusers import to_diffusers, unet_keys
 from models.trained import trained
+from runners.export_plain import arguments_of, usage, write_plain
 from runners.model_card import model_card
 from utils.errors import UserError
 from utils.hub import local_folder, needs_package, quiet_libraries
@@ -25,17 +27,17 @@ def check_export(job, folder: str) -> None:
     """Everything that ``export`` would refuse.
 
     Raises:
-        UserError: The folder is not empty; or diffusers has no network, schedule or range that is the same.
+        UserError: The folder is not empty; or the other program has no network, schedule or range that is the same.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--export {folder}: is there already; name a new folder")
     config = job.config
-    if config.model.arch not in EXPORTERS:
-        raise UserError(f"--export: diffusers has no network that computes what model.arch {config.model.arch} does")
     if config.model.arch == "unet":
         unet_keys(config)
         _check_pipeline(config)
+    elif config.model.arch != "diffusers":
+        arguments_of(config)
 
 
 def _check_pipeline(config) -> None:
@@ -107,7 +109,13 @@ def _export_pretrained(diffusion, made: Path, target: Path) -> str:
     return _unet_usage(target, base, settings)
 
 
-EXPORTERS = {"unet": _export_unet, "diffusers": _export_pretrained}
+def _export_plain(diffusion, made: Path, target: Path) -> str:
+    write_plain(diffusion.config, _weights(diffusion)[1], made)
+    return usage(arguments_of(diffusion.config), target)
+
+
+EXPORTERS = {"unet": _export_unet, "diffusers": _export_pretrained, "adm": _export_plain, "songunet": _export_plain,
+             "dhariwal": _export_plain}
 
 
 def ddim_scheduler(diffusion):

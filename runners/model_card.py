@@ -23,13 +23,12 @@ def model_card(job, diffusion, usage: str) -> str:
         "images": f"{data.height}x{data.width}, {data.channels} channel{'s' * (data.channels > 1)}",
         "network": _network(config, diffusion),
         "weights": f"{weights.kind}, {weights.fingerprint}" + (f", {', '.join(trained)}" if trained else ""),
-        "prediction": f"{config.diffusion.prediction}, {config.diffusion.num_steps:,} steps, betas "
-                      f"{config.diffusion.beta_schedule if config.diffusion.betas is None else 'listed'}",
+        "prediction": _prediction(config.diffusion),
         **_training(job, config),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
-library_name: diffusers
+library_name: {"diffusers" if config.model.arch in ("unet", "diffusers") else "pytorch"}
 {_front_matter(config)}
 ---
 
@@ -59,6 +58,8 @@ def _front_matter(config) -> str:
         tags += ", lora" if config.model.lora_rank else ""
         if re.fullmatch(HUB_NAME, name) and not Path(name).is_dir():         # a folder here is no model of the hub
             base = f"\nbase_model: {name}"
+    elif config.model.num_labels:
+        tags += ", class-conditional"
     return f"pipeline_tag: {kind}\ntags: [{tags}]{base}"
 
 
@@ -74,6 +75,13 @@ def _training(job, config) -> dict[str, str]:
                  + ("" if training.global_batch_size else " on each process"),
         "optimizer": f"{optim.optimizer}, lr {optim.lr:g}, averages {', '.join(map(str, training.ema)) or 'none'}",
     }
+
+
+def _prediction(diffusion) -> str:
+    if diffusion.schedule != "discrete":
+        return f"{diffusion.prediction}, continuous noise levels"
+    betas = diffusion.beta_schedule if diffusion.betas is None else "listed"
+    return f"{diffusion.prediction}, {diffusion.num_steps:,} steps, betas {betas}"
 
 
 def _network(config, diffusion) -> str:
@@ -92,7 +100,8 @@ def _loss(loss) -> str:
     else:
         base = "plain (DDPM's L_simple)"
     perturbed = f", input perturbation gamma = {loss.input_perturbation:g}" if loss.input_perturbation else ""
-    return base + perturbed + ("" if loss.weight == "none" else f", weight {loss.weight}")
+    bound = "" if loss.variational == "none" else f", variational bound ({loss.variational})"
+    return base + perturbed + bound + ("" if loss.weight == "none" else f", weight {loss.weight}")
 
 
 def _measured(job) -> str:

@@ -121,6 +121,14 @@ def test_cifar10_archive_is_a_source(tmp_path, pixels):
     np.testing.assert_array_equal(files.read(1), rows[1].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize(("name", "expected"), [("z.zip", "2 images, labels: 2 classes of 1 to 1 images"),
+                                               ("z.lmdb", "2 images, labels: none")])
+def test_what_is_said_to_be_written_is_what_is(source, tmp_path, caplog, name, expected):
+    with caplog.at_level("INFO"):
+        assert convert("--source", source, "--dest", tmp_path / name, "--max-images", "2") == 0
+    assert expected in caplog.text
+
+
 def test_jpeg_only_when_asked(source, tmp_path):
     assert convert("--source", source, "--dest", tmp_path / "j.zip", "--jpeg", "90", "--max-images", "2") == 0
     files = ImageFiles(tmp_path / "j.zip")

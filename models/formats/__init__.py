@@ -13,6 +13,7 @@ from models.formats.ddim import is_ddim, is_sa_dpm, read_ddim, read_sa_dpm
 from models.formats.diffusers import diffusers_folder, read_diffusers
 from models.formats.edm import is_snapshot, read_edm
 from models.formats.ours import EMA_FILE, is_ours, read_bare, read_ema_file, read_ours
+from models.formats.plain import is_edm_state, read_edm_state
 
 __all__ = ["FORMATS", "SETTINGS", "StoredWeights", "bare_name", "is_snapshot"]
 
@@ -34,6 +35,8 @@ FORMATS: dict[str, tuple[Callable, Callable]] = {
         lambda path, content: is_state(content) and EMA_FILE.fullmatch(path.name), read_ema_file),
     "adm": (
         is_adm, read_adm),
+    "edm-state": (
+        is_edm_state, read_edm_state),
     "state-dict": (
         lambda path, content: is_state(content), read_bare),
 }

@@ -2,6 +2,7 @@
 
 import inspect
 from math import inf
+from pathlib import Path
 
 from models.dhariwal import DhariwalUNet
 from models.formats.edm import Part, Snapshot
@@ -22,18 +23,28 @@ BUILT_IN = {"img_resolution", "in_channels", "out_channels"}                    
 
 
 def settings_of(snapshot: Snapshot) -> dict[str, dict]:
-    """Sections ``data``, ``model``, ``diffusion``, ``loss`` and ``training`` as plain dictionaries: what the snapshot
-    determines, all else has the defaults of its class, which are those of the configuration.
+    """``settings_from`` what a snapshot holds."""
+    return settings_from(snapshot.path, snapshot.class_name, snapshot.init_kwargs, snapshot.loss)
+
+
+def settings_from(where: Path, class_name: str, given: dict, loss: Part | None = None) -> dict[str, dict]:
+    """Sections ``data``, ``model``, ``diffusion``, ``loss`` and ``training`` as plain dictionaries: what the arguments
+    determine, all else has the defaults of its class, which are those of the configuration.
+
+    Args:
+        where: The file that says so, for messages.
+        class_name: Of the preconditioner.
+        given: Its constructor arguments, those of the network included.
+        loss: How its levels were drawn.
 
     Raises:
         DataError: Another kind of network, or an argument that is unknown here.
     """
-    given, where = dict(snapshot.init_kwargs), snapshot.path
-    if snapshot.class_name not in PRECONDITIONERS:
-        raise DataError(f"{where}: a network of class {snapshot.class_name}; known: {', '.join(PRECONDITIONERS)}")
-    prediction, usual = PRECONDITIONERS[snapshot.class_name]
+    if class_name not in PRECONDITIONERS:
+        raise DataError(f"{where}: a network of class {class_name}; known: {', '.join(PRECONDITIONERS)}")
+    prediction, usual = PRECONDITIONERS[class_name]
     network = given.get("model_type", usual)
-    if network not in NETWORKS:
+    if not isinstance(network, str) or network not in NETWORKS:
         raise DataError(f"{where}: model_type is {network!r}; known: {', '.join(NETWORKS)}")
     arch, built = NETWORKS[network]
     of_network = set(inspect.signature(built).parameters) - BUILT_IN | {"label_dropout"}
@@ -43,7 +54,7 @@ def settings_of(snapshot: Snapshot) -> dict[str, dict]:
                         f"{', '.join(sorted(OF_PRECONDITIONER | of_network))}")
     for name, value in FIXED.items():
         if given.get(name, value) != value:
-            raise DataError(f"{where}: its {snapshot.class_name} has {name} {given[name]}; only {value} is possible")
+            raise DataError(f"{where}: its {class_name} has {name} {given[name]}; only {value} is possible")
     for name in ("img_resolution", "img_channels"):
         if name not in given:
             raise DataError(f"{where}: its arguments do not say {name}")
@@ -55,7 +66,7 @@ def settings_of(snapshot: Snapshot) -> dict[str, dict]:
                       **{key: given[key] for key in sorted(CONSTANTS & given.keys())
                          if given[key] != UNBOUNDED.get(key)}},
         "loss": {"num_consecutive_steps": 0, "lamda": 0.0, "reduce": "sum"},       # as published: the plain loss
-        "training": _training(snapshot.loss) | {"label_dropout": float(given.get("label_dropout", 0))},
+        "training": _training(loss) | {"label_dropout": given.get("label_dropout", 0)},
     }
 
 
@@ -63,7 +74,7 @@ def _training(loss: Part | None) -> dict:
     """How the levels were drawn."""
     if loss is None or loss.class_name not in DRAWS:
         return {}
-    constants = {ours: float(loss.numbers[theirs]) for theirs, ours in (("P_mean", "time_mean"), ("P_std", "time_std"))
+    constants = {ours: loss.numbers[theirs] for theirs, ours in (("P_mean", "time_mean"), ("P_std", "time_std"))
                  if theirs in loss.numbers}
     return {"time_sampler": DRAWS[loss.class_name], **constants}
 

@@ -103,6 +103,8 @@ def _read_pickle(path: Path, dim: int) -> dict:
         values = _named(values["fid"])
         if count is not None and (not isinstance(count, int | np.integer) or count < 2):
             raise DataError(f"{path}: num_images {str(count)[:40]!r}, a whole number from 2 expected")
+    elif "fd_dinov2" in values:
+        raise DataError(f"{path}: holds no statistics of Inception, only fd_dinov2")
     found = [next((values[key] for key in known if key in values), None) for known in (MEAN_KEYS, COV_KEYS)]
     if any(value is None for value in found):
         raise DataError(f"{path}: no statistics: keys mu and sigma expected, "
@@ -140,7 +142,7 @@ def check_moments(path: Path, mean, cov, dim: int, names=("mu", "sigma")) -> tup
     try:
         if np.iscomplexobj(mean) or np.iscomplexobj(cov):
             raise TypeError
-        mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
+        mean, cov = np.array(mean, np.float64), np.array(cov, np.float64)       # pickles give read-only ones
     except (TypeError, ValueError):
         raise DataError(f"{path}: {' or '.join(names)} are not numbers") from None
     if mean.shape != (dim,) or cov.shape != (dim, dim):

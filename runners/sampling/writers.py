@@ -63,10 +63,12 @@ class PngWriter:
 
 
 class NpzWriter:
-    """Rows of a memory-mapped array, which rank 0 wraps into ``samples_NxHxWxC.npz`` (key arr_0, as ADM has it)."""
+    """Rows of a memory-mapped array, which rank 0 wraps into ``samples_NxHxWxC.npz``: arr_0, and labels in arr_1, as
+    ADM has them."""
 
-    def __init__(self, folder: Path, count: int, shape: tuple[int, int, int]):
+    def __init__(self, folder: Path, count: int, shape: tuple[int, int, int], labels: np.ndarray | None = None):
         c, h, w = shape
+        self.labels = labels                                   # int64 (count,)
         self.target = folder / f"samples_{count}x{h}x{w}x{c}.npz"
         self.rows, self.flags = folder / f".{self.target.stem}.npy", folder / f".{self.target.stem}.done.npy"
         self.finished = distributed.on_rank_zero(lambda: self._prepare((count, h, w, c)))
@@ -127,6 +129,9 @@ class NpzWriter:
         if distributed.rank() == 0:
             with atomic_path(self.target) as temporary, zipfile.ZipFile(temporary, "w") as file:
                 file.write(self.rows, "arr_0.npy")
+                if self.labels is not None:
+                    with file.open("arr_1.npy", "w") as entry:
+                        np.lib.format.write_array(entry, self.labels)
             self._remove_rows()
 
 
@@ -143,8 +148,10 @@ class NoWriter:
         pass
 
 
-def open_writer(name: str, folder: ImageFolder, count: int, shape: tuple[int, int, int]):
-    """The writer of ``--save NAME`` for so many images (C, H, W)."""
-    makers = {"png": lambda: PngWriter(folder, shape), "npz": lambda: NpzWriter(folder.path, count, shape),
+def open_writer(name: str, folder: ImageFolder, count: int, shape: tuple[int, int, int], labels: Tensor | None = None):
+    """The writer of ``--save NAME`` for so many images (C, H, W); ``labels`` (count,) go into an npz, unless -1."""
+    known = labels is not None and bool((labels >= 0).all())
+    makers = {"png": lambda: PngWriter(folder, shape),
+              "npz": lambda: NpzWriter(folder.path, count, shape, labels.cpu().numpy() if known else None),
               "none": NoWriter}
     return makers[name]()

@@ -120,6 +120,17 @@ def test_samples(exp, sampler, tmp_path, config_file):
     assert manifest["model"] == {"arch": "adm"}
 
 
+def test_an_npz_holds_the_labels_as_guided_diffusion_writes_them(exp, config_file, tmp_path):
+    for classes, expected in (("3,7", [7, 7, 3, 7]), ("none", None)):
+        folder = tmp_path / classes
+        assert generate.main(flags(config_file, exp, "--timesteps", 2, "--seeds", "5,1-3", "--classes", classes,
+                                   "--save", "npz", "--no-fid", "--grid", 0, "-i", folder)) == 0
+        with np.load(folder / "samples_4x8x8x1.npz") as stored:
+            assert stored.files == ["arr_0"] + ["arr_1"] * (expected is not None)
+            if expected:
+                assert stored["arr_1"].dtype == np.int64 and stored["arr_1"].tolist() == expected
+
+
 def test_fixed_variances_are_said_beside_learned_ones(exp, config_file, tmp_path, capsys):
     assert generate.main(flags(config_file, exp, "--doc", "small", "-i", tmp_path / "x", "--num_samples", 1, "--no-fid",
                                "--sample_type", "ddpm_noisy", "--timesteps", 2)) == 0

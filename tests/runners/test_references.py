@@ -56,6 +56,7 @@ def test_every_format_loads(wide):
         reference = load_reference(wide / name)
         np.testing.assert_allclose(reference.mean, mean, rtol=1e-6)
         assert (reference.cov == cov).all() and reference.features is None and not holds_images(wide / name)
+        assert reference.mean.flags.writeable and reference.cov.flags.writeable      # else torch warns the user of it
     assert load_reference(wide / "a.npz").fingerprint == load_reference(wide / "cifar10_train_stat.npy").fingerprint
     assert find_reference(config_of()).name == "cifar10_train_stat.npy"
     assert find_reference(stats="a.npz").name == "a.npz"
@@ -80,6 +81,12 @@ def test_images_in_a_file_of_statistics_serve_kid_and_precision(wide, net):
 
 
 FINE = {"mu": np.zeros(16), "sigma": np.eye(16)}
+
+
+def test_dinov2_statistics_alone_are_named(wide):
+    (wide / "x.pkl").write_bytes(pickle.dumps({"num_images": 9, "fd_dinov2": {"mu": np.zeros(4), "sigma": np.eye(4)}}))
+    with pytest.raises(DataError, match="holds no statistics of Inception, only fd_dinov2"):
+        load_reference(wide / "x.pkl")
 
 
 @pytest.mark.parametrize("content, message", [
