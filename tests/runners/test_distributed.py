@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runners import distributed
+from runners import distributed, launcher
 from runners.distributed import Signals, World, detect, master_address, on_rank_zero
 from runners.launcher import launch
 from tests.conftest import REPOSITORY, TINY
@@ -112,6 +112,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_all_ranks_that_were_killed_are_named():
     """Where one is killed the agent kills those that do not end in time; which was the first cannot be told."""
     for killed, who in (([1], "rank 1 died"), ([0, 1], "ranks 0, 1 died")):
-        with pytest.raises(distributed.LostRank, match=who) as lost:
-            distributed._told({rank: SimpleNamespace(exitcode=-9, timestamp=5) for rank in killed})
+        with pytest.raises(LostRank, match=who) as lost:
+            launcher._told({rank: SimpleNamespace(exitcode=-9, timestamp=5) for rank in killed})
         assert lost.value.code == 137
