@@ -15,6 +15,7 @@ from runners.distributed import Signals, World, detect, master_address, on_rank_
 from runners.launcher import launch
 from tests.conftest import REPOSITORY, TINY
 from tests.faults import jobs
+from utils.errors import LostRank, UserError
 
 
 @pytest.mark.parametrize(("env", "world"), [
@@ -41,7 +42,6 @@ def test_master_address(env, given, address):
 
 
 def test_on_rank_zero_returns_and_raises():
-    from utils.errors import UserError
 
     assert on_rank_zero(lambda: 5) == 5
     with pytest.raises(UserError, match="no") as caught:
@@ -100,7 +100,6 @@ def test_our_launcher_returns_the_code_of_the_rank_that_failed(tmp_path):
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    from utils.errors import UserError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
