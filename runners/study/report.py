@@ -1,5 +1,6 @@
 """What a study found, complete or not: tables, curves and sample grids, as report.md and report.html."""
 
+from math import ceil
 from pathlib import Path
 
 from runners.diagnosis.curves import PALETTE
@@ -162,13 +163,16 @@ def cells_part(findings: Findings) -> list:
 
 
 def draw(findings: Findings, panels: list, path: Path) -> None:
-    """One panel for each (title, x label, [(key, x), ...]), one line for each run."""
+    """One panel for each (title, x label, [(key, x), ...]), three in a row, one line for each run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(panels), 4.2), layout="constrained")
+    columns = min(len(panels), 3)
+    rows = ceil(len(panels) / columns)
+    figure = Figure(figsize=(6 * columns, 4.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, xlabel, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for place, (title, xlabel, points) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place)
         for number, run in enumerate(findings.runs):
             found = [(x, *findings.value(key, run)[:3]) for key, x in sorted(points, key=lambda point: point[1])
                      if findings.value(key, run)]
@@ -177,7 +181,8 @@ def draw(findings: Findings, panels: list, path: Path) -> None:
                 shift = 1.012 ** (number - (len(findings.runs) - 1) / 2)    # bars side by side
                 errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
                 axes.errorbar([value * shift for value in x], y, errors, color=PALETTE[number % len(PALETTE)],
-                              label=run, marker="o", markersize=4, linewidth=1.6, elinewidth=1)
+                              linestyle="-" if number < len(PALETTE) else "--", label=run, marker="o", markersize=4,
+                              linewidth=1.6, elinewidth=1)
         ticks = sorted({x for _, x in points})
         axes.set(xlabel=xlabel, ylabel=findings.name, xscale="log")
         axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
