@@ -199,6 +199,7 @@ def test_a_stopped_study_goes_on(start, monkeypatch, capsys, target, name, momen
     ({"samplers": [{"timesteps": [2], "images_seen": [16]}]}, "samplers[0].images_seen names [16]"),
     ({"samplers": [{"timesteps": [2], "sample_type": "magic"}]}, "ddpm_noisy"),
     ({"runs": {"a/b": {}}}, "letters, digits"),
+    ({"runs": {"a": {"loss.lamdaa": 1}}}, "run a of the study: "),
     ({"runs": {"a": {"loss.lamdaa": 1}}}, "did you mean loss.lamda"),
     ({"runs": {"a": {}, "b": {"training.global_batch_size": 4}}}, "global_batch_size"),
     ({"images_seen": [24, 8]}, "must ascend"),

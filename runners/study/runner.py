@@ -34,7 +34,7 @@ from runners.study.grid import Cell, cells_of, drop_broken_lines, read_cells
 from runners.training.checkpoint import RunFolder, differences
 from runners.training.plan import Plan
 from utils.atomic import write_text
-from utils.errors import Interrupted, UserError
+from utils.errors import ConfigError, Interrupted, UserError
 from utils.names import safe_name
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,10 @@ def as_overrides(keys: dict) -> list[str]:
 def run_config(study: Study, path: Path, run: str, seed: int) -> Config:
     """Of the file at ``path``. Its batch is global, so that a study is the same on any number of processes."""
     overrides = as_overrides({**study.overrides, **study.runs[run], **OWN_KEYS, "training.seed": seed})
-    config = load_config(path, overrides)
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"run {run} of the study: {error}") from None
     if config.training.global_batch_size is None:
         overrides.append(f"training.global_batch_size={config.training.batch_size}")
     return load_config(path, overrides)
