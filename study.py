@@ -26,7 +26,7 @@ def parse(argv):
 
 
 def check(args):
-    from runners.study.runner import StudyJob
+    from runners.study.job import StudyJob
 
     return args, StudyJob(args.study, args.exp, args.name, args.overrides, args.only)
 

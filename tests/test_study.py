@@ -17,10 +17,10 @@ from configs.study import STUDIES, Sampler, Study, load_study, study_yaml
 from runners.diffusion import Diffusion
 from runners.evaluation import references
 from runners.study.grid import Cell, cells_of, drop_broken_lines, read_cells
+from runners.study.job import StudyJob
 from runners.study.page import Picture, to_html
 from runners.study.pairs import difference
 from runners.study.report import write_report
-from runners.study.runner import StudyJob
 from tests.faults import jobs
 from utils.errors import DataError
 

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from runners.evaluation.metrics import count_name
+from runners.study.job import StudyJob
 from runners.study.pairs import standard_error
-from runners.study.runner import StudyJob
 from utils.errors import DataError, UserError
 
 # Metric that a report may be about: its name for readers, digits behind the point.

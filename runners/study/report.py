@@ -6,8 +6,8 @@ from pathlib import Path
 from runners.diagnosis.curves import PALETTE
 from runners.study.comparisons import compared
 from runners.study.findings import Findings
+from runners.study.job import StudyJob
 from runners.study.page import Gallery, Heading, Picture, Table, Text, to_html, to_markdown
-from runners.study.runner import StudyJob
 from runners.training.metrics_file import read_metrics
 from utils.atomic import atomic_path, write_text
 
