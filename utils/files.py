@@ -76,6 +76,21 @@ def read_json(path: str | Path):
         return json.load(file)
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """Lines of a text with their ends; what is no UTF-8 is replaced. Raises DataError: no regular file."""
+    with open_regular(path) as file:
+        return file.read().decode(errors="replace").splitlines(keepends=True)
+
+
+def json_object(text: str) -> dict | None:
+    """The JSON object that a line holds; None where it holds none, such as half a line of a killed process."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def read_settings(path: Path) -> dict:
     """The settings in the JSON file that describes a network or pipeline. Raises DataError: missing, or no object."""
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from utils.atomic import atomic_path
 from utils.errors import DataError
-from utils.files import MIB, open_regular, read_regular
+from utils.files import MIB, json_object, open_regular, read_regular
 from utils.text import escape_control
 
 # What makes two results results of one run; seeds, seconds and machine do not. The last two parts of a path are not
@@ -71,11 +71,8 @@ def read_logs(paths: Sequence[str | Path]) -> list[dict]:
 
 
 def _parse(line: str, where: str, hint: str) -> dict:
-    try:
-        entry = json.loads(line.strip() or "{}")
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict):
+    entry = json_object(line.strip() or "{}")
+    if entry is None:
         raise DataError(f"{where}: not a JSON object{hint}")
     fid = entry.get("fid", 0.0)
     if isinstance(fid, bool) or not isinstance(fid, int | float) or not abs(fid) <= sys.float_info.max:

@@ -7,9 +7,11 @@ from runners.study.job import StudyJob
 from runners.study.pairs import standard_error
 from utils.errors import DataError, UserError
 
-# Metric that a report may be about: its name for readers, digits behind the point.
-HEADLINES = {"fid": ("FID", 1), "sfid": ("sFID", 1), "kid": ("KID", 4), "digits_fd": ("digits FD", 3),
-             "digits_unsure": ("unsure digits", 3)}
+# Numbers of a cell: their names for readers; and of those that a report may be about, digits behind the point.
+TITLES = {"fid": "FID", "precision": "precision", "recall": "recall", "kid": "KID",
+          "inception_score": "Inception Score", "sfid": "sFID", "digits_fd": "digits FD",
+          "digits_unsure": "unsure digits"}
+DIGITS = {"fid": 1, "sfid": 1, "kid": 4, "digits_fd": 3, "digits_unsure": 3}
 
 
 class Value(NamedTuple):
@@ -38,8 +40,8 @@ class Findings:
         self.headline, self.budget = job.study.metrics[0], job.study.images_seen[-1]
         if not all(self.headline in entry for _, entry in self.cells):
             raise DataError(f"{job.folder / 'cells'}: holds a line without {self.headline}, the study's first metric")
-        title, self.digits = HEADLINES[self.headline]
-        self.name = count_name(job.study.num_images).replace("FID", title)
+        self.digits = DIGITS[self.headline]
+        self.name = count_name(job.study.num_images).replace("FID", TITLES[self.headline])
         self.values: dict[tuple, dict[str, list]] = {}
         for cell, entry in self.cells:
             key = cell.label, cell.settings["timesteps"], cell.images_seen

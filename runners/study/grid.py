@@ -8,7 +8,7 @@ from configs.sampling import SamplerSettings
 from configs.study import Sampler, Study
 from utils.atomic import write_text
 from utils.errors import DataError
-from utils.files import open_regular
+from utils.files import json_object, read_lines
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def read_cells(folder: Path) -> dict[str, dict]:
     """
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for text in _lines(path):
-            entry = _parse(text)
+        for text in read_lines(path):
+            entry = json_object(text)
             if entry is None:
                 continue
             cell = _cell_of(entry)
@@ -128,20 +128,7 @@ def _cell_of(entry: dict) -> Cell | None:
 def drop_broken_lines(path: Path) -> None:
     """So that the next line does not stick to half a line; only for the job that has locked the run."""
     if path.exists():
-        lines = _lines(path)
-        whole = [line for line in lines if line.endswith("\n") and _parse(line) is not None]
+        lines = read_lines(path)
+        whole = [line for line in lines if line.endswith("\n") and json_object(line) is not None]
         if whole != lines:
             write_text(path, "".join(whole))
-
-
-def _lines(path: Path) -> list[str]:
-    with open_regular(path) as file:
-        return file.read().decode(errors="replace").splitlines(keepends=True)
-
-
-def _parse(text: str) -> dict | None:
-    try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return entry if isinstance(entry, dict) else None

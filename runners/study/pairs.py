@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 # Keys of a sampler that are remedies; without them it is the sampler that it is compared with.
 REMEDIES = ("eps_scaler", "dcw", "time_shift", "restart", "churn", "guidance", "guidance_interval")
-VERDICTS = ("helps", "hurts", "not distinguishable")
+UNDECIDED = "not distinguishable"
 
 
 class Difference(NamedTuple):
@@ -26,7 +26,7 @@ class Difference(NamedTuple):
     @property
     def verdict(self) -> str:
         if abs(self.mean) <= self.half:
-            return "not distinguishable"
+            return UNDECIDED
         return "helps" if self.mean < 0 else "hurts"
 
 
@@ -58,9 +58,9 @@ def without_remedies(settings: dict) -> dict:
 def in_words(name: str, verdicts: dict[str, str]) -> str:
     """``"SA: helps with 1 of 4 (DDIM in 10 steps), hurts with 1 (Heun in 10 steps), not distinguishable with 2."``."""
     parts = []
-    for verdict in VERDICTS:
+    for verdict in ("helps", "hurts", UNDECIDED):
         where = [place for place, found in verdicts.items() if found == verdict]
         if where:
-            listed = f" ({'; '.join(where)})" if verdict != VERDICTS[-1] else ""
+            listed = f" ({'; '.join(where)})" if verdict != UNDECIDED else ""
             parts.append(f"{verdict} with {len(where)}{f' of {len(verdicts)}' if not parts else ''}{listed}")
     return f"{name}: {', '.join(parts)}."

@@ -5,15 +5,12 @@ from pathlib import Path
 
 from runners.diagnosis.curves import PALETTE
 from runners.study.comparisons import compared
-from runners.study.findings import Findings
+from runners.study.findings import TITLES, Findings
 from runners.study.job import StudyJob
 from runners.study.page import Gallery, Heading, Picture, Table, Text, to_html, to_markdown
 from runners.training.metrics_file import read_metrics
 from utils.atomic import atomic_path, write_text
 
-COMPANIONS = {"fid": "FID", "precision": "precision", "recall": "recall", "kid": "KID",
-              "inception_score": "Inception Score", "sfid": "sFID", "digits_fd": "digits FD",
-              "digits_unsure": "unsure digits"}
 BARS = "bars: intervals, or standard errors over several seeds"
 IN_COLUMNS = {"loss.num_consecutive_steps", "loss.lamda", "loss.input_perturbation"}
 
@@ -146,9 +143,9 @@ def grids_part(findings: Findings) -> list:
 
 
 def cells_part(findings: Findings) -> list:
-    measures = [key for key in COMPANIONS if key != findings.headline and any(key in e for _, e in findings.cells)]
+    measures = [key for key in TITLES if key != findings.headline and any(key in e for _, e in findings.cells)]
     header = ["run", "seed", "images seen", "sampler", "steps", "calls", findings.name, "95% interval",
-              *(COMPANIONS[key] for key in measures), "sampling s", "cell s"]
+              *(TITLES[key] for key in measures), "sampling s", "cell s"]
     rows = []
     for cell, entry in findings.cells:
         fit = f", B = {entry['fit']['b']:.4f}" if entry.get("fit") else ""

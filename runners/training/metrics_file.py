@@ -1,9 +1,8 @@
 """metrics.jsonl, read: it may be that of a killed run, or come with a stranger's folder."""
 
-import json
 from pathlib import Path
 
-from utils.files import open_regular
+from utils.files import json_object, read_lines
 
 NUMBERS = ("loss", "loss_base", "grad_norm", "validation_loss", "images_per_s")
 LARGEST = 2**63                                      # of whole numbers; floats may be anything
@@ -17,19 +16,14 @@ def read_metrics(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    with open_regular(path) as file:
-        texts = file.read().decode(errors="replace").splitlines()
-    return [line for line in map(_parse, texts) if line is not None]
+    lines = (json_object(text) for text in read_lines(path))
+    return [line for line in lines if line is not None and _is_of_a_run(line)]
 
 
-def _parse(text: str) -> dict | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int) or not _is_number(line["step"]):
-        return None
-    return line if all(line.get(key) is None or _is_number(line[key]) for key in NUMBERS) else None
+def _is_of_a_run(line: dict) -> bool:
+    step = line.get("step")
+    return isinstance(step, int) and _is_number(step) and all(
+        line.get(key) is None or _is_number(line[key]) for key in NUMBERS)
 
 
 def _is_number(value) -> bool:
