@@ -4,6 +4,7 @@ Notation: B batch, C channels, H x W pixels, E width of the embedding.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ def _convolution(width_in: int, width_out: int, size: int, style: BlockStyle, re
 # ------------------------------------------------------------------------------------------------------------- network
 
 
-class EDMUNet(nn.Module):
+class EDMUNet(nn.Module, ABC):
     """Encoder and decoder of both networks. A subclass adds its embedding, its way in and its way out.
 
     ``enc`` and ``dec`` are named by the resolution of each stage for square images of side ``img_resolution``, such as
@@ -191,9 +192,9 @@ class EDMUNet(nn.Module):
     def add_image_path(self, name: str, level: int, width: int) -> None:
         """Modules of ``enc`` through which the image itself enters at a lower resolution."""
 
+    @abstractmethod
     def attends_in_decoder(self, i: int) -> bool:
         """Whether block i of a level with attention has it."""
-        raise NotImplementedError
 
     def add_output(self, name: str, level: int, width: int) -> None:
         """Modules of ``dec`` that make an image of a level's last state."""
@@ -207,9 +208,9 @@ class EDMUNet(nn.Module):
                         "model.model_channels to have it", " and ".join(map(str, sorted(missing))),
                         self.style.head_width)
 
+    @abstractmethod
     def embed(self, t: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
         """Everything but the image, always computed in float32: (B, E)."""
-        raise NotImplementedError
 
     def label_vector(self, labels: Tensor | None, count: int) -> Tensor:
         """One-hot float32 (B, label_dim). A label of -1, and no labels at all, are zeros; vectors stay as they are."""

@@ -5,6 +5,7 @@ A condition is a dictionary of tensors by name, batch first: ``labels``; or ``pr
 prompt p, so that its noise is that of seed s.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -25,7 +26,7 @@ def numbered(num_prompts: int, seeds: Seeds | range) -> Seeds | range:
                  for p in range(num_prompts) for part in parts)
 
 
-class Prompts:
+class Prompts(ABC):
     """What both kinds share.
 
     Args:
@@ -40,9 +41,9 @@ class Prompts:
         self.empty = {name: rows.to(device) for name, rows in empty.items()}
         self.sizes, self.device = sizes if sizes is None else sizes.to(device), device
 
+    @abstractmethod
     def of_seeds(self, seeds: Sequence[int]) -> dict[str, Tensor]:
         """The condition of each image."""
-        raise NotImplementedError
 
     def sized(self, condition: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         return condition if self.sizes is None else {**condition, "time_ids": self.sizes.expand(count, -1)}
