@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import asdict
 
@@ -114,6 +115,7 @@ def test_several_seeds_are_compared_in_pairs(start):
     start.folder.parent.mkdir(parents=True)
     (start.folder.parent / "tiny.yml").write_text(yaml.safe_dump(study, sort_keys=False))
     job = StudyJob(start.folder.parent / "tiny.yml", start.folder.parents[1])
+    assert job.runs[:3] == [("base", 1), ("SA", 1), ("base", 2)]            # a study cut short has whole pairs
     (start.folder / "cells").mkdir(parents=True)
     for cell in job.all_cells:
         value = {1: 11.0, 2: 21.0, 3: 31.0}[cell.seed]
@@ -143,6 +145,27 @@ def test_a_difference_is_told_by_its_interval():
     assert difference({1: 2.0, 2: 2.0, 3: 3.0}, {1: 0.0, 2: 0.0, 3: 0.0}).verdict == "hurts"
     assert difference({1: -5.0}, {1: 0.0}).verdict == "not distinguishable"              # one seed tells nothing
     assert difference({1: 1.0}, {2: 1.0}) is None
+
+
+def test_a_cell_without_what_the_report_is_about(start, capsys):
+    small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2]}], "images_seen": [8]}
+    assert start(**small) == 0
+    file = start.folder / "cells" / "base-1024.jsonl"
+    file.write_text(file.read_text().replace('"fid":', '"fie":'))
+    capsys.readouterr()
+    assert start("--report_only", **small) == 3
+    assert "holds a line without fid, the study's first metric" in capsys.readouterr().err
+
+
+def test_a_plan_counts_every_network_call_of_training(start, capsys):
+    """24 images: one call each, two with K = 2, two more with two steps of scheduled sampling."""
+    steps = {"loss.scheduled_sampling": {"steps": 2}}
+    runs = {"one": {"loss.lamda": 0}, "two": {"loss.lamda": 1}, "three": {"loss.lamda": 0, **steps},
+            "four": {"loss.lamda": 1, **steps}}
+    assert start("--dry_run", runs=runs, samplers=TINY["samplers"][:1]) == 0
+    told = capsys.readouterr().out
+    for run, calls in (("one", 24), ("two", 48), ("three", 72), ("four", 96)):
+        assert re.search(rf"{run}-1024 +3 steps, {calls} images through the network", told), told
 
 
 def test_two_ranks_find_what_one_finds(start, tmp_path):
