@@ -217,14 +217,14 @@ def read_dataset(name: str, root: str | None = None, cache: str | None = None, s
 def read_by_tool(folder: Path, rng: random.Random) -> None:
     """``dataset_tool.py`` on whatever source lies there."""
     import dataset_tool
+    from datasets import tool
 
     source = next(folder.iterdir(), folder / "missing")
     flags = rng.choice(([], ["--resolution", "4x4"], ["--resolution", "4x4", "--transform", "center-crop"]))
     dest = folder / f"made{rng.choice(('.zip', '', '.npy', '.lmdb'))}"
     for argv in (["info", "--source", str(source)],
                  ["convert", "--source", str(source), "--dest", str(dest), "--workers", "0", *flags]):
-        args = dataset_tool.parse(argv)
-        args.run(args)
+        getattr(tool, argv[0])(dataset_tool.parse(argv))
 
 
 def make_any(folder: Path, rng: random.Random) -> list[str]:

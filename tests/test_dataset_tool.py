@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dataset_tool
 from dataset_tool import main
+from datasets import images, labels
+from datasets.convert import FORMATS
 from datasets.files import ImageFiles
 
 REPOSITORY = Path(__file__).parents[1]
@@ -194,6 +197,13 @@ def test_info_tells_of_mixed_sizes_and_unreadable_pictures(source, capsys):
     out = capsys.readouterr().out
     assert "sizes     of the first 5: height 12 to 20, width 8 to 30; 1 unreadable" in out
     assert f"unreadable {source / '0/0.png'}: not an image file" in out
+
+
+def test_the_choices_are_those_of_the_tables():
+    assert set(dataset_tool.FORMATS) == FORMATS.keys()
+    assert set(dataset_tool.RESAMPLE) == images.RESAMPLE.keys()
+    assert set(dataset_tool.TRANSFORMS) == images.TRANSFORMS.keys() - {"resize", "resize-center-crop"}
+    assert set(dataset_tool.LABEL_RULES) == labels.FILE_RULES.keys() - {"json"}
 
 
 def test_help_and_a_real_process(tmp_path):

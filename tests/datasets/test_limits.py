@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from configs.schema import Config
-from datasets import build_dataset, images, open_dataset
+from datasets import build_dataset, images, open_dataset, tool
 from datasets.images import UnreadableImage, decode
 from datasets.lmdbs import LmdbImages, any_keys
 from datasets.packed import open_images
@@ -242,14 +242,12 @@ def test_labels_in_a_json_that_are_no_classes(make_config, noise, write_zip, tmp
 
 
 def test_a_tar_that_unpacks_to_more_than_cifar(tmp_path):
-    import dataset_tool
-
     with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz", compresslevel=9) as archive:
         member = tarfile.TarInfo("cifar-10-batches-py/readme")
         member.size = 65 << 20
         archive.addfile(member, io.BytesIO(bytes(member.size)))
     with pytest.raises(DataError, match="readme unpacks to 65 MiB: a batch of CIFAR-10 may have 64"):
-        dataset_tool.open_source(tmp_path / "cifar-10-python.tar.gz")
+        tool.open_source(tmp_path / "cifar-10-python.tar.gz")
 
 
 def test_a_picture_in_memory_of_too_many_bytes(monkeypatch):

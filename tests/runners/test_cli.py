@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -9,6 +11,7 @@ import pytest
 
 from runners import cli, distributed
 from runners.sampling.flags import add_sampler_flags
+from tests.conftest import REPOSITORY
 from utils.errors import Interrupted, UserError
 
 ARGS = Namespace(verbose="critical", node_rank=0, num_proc_node=1, num_process_per_node=1, device="cpu",
@@ -58,6 +61,17 @@ def test_keys_and_files_without_their_flag_are_pointed_out(words, message):
     cli.add_common(parser)
     with pytest.raises(UserError, match=re.escape(message)):
         parser.parse(words)
+
+
+@pytest.mark.parametrize(("script", "arguments"), [
+    ("train_ddp", "--config digits.yml"), ("generate", "--config digits.yml"), ("diagnose", "all --config digits.yml"),
+    ("fid", "calc --images x --ref y"), ("dataset_tool", "info --source x"), ("study", "--study digits.yml")])
+def test_a_python_without_packages_helps_and_names_one(script, arguments):
+    command = [sys.executable, "-S", f"{script}.py"]
+    assert subprocess.run([*command, "--help"], cwd=REPOSITORY, capture_output=True).returncode == 0
+    done = subprocess.run([*command, *arguments.split()], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.match(rf"{script}.py: the package (torch|numpy) is not installed for .*; `make install` ", done.stderr)
 
 
 def test_a_missing_package_is_one_line_and_a_missing_module_of_ours_a_bug(capsys):
