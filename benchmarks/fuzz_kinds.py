@@ -126,11 +126,11 @@ def make_cells(folder: Path, rng) -> list[str]:
 
 def read_study_folder(folder: Path, rng) -> None:
     from configs.study import load_study
-    from runners.study.grid import drop_broken_lines, read_cells
+    from runners.study.grid import prepare_cells, read_cells
 
     for entry in read_cells(folder / "cells").values():
         f"{entry['fid']:.2f} {entry['seconds']:.0f} {entry['network_calls']} {entry['reference_fingerprint']}"
-    drop_broken_lines(folder / "cells/plain-1.jsonl")
+    prepare_cells(folder / "cells/plain-1.jsonl")
     load_study(folder / "study.yml")
 
 

@@ -16,12 +16,15 @@ UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "G
 
 
 def read_number_of_images(value):
-    """``"200M"`` and ``"8Mi"`` as numbers; what is no such text is left to the key's own checks."""
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)([kMG]?i?)", value) if isinstance(value, str) else None
-    if not match or match[2] not in UNITS:
+    """``"200M"`` and ``"8Mi"`` as numbers; what is no text is left to the key's own checks."""
+    if not isinstance(value, str):
         return value
-    number = float(match[1]) * UNITS[match[2]]
-    return int(number) if number == int(number) else value
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)(k|[MG]|[KMG]i|)", value)
+    number = match and float(match[1]) * UNITS[match[2]]
+    if number is None or number != int(number):
+        raise ValueError("must be a whole number of images, such as 50000, 200M or 8Mi (units: "
+                         f"{', '.join(UNITS)[2:]}), given {value!r}")
+    return int(number)
 
 
 InImages = BeforeValidator(read_number_of_images)

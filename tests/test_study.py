@@ -17,7 +17,7 @@ import study
 from configs.study import STUDIES, Sampler, Study, load_study, study_yaml
 from runners.diffusion import Diffusion
 from runners.evaluation import references
-from runners.study.grid import Cell, cells_of, drop_broken_lines, read_cells
+from runners.study.grid import Cell, cells_of, prepare_cells, read_cells
 from runners.study.job import StudyJob
 from runners.study.page import Picture, to_html
 from runners.study.pairs import difference
@@ -307,8 +307,18 @@ def test_a_pipe_among_the_cells_is_refused_and_not_waited_for(tmp_path):
 def test_only_broken_lines_are_dropped(tmp_path):
     file = tmp_path / "base-1.jsonl"
     file.write_text(json.dumps({"a": 1}) + "\n" + '{"a": ')
-    drop_broken_lines(file)
+    prepare_cells(file)
     assert file.read_text() == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize("name", ["base-1.jsonl", "base-1.txt"])
+def test_cells_are_not_added_to_what_a_link_leads_to(tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.write_text("mine\n")
+    (tmp_path / name).symlink_to(outside)
+    with pytest.raises(DataError, match=f"{name}: is a link"):
+        prepare_cells(tmp_path / "base-1.jsonl")
+    assert outside.read_text() == "mine\n"
 
 
 def test_remedies_are_keys_of_a_sampler_and_of_a_run(start):

@@ -125,8 +125,14 @@ def _cell_of(entry: dict) -> Cell | None:
     return cell if whole else None
 
 
-def drop_broken_lines(path: Path) -> None:
-    """So that the next line does not stick to half a line; only for the job that has locked the run."""
+def prepare_cells(path: Path) -> None:
+    """Make ``path``, of lines, fit for the next one: no half line that it would stick to, no link that leads elsewhere.
+
+    Only for the job that has locked the run. Raises DataError: a link.
+    """
+    for file in (path, path.with_suffix(".txt")):
+        if file.is_symlink():
+            raise DataError(f"{file}: is a link, cells are added to a file of its own only; remove it")
     if path.exists():
         lines = read_lines(path)
         whole = [line for line in lines if line.endswith("\n") and json_object(line) is not None]

@@ -18,7 +18,7 @@ from runners.sampling.folder import gamma_fingerprint
 from runners.sampling.gamma import write_gamma
 from runners.sampling.generation import generate_and_measure, write_grid
 from runners.sampling.sampler import Sampler
-from runners.study.grid import Cell, drop_broken_lines
+from runners.study.grid import Cell, prepare_cells
 from runners.study.job import StudyJob
 from runners.training.checkpoint import RunFolder
 from runners.training.plan import Plan
@@ -70,7 +70,7 @@ class StudyRunner:
     def _prepare_folder(self) -> None:
         write_text(self.job.folder / "study.yml", study_yaml(self.job.study))
         for run, seed in self.job.runs:
-            drop_broken_lines(self.job.folder / "cells" / f"{run}-{seed}.jsonl")
+            prepare_cells(self.job.folder / "cells" / f"{run}-{seed}.jsonl")
 
     # ------------------------------------------------------------------------------------------------------- training
 
