@@ -77,7 +77,7 @@ def test_numbers_of_images_are_read_with_their_units():
     ({"diffusion": {"prediction": "vp", "sigma_data": 1.0}}, "diffusion.sigma_data is for diffusion.prediction edm"),
     ({"diffusion": {"prediction": "edm", "rescale_timesteps": True}}, "they are told noise levels"),
     ({"training": {"label_dropout": 0.1}}, "or label_dim of EDM's networks"),
-    ({"training": {"total_images": "8Q"}}, "a whole number of images, .* units: k, M, G, Ki, Mi, Gi.*, given '8Q'"),
+    ({"training": {"total_images": "8Q"}}, "a whole number of images, .*units: k, M, G, Ki, Mi, Gi.*, given '8Q'"),
     ({"training": {"total_images": "1.5"}}, "given '1.5'"),
     ({"optim": {"warmup_steps": 5, "warmup_images": 5}}, "give one of them"),
 ])
