@@ -135,6 +135,8 @@ SAMPLERS = {"generalized": generalized_steps, "ddpm_noisy": ddpm_steps, "heun": 
             "dpmpp_2m": dpmpp_2m_steps}
 
 
-def network_calls(sample_type: str, num_steps: int) -> int:
-    """Network calls for each image: Heun's corrector doubles them but for the last step."""
-    return 2 * num_steps - 1 if sample_type == "heun" else num_steps
+def network_calls(sample_type: str, num_steps: int, from_noise_alone: bool = False) -> int:
+    """Network calls for each image: Heun's corrector doubles them but for the last step, and for the first one of a
+    chain that starts where alpha is 0."""
+    alone = 1 + (from_noise_alone and num_steps > 1)
+    return 2 * num_steps - alone if sample_type == "heun" else num_steps

@@ -91,7 +91,7 @@ def heun_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_s
     """EDM's second-order sampler (2206.00364, algorithms 1 and 2); 2S - 1 network calls for S steps.
 
     An Euler step is taken, the tangent at its end evaluated, and the step repeated along the mean of both. The last
-    step, to level 0, is Euler's alone.
+    step, to level 0, is Euler's alone, and so is one that starts where alpha is 0 and y has no meaning.
 
     Args:
         churn: None, s_churn, or the leading ones of (s_churn, s_min, s_max, s_noise); see ``Churn``. On a discrete

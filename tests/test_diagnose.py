@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import diagnose
@@ -65,6 +66,22 @@ def test_eps_norms_of_two_runs_on_one_figure(exp, capsys):
     for row in rows:
         assert float(row["ratio"]) == pytest.approx(float(row["sampling"]) / float(row["training"]))
     assert note["runs"]["digits"]["fingerprint"] and "eps-norm-DDIM-4-steps-ckpt.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("keys", "flags", "correctors"), [
+    ({}, (), ["0", "250", "500"]), ({}, ("--restart", "3,2,0.5,2"), ["0", "250", "500"]),
+    ({"prediction": "v_prediction", "zero_terminal_snr": True}, ("--skip_type", "trailing"), ["249", "499"])],
+    ids=["plain", "restart", "from noise alone"])
+def test_eps_norms_of_heun(exp, keys, flags, correctors):
+    """Each evaluation stands at its own time; the last step has no corrector, nor has the first from noise alone."""
+    file = exp / "logs/digits/config.yml"
+    config = yaml.safe_load(file.read_text())
+    config["diffusion"] |= keys
+    file.write_text(yaml.safe_dump(config))
+    assert run(exp, "eps-norm", "--sample_type", "heun", *flags) == 0
+    rows, _ = table(exp, "eps-norm")
+    first, second = ([row["t"] for row in rows if row["evaluation"] == kind] for kind in ("first", "corrector"))
+    assert len(first) == 4 and second == correctors
 
 
 @pytest.mark.parametrize("sampler", [("generalized", "--eta", "0.5"), ("ddpm_noisy",), ("heun",)])

@@ -118,18 +118,19 @@ class Diagnosis:
 
         Returns:
             ``first``: of the first evaluation of each step, at its time. With Heun's method also ``corrector``: of the
-            second, at the time where the step ends; the last step has none.
+            second, at the time where the step ends; the last step has none, nor has the first one from noise alone.
         """
         sampler, count = sampler or self.sampler, len(self.steps)
-        has_corrector = sampler.settings.sample_type == "heun" and sampler.settings.alpha == 1 and count > 1
-        each = 2 if sampler.settings.sample_type == "heun" else 1
-        stats = {"first": FeatureStats(count), **({"corrector": FeatureStats(count - 1)} if has_corrector else {})}
+        heun, alone = sampler.settings.sample_type == "heun", int(self.schedule.alpha(self.steps[-1]) == 0)
+        correctors = count - 1 - alone if heun and sampler.settings.alpha == 1 else 0
+        stats = {"first": FeatureStats(count), **({"corrector": FeatureStats(correctors)} if correctors > 0 else {})}
         for _, places in tqdm(self.share, "sampling", unit="batch", leave=False, disable=distributed.rank() > 0):
             norms = []                                     # of all calls, from the highest noise to the lowest
             sampler.run(*self.latent(places),
                         watch=lambda t, estimate, norms=norms: norms.append(eps_norm(estimate.eps).float()))
-            for start, kind in enumerate(stats):
-                stats[kind].update(torch.stack(norms[start::each][::-1], 1).cpu())
+            kinds = {"first": norms[:alone] + norms[alone::2 if heun else 1], "corrector": norms[alone + 1::2]}
+            for kind, found in stats.items():
+                found.update(torch.stack(kinds[kind][::-1], 1).cpu())
         return {kind: gathered(found) for kind, found in stats.items()}
 
     def eps_norms(self) -> list[dict]:

@@ -116,7 +116,7 @@ def calls_of(settings: SamplerSettings, schedule, prediction, times: list) -> in
     if settings.sample_type.startswith(FOREIGN):
         return SchedulerChain(settings, schedule, prediction).calls() * (1 + guided)
     extra = sum(remedy.on(schedule, times, prediction.round).calls for remedy in remedies_of(settings))
-    return (network_calls(settings.sample_type, len(times)) + extra) * (1 + guided)
+    return (network_calls(settings.sample_type, len(times), schedule.alpha(times[-1]) == 0) + extra) * (1 + guided)
 
 
 def classes_of(text: str | None, num_labels: int) -> list[int] | None:

@@ -78,6 +78,19 @@ def test_network_calls_are_counted(name):
     assert len(calls) == network_calls(name, 4)
 
 
+@pytest.mark.parametrize("times", [[1.0], [0.2, 0.5, 1.0]])
+@pytest.mark.parametrize("name", ["heun", "euler"])
+def test_network_calls_are_counted_from_noise_alone(name, times):
+    calls = []
+
+    def network(x, t):
+        calls.append(t)
+        return x
+
+    SAMPLERS[name](Denoiser(network, FlowSchedule(), "flow"), ONE, times)
+    assert len(calls) == network_calls(name, len(times), from_noise_alone=True)
+
+
 def test_each_evaluation_of_heun_is_divided_by_the_scale_of_its_level():
     calls, scales = [], {900: 1.2, 500: 1.1, 0: 1.0}
 
