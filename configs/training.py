@@ -52,8 +52,8 @@ class Loss(Section):
 
     @property
     def calls(self) -> int:
-        """The same, with those of scheduled sampling, which are forward only."""
-        return self.terms + (self.scheduled_sampling.steps if self.scheduled_sampling else 0)
+        """The same, with those of scheduled sampling, which lead to each of them and are forward only."""
+        return self.terms * (1 + (self.scheduled_sampling.steps if self.scheduled_sampling else 0))
 
     @model_validator(mode="after")
     def _sequence_has_steps(self):

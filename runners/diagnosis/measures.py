@@ -212,7 +212,7 @@ class Diagnosis:
 
     def is_no_correction(self, fit: Fit) -> bool:
         """Whether it changes eps by more than a tenth somewhere, or brings the norms no nearer."""
-        return max(abs(end - 1) for end in self.ends(fit)) > 0.1 or fit.mismatch >= fit.before
+        return bool(max(abs(end - 1) for end in self.ends(fit)) > 0.1 or fit.mismatch >= fit.before)
 
     def scaled(self, scaler: tuple[float, float]) -> Sampler:
         """This object's sampler with another epsilon scaling."""

@@ -20,8 +20,8 @@ def compared(findings: Findings) -> list:
 def training_part(findings: Findings) -> list:
     """Each run against the first, sampler by sampler, at equal images and at equal network calls."""
     (base, *others), budget, job = findings.runs, findings.budget, findings.job
-    calls = {run: job.configs[f"{run}-{job.study.seeds[0]}"].loss.calls for run in others}
-    dearer = [run for run in others if calls[run] > 1]
+    calls = {run: job.configs[f"{run}-{job.study.seeds[0]}"].loss.calls for run in findings.runs}
+    dearer = [run for run in others if calls[run] > calls[base]]
     what = f"{findings.name} minus that of {base}"
 
     def against_base(images: dict[str, int]):
@@ -34,8 +34,8 @@ def training_part(findings: Findings) -> list:
     return [*_part(findings, "Remedies in training, at equal images", what,
                    against_base(dict.fromkeys(others, budget)), by_run=True),
             *_part(findings, "Remedies in training, at equal network calls",
-                   f"{what}, which has seen as many images more as the run takes calls for each",
-                   against_base({run: budget // calls[run] for run in dearer}), by_run=True)]
+                   f"{what}, which has seen as many times more images as the run takes more calls for each",
+                   against_base({run: budget * calls[base] // calls[run] for run in dearer}), by_run=True)]
 
 
 def sampling_part(findings: Findings) -> list:

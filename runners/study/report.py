@@ -148,9 +148,10 @@ def cells_part(findings: Findings) -> list:
               *(TITLES[key] for key in measures), "sampling s", "cell s"]
     rows = []
     for cell, entry in findings.cells:
-        fit = f", B = {entry['fit']['b']:.4f}" if entry.get("fit") else ""
+        fit = entry.get("fit") or {}
+        fitted = f", B = {fit['b']:.4f}" + " (no correction)" * bool(fit.get("no_correction")) if fit else ""
         low, high = entry.get("fid_interval_95", ["", ""])
-        rows.append([cell.run, str(cell.seed), f"{cell.images_seen:,}", cell.label + fit,
+        rows.append([cell.run, str(cell.seed), f"{cell.images_seen:,}", cell.label + fitted,
                      str(cell.settings["timesteps"]), str(entry["network_calls"]),
                      f"{entry[findings.headline]:.{findings.digits + 1}f}",
                      f"{low:.2f} to {high:.2f}" if low else "",

@@ -161,7 +161,8 @@ class StudyRunner:
         return {**details, **made.results}
 
     def _resolve(self, cell: Cell, diffusion: Diffusion) -> tuple[Sampler, dict | None]:
-        """The sampler, with a number for ``eps_scaler: fit`` and a file for ``gamma: measure``, and that fit."""
+        """The sampler, with a number for ``eps_scaler: fit`` and a file for ``gamma: measure``, and that fit with
+        whether diagnose.py would advise against it."""
         if not (cell.fits or cell.measures_gamma):
             return diffusion.sampler(cell.sampler()), None
         images = diffusion.open_images(self.job.datasets)
@@ -178,8 +179,10 @@ class StudyRunner:
             distributed.on_rank_zero(lambda: write_gamma(path, rows, diffusion, {"run": cell.doc}))
             gamma = str(path)
         if cell.fits:
-            fit, _ = diagnosis(cell.sampler(gamma=gamma)).fit("constant")
-        return diffusion.sampler(cell.sampler(fit and fit.b, gamma)), fit and fit._asdict()
+            chain = diagnosis(cell.sampler(gamma=gamma))
+            found, _ = chain.fit("constant")
+            fit = {**found._asdict(), "no_correction": chain.is_no_correction(found)}
+        return diffusion.sampler(cell.sampler(fit and fit["b"], gamma)), fit
 
     def _stop_if_told(self) -> None:
         event = max(distributed.gather_objects(self.signals.signum))

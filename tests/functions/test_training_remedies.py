@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from configs.training import Loss, ScheduledSampling
 from functions.denoiser import Denoiser
 from functions.losses import sequence_aware_loss
 from functions.schedule import FlowSchedule, SigmaSchedule
@@ -55,6 +56,13 @@ def test_the_loss_sees_the_networks_own_step_and_its_target_means_the_true_image
         torch.testing.assert_close(schedule.add_noise(x0, found[k], lower), x, rtol=1e-4, atol=1e-4)
     terms = sequence_aware_loss(denoiser, x0, t, found, num_consecutive_steps=2)
     assert terms.total.isfinite().all()
+
+
+def test_every_input_of_the_sequence_has_its_own_calls():
+    calls, (x0, noise, rollout) = [], draws(2, 5, 3)
+    scheduled_noise(exact(0.25, calls=calls), x0, torch.full((5,), 500), noise, rollout)
+    loss = Loss(num_consecutive_steps=2, lamda=1.0, scheduled_sampling=ScheduledSampling(steps=3))
+    assert sum(map(len, calls)) + noise[:, :, 0, 0, 0].numel() == 5 * loss.calls == 40
 
 
 def test_who_takes_part():
