@@ -33,4 +33,4 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False,
-                              use_attribute_docstrings=True)
+                              use_attribute_docstrings=True, protected_namespaces=())

@@ -85,7 +85,7 @@ class TimeShift(Remedy):
 
     In their paper's form an image that has reached time j continues as one of time t_s(x_j, j). In their code's form
     the network is told i as ever, and the step leads to t_s(x_i, j), after which the image counts as one of time j.
-    Each image has its own t_s. The window never reaches the time before or after it in the list.
+    Each image has its own t_s. The window ends above j in the paper's form, below i in their code's.
 
     Args:
         window: W; 0 changes nothing.
