@@ -99,7 +99,7 @@ def check(args):
 def work(job, device):
     from runners.compilation import resolve_sampling_compile
     from runners.distributed import on_rank_zero, world_size
-    from runners.network import explain_out_of_memory, fill_device
+    from runners.network import fill_device
     from runners.sampling.dry_run import dry_run_sampling
     from runners.sampling.prompts import prompts_of
     from utils.locks import lock_folder
@@ -131,8 +131,7 @@ def work(job, device):
             on_rank_zero(lambda: held.enter_context(lock_folder(job.folder.path)))
         if job.pictures:
             return on_rank_zero(lambda: draw_pictures(job, sampler))
-        with explain_out_of_memory():
-            produce(job, diffusion, sampler)
+        produce(job, diffusion, sampler)
 
 
 def open_networks(job, device):

@@ -45,7 +45,7 @@ def profile_steps(step, num: int, device: torch.device) -> Trace:
                     and not any(_inside(event.time_range, other) for other in aside))
     times = Counter()
     for event in events:
-        if cuda and event.device_type != DeviceType.CPU and event.name != "steps":
+        if cuda and event.device_type != DeviceType.CPU and not event.is_user_annotation:
             times[event.name] += event.time_range.elapsed_us() / 1e6
         elif not cuda and event.name != "steps":
             times[event.name] += event.self_cpu_time_total / 1e6

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from datasets.images import UnreadableImage
 from datasets.labels import no_labels
-from datasets.packed import ImageStore, choose_cache
+from datasets.packed import ImageStore, choose_cache, to_device
 from datasets.packing import allocate, check_bad, check_space, list_bad
 from utils.atomic import atomic_write, write_json
 from utils.errors import DataError, UserError
@@ -54,21 +54,21 @@ class LatentStore(ImageStore):
         if cache == "auto":
             cache = choose_cache(size, device)
         place = {"device": device, "ram": "cpu"}
-        self.arrays = {key: torch.tensor(array).to(place[cache]) if cache in place else array
+        self.arrays = {key: self._tensor(array).to(place[cache]) if cache in place else array
                        for key, array in arrays.items()}
-        self.empty = {key: self._tensor(row).to(device) for key, row in empty.items()}
+        self.empty = {key: self._tensor(row).float().to(device) for key, row in empty.items()}
         log.info("%s: latents of %d images in %d variants, %.1f MB, data.cache %s", name, len(kept),
                  arrays["moments"].shape[1], size / 1e6, cache)
 
-    def _tensor(self, rows) -> Tensor:
-        """float32 of what was stored."""
-        rows = rows if isinstance(rows, Tensor) else torch.tensor(np.asarray(rows))
-        return (rows.view(self.meant) if rows.dtype == torch.uint16 else rows).float()
+    def _tensor(self, rows: np.ndarray) -> Tensor:
+        """In the type that was meant: CUDA does not index uint16."""
+        rows = torch.tensor(np.asarray(rows))
+        return rows.view(self.meant) if rows.dtype == torch.uint16 else rows
 
     def _gather(self, key: str, indices: Tensor) -> Tensor:
         array, rows = self.arrays[key], self.kept[indices.cpu()]
-        found = array[rows.to(array.device)] if isinstance(array, Tensor) else array[rows.numpy()]
-        return self._tensor(found).to(self.device, non_blocking=True)
+        found = array[to_device(rows, array.device)] if isinstance(array, Tensor) else self._tensor(array[rows.numpy()])
+        return to_device(found, self.device).float()
 
     def batches(self, index_lists: Iterable[Tensor]) -> Iterator[Tensor]:
         for indices in index_lists:

@@ -61,9 +61,7 @@ class ResidentStore(ImageStore):
 
     def batches(self, index_lists):
         for indices in index_lists:
-            if self.device.type == "cuda":
-                indices = indices.pin_memory().to(self.device, non_blocking=True)            # no wait for the GPU
-            yield self.images.index_select(0, indices).permute(0, 3, 1, 2)
+            yield self.images.index_select(0, to_device(indices, self.device)).permute(0, 3, 1, 2)
 
 
 class HostStore(ImageStore):
@@ -183,6 +181,13 @@ def synthetic_images(config, device="cpu") -> ImageStore:
 def _labels(images) -> np.ndarray:
     len(images)                                            # an empty data set is reported as such
     return class_labels(images.labels)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that does not wait for a GPU: from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def choose_cache(num_bytes: int, device: torch.device) -> str:

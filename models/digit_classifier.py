@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.precision import full_precision
 from utils.errors import DataError
 
 WEIGHTS = Path(__file__).with_name("digit_classifier.safetensors")
@@ -45,7 +46,7 @@ class DigitClassifier:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Features before the last layer: uint8 (B, 1 or 3, H, W) -> float32 (B, 32)."""
-        with torch.autocast(self.device.type, enabled=False):
+        with full_precision(self.device):
             return self.network.features(shrink(images.to(self.device)))
 
     @torch.inference_mode()

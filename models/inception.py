@@ -7,13 +7,13 @@ by about 1e-6 relative and nearly halves the time on a CPU.
 
 import hashlib
 import importlib.util
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.inception_weights import HUB_FILE, check_hash, convolutions, find_weights, read_weights
+from models.precision import full_precision
 from utils.errors import UserError, choose
 
 SIDE = 299                                                   # pixels; what the network was trained on
@@ -78,7 +78,7 @@ class FeatureNet:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must be uint8 (B, 1 or 3, H, W), given {images.dtype} {tuple(images.shape)}")
         images = images.to(self.device, non_blocking=True).expand(-1, 3, -1, -1)
-        with torch.autocast(self.device.type, enabled=False), _full_precision():
+        with full_precision(self.device):
             x = self._resize(images).contiguous(memory_format=torch.channels_last)     # (B, 3, 299, 299) in [-1, 1]
             return self.network(x)
 
@@ -168,9 +168,3 @@ def _fingerprint(state: dict[str, Tensor]) -> str:
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _full_precision():
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield

@@ -193,6 +193,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         nonlocal world, shared
         args = parse(argv)
         from runners import distributed  # imports torch, which --help and a wrong flag need not await
+        from runners.network import explain_out_of_memory
 
         world = distributed.detect()
         setup_logging(args.verbose, world.rank if world else 0)
@@ -212,7 +213,8 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         shared = False
         if device.type == "cpu":
             keep_freed_memory()
-        with distributed.process_group(world, device, args.master_address, args.master_port, args.dist_timeout):
+        with (distributed.process_group(world, device, args.master_address, args.master_port, args.dist_timeout),
+              explain_out_of_memory()):
             return work(request, device)
 
     code = guarded(script, job, lambda error: world and world.rank and (shared or error.on_all_ranks))

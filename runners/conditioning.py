@@ -96,7 +96,8 @@ def without(condition: dict[str, Tensor], prompts: Prompts | None) -> dict[str, 
 
 def hide(condition: dict[str, Tensor], hidden: Tensor | None, prompts: Prompts | None) -> dict[str, Tensor]:
     """Labels and prompts taken away where ``hidden`` (B,) is true; None: everywhere."""
-    nothing = {"labels": torch.tensor(-1)} if prompts is None else prompts.empty
+    labels = {name: rows.new_full((), -1) for name, rows in condition.items() if name == "labels"}
+    nothing = labels if prompts is None else prompts.empty
     result = dict(condition)
     for name in condition.keys() & nothing.keys():
         rows = condition[name]

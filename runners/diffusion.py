@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.pipelines import SCHEDULER, contradictions
 from configs.sampling import SamplerSettings
 from configs.schema import Config, load_config
-from datasets.packed import open_images
+from datasets.packed import open_images, to_device
 from functions.denoiser import Denoiser
 from functions.rng import check_seeds, seeded, shard_generator
 from functions.schedule import make_schedule
@@ -246,8 +246,7 @@ class Diffusion:
         if hasattr(images, "condition"):
             return images.condition
         labels = self.labels_of(images)
-        return lambda indices: {} if labels is None else {
-            "labels": labels[indices.to(labels.device, non_blocking=True)]}
+        return lambda indices: {} if labels is None else {"labels": labels[to_device(indices, self.device)]}
 
     def judge(self, run: RunFolder, force: bool = False) -> Judge:
         """What a full state must be for this network to go on from it with the images of ``run``."""

@@ -18,7 +18,7 @@ COMPILE_FROM_CALLS = 2000                            # fewer do not earn back th
 WIDE = 128                                           # channels from which channels_last pays on a CPU
 CPU_PIXELS = 64 * 1024                               # of batch_size auto
 GPU_BATCH, GPU_SHARE = 2048, 0.6                     # of batch_size auto: at most, and of the free memory
-PROBES = (4, 12)                                     # images of the calls that measure memory
+PROBES = ((4, 12), (1, 2))                           # images of the calls that measure memory; if those fit
 log = logging.getLogger(__name__)
 
 
@@ -97,16 +97,26 @@ def power_of_two(limit: int) -> int:
 @torch.no_grad()
 def memory_of_an_image(network: "Network", shape: tuple[int, int, int], condition: dict) -> tuple[float, int]:
     """Bytes at the peak of a network call for each further image, and bytes that are free on this GPU."""
-    device, peaks = network.device, []
-    for count in PROBES:
+    device = network.device
+
+    def peak_of(count: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         rows = {name: row.expand(count, *row.shape[1:]) for name, row in condition.items()}
         network(torch.zeros(count, *shape, device=device), torch.zeros(count, device=device), **rows)
-        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    each = None
+    for few, many in PROBES:
+        try:
+            peak_of(few)                         # the first call leaves cast weights and workspaces behind
+            each = (peak_of(many) - peak_of(few)) / (many - few)
+            break
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
     torch.cuda.empty_cache()
-    each = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
-    return max(each, 1.0), torch.cuda.mem_get_info(device)[0]
+    free = torch.cuda.mem_get_info(device)[0]
+    return free if each is None else max(each, 1.0), free
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from runners.diagnosis.measures import Diagnosis
 from runners.diagnosis.trajectories import Trajectories
 from runners.diffusion import Diffusion
 from runners.evaluation.metrics import Evaluation, append_log, make_reference
-from runners.network import explain_out_of_memory
 from runners.sampling.folder import gamma_fingerprint
 from runners.sampling.gamma import write_gamma
 from runners.sampling.generation import generate_and_measure, write_grid
@@ -56,7 +55,7 @@ class StudyRunner:
         if todo:
             self._open_metrics()                                   # first: a wrong reference must not cost a training
             distributed.on_rank_zero(lambda: self._refuse_other_reference(done))
-        with explain_out_of_memory(), distributed.Signals().listening() as self.signals:
+        with distributed.Signals().listening() as self.signals:
             for run, seed in job.runs:
                 self.train(f"{run}-{seed}")
             self._measure_all(todo)

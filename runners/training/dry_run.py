@@ -4,6 +4,7 @@ What is absent (data, weights, FID reference) is replaced by a stand-in and list
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ import torch
 from configs.schema import Config
 from datasets import build_dataset, find_dataset
 from datasets.images import UnreadableImage
-from datasets.packed import synthetic_images
+from datasets.packed import choose_cache, synthetic_images
 from functions.denoiser import Denoiser
 from functions.rng import shard_generator
 from functions.timesteps import TimeSampler
@@ -67,6 +68,8 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
     log.info("steps with one and with two images")
     memory, fixed, further = training_memory(diffusion, images, plan)
     seconds = step_seconds(diffusion, images, plan, memory)
+    resident = resident_bytes(config, num_images, device)
+    memory += resident
     here, room = distributed.processes_on_this_node(), memory_here(device)
     on_one_device = memory * (here if device.type == "cpu" else 1)
     print_table({
@@ -76,7 +79,8 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
         "batch": f"{plan.global_batch} = {plan.world_size} processes x {plan.accumulate} network calls x "
                  f"{plan.micro_batch} images",
         "memory of a process": f"about {memory / 2**30:.2f} GiB ({fixed / 2**30:.2f} for weights and optimizer, "
-                               f"{further / 2**20:.0f} MiB for each further image)",
+                               f"{further / 2**20:.0f} MiB for each further image"
+                               + f", {resident / 2**30:.2f} for the data set" * bool(resident) + ")",
         "memory of this machine": room_in_words(on_one_device, room, here, device),
         "training images": f"{num_images:,}; {tried}",
         "steps": f"{plan.steps_per_epoch:,} in an epoch, {plan.total_steps:,} in the run",
@@ -111,10 +115,17 @@ def room_in_words(needed: float, room: float, processes: int, device: torch.devi
 
 
 def memory_here(device: torch.device) -> float:
-    """Bytes that this GPU has, or that this machine or container may use."""
+    """Bytes that this process may have of its GPU, or that this machine or container may use."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return available_memory()
+
+
+def resident_bytes(config: Config, num_images: int, device: torch.device) -> int:
+    """Of the images, where they lie on the device."""
+    size = num_images * math.prod(config.data.shape)
+    cache = choose_cache(size, device) if config.data.cache == "auto" else config.data.cache
+    return size if cache == "device" else 0
 
 
 def in_words(seconds: float) -> str:

@@ -23,8 +23,9 @@ class TrainingState:
     """Weights, their averages, moments, learning rate, loss scale, and what draws the times of a batch.
 
     A step whose gradient is not finite is skipped: the weights and moments stay as they are, on all ranks alike,
-    because they see the same averaged gradient. The decision is made on the device; the host looks at the count now
-    and then.
+    because they see the same averaged gradient. With the fused kernels (Adam, AdamW) the decision is made on the device
+    and the host looks at the count now and then; with the other optimizers the host waits for it in each step. (SGD's
+    fused kernel would leave its first momentum undefined where it skips.)
 
     Args:
         model: The bare network on its device.

@@ -12,6 +12,7 @@ from functions.guidance import classifier_gradient
 from functions.losses import sequence_aware_loss
 from functions.remedies import DCW, Restart, TimeShift
 from functions.schedule import DiscreteSchedule, FlowSchedule, SigmaSchedule
+from runners.conditioning import hide
 
 META = torch.device("meta")
 DISCRETE = DiscreteSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
@@ -91,6 +92,10 @@ def test_losses(schedule, prediction):
 
 def test_times_of_levels_on_a_discrete_schedule():
     assert copies(lambda: DISCRETE.time(torch.empty(2, device=META))) == 0
+
+
+def test_labels_are_dropped():
+    assert copies(lambda: hide({"labels": LABELS}, torch.zeros(2, dtype=torch.bool, device=META), None)) == 0
 
 
 def test_augmentation():

@@ -167,8 +167,9 @@ def test_ddp_with_one_process(network, device, tmp_path, monkeypatch):
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[0].abs().max()
 
 
-def test_batch_size_auto_fits(network, device):
-    called = on(network, device)
+@pytest.mark.parametrize("options", [{}, {"amp": torch.bfloat16, "frozen": True}], ids=["fp32", "bf16"])
+def test_batch_size_auto_fits(network, device, options):
+    called = on(network, device, **options)
     size = fill_device(called, (3, 64, 64), 10**6)
     assert size & (size - 1) == 0
     with torch.no_grad():

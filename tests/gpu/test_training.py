@@ -39,7 +39,7 @@ def test_half_precision_learns_what_float32_learns(train, amp):
     state, half = train("half", "--amp", amp, "--training.max_steps", "30")
     assert all(value.dtype == torch.float32 for value in state["model"].values())
     assert sum(half[-10:]) < 0.8 * sum(half[:10])
-    assert half == pytest.approx(full, rel=0.1)
+    assert half[-10:] == pytest.approx(full[-10:], rel=0.1)          # fp16 skips steps until its scale has come down
     assert bool(state["grad_scaler"]) == (amp == "fp16")
 
 

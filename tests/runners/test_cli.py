@@ -8,6 +8,7 @@ from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
+import torch
 
 from runners import cli, distributed
 from runners.sampling.flags import add_sampler_flags
@@ -61,6 +62,16 @@ def test_keys_and_files_without_their_flag_are_pointed_out(words, message):
     cli.add_common(parser)
     with pytest.raises(UserError, match=re.escape(message)):
         parser.parse(words)
+
+
+def test_out_of_memory_on_a_gpu_is_one_line(monkeypatch, capsys):
+    def work(request, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(cli, "setup_logging", lambda *args: None)
+    assert cli.run_script("job.py", [], lambda argv: ARGS, lambda args: None, work) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("job.py: CUDA out of memory; train with a smaller") and told.count("\n") == 1
 
 
 @pytest.mark.parametrize(("script", "arguments"), [

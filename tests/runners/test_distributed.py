@@ -100,11 +100,16 @@ def test_our_launcher_returns_the_code_of_the_rank_that_failed(tmp_path):
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert distributed.pick_device("auto", World(0, 2, 0)).type == "cuda"
     with pytest.raises(UserError, match=r"2 processes on a node with 1 GPU"):
+        distributed.pick_device("cuda", World(1, 2, 1))
+    for given in ("1", "a100:1"):                                       # each task of Slurm's sees its own only
+        monkeypatch.setenv("SLURM_GPUS_PER_TASK", given)
+        assert distributed.pick_device("cuda", World(1, 2, 1)) == torch.device("cuda", 0)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "a100:11")
+    with pytest.raises(UserError):
         distributed.pick_device("cuda", World(1, 2, 1))
 
 

@@ -94,6 +94,13 @@ def test_time_and_memory_of_all_ranks_are_estimated(photos, capsys, monkeypatch)
     assert "TOO LITTLE: lower training.micro_batch_size" in capsys.readouterr().out
 
 
+def test_a_data_set_on_the_device_takes_its_memory(photos, capsys):
+    for cache in ("mmap", "device"):
+        assert rehearse(photos, "--data.cache", cache) == 0
+        printed = capsys.readouterr().out
+        assert ("for the data set" in printed) == (cache == "device")
+
+
 def test_it_says_what_it_does(photos, caplog):
     with caplog.at_level(logging.INFO):
         assert rehearse(photos, "--verbose", "info") == 0

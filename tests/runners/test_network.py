@@ -28,6 +28,38 @@ def test_batch_size_auto_fits_into_the_free_memory_of_a_gpu(each, size, monkeypa
     assert fill_device(Network(torch.nn.Identity(), CUDA), (3, 32, 32), 50000) == size
 
 
+class FakeGPU:
+    """A GPU's allocator, and a network of which a call takes 10 MB for each image; the first leaves 100 MB behind."""
+
+    device, kept, peak = CPU, 0, 0
+
+    def __init__(self, size, monkeypatch):
+        self.size = size
+        for name in ("memory_allocated", "reset_peak_memory_stats", "max_memory_allocated", "mem_get_info",
+                     "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name, lambda *args: None))
+
+    def memory_allocated(self, device):
+        return self.kept
+
+    def max_memory_allocated(self, device):
+        return self.peak
+
+    def mem_get_info(self, device):
+        return self.size - self.kept, self.size
+
+    def __call__(self, x, t):
+        self.kept, self.peak = 100, 100 + 10 * len(x)
+        if self.peak > self.size:
+            raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("size, each, free", [(1000, 10, 900), (125, 10, 25), (115, 15, 15)])
+def test_memory_of_an_image_is_not_that_of_the_first_call(size, each, free, monkeypatch):
+    """Twelve images fit, or two, or no two."""
+    assert network.memory_of_an_image(FakeGPU(size, monkeypatch), (3, 8, 8), {}) == (each, free)
+
+
 def test_batch_size_auto_makes_the_same_images(trained, tmp_path):
     flags = ["--config", "digits.yml", *TINY[2:], "--exp", str(trained), "--no-fid", "--timesteps", "2",
              "--num_samples", "3", "--grid", "0"]

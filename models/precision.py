@@ -1,0 +1,12 @@
+"""What FID's feature networks share: numbers that do not depend on the settings of whoever calls them."""
+
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def full_precision(device: torch.device):
+    """fp32 inside: no autocast, and no TF32 in convolutions on a GPU."""
+    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
