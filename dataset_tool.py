@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runners.cli import Parser, add_common, guarded, natural, setup_logging
+from utils.errors import UserError
 
 # As in the tables of datasets/, whose modules take numpy to import.
 FORMATS = ("folder", "lmdb", "npy", "zip")
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from datasets import tool  # imports numpy and the like, which --help and a wrong flag need not await
 
         setup_logging(args.verbose)
-        {"convert": tool.convert, "verify": tool.verify, "info": tool.info}[args.command](args)
+        getattr(tool, args.command)(args)
 
     return guarded(__file__, job)
 
@@ -69,7 +70,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     for name in ("convert", "info"):
         add_common(commands.choices[name], config=False, processes=False)
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if args.overrides and args.command != "verify":
+        key = args.overrides[0].partition("=")[0]
+        raise UserError(f"--{key} is a key of a configuration, which {args.command} has none of; see --help")
+    return args
 
 
 def resolution(text: str) -> tuple[int, int]:

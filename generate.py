@@ -137,8 +137,9 @@ def work(job, device):
 def open_networks(job, device):
     """The network with its weights, and the one that guides it where one is named."""
     from runners.diffusion import Diffusion
-    from runners.distributed import on_rank_zero
+    from runners.distributed import gather_objects, on_rank_zero
     from runners.network import explain_amp, resolve_amp
+    from utils.errors import UserError
 
     amp = on_rank_zero(lambda: resolve_amp(job.args.amp, device))             # CPUs may differ
     if job.args.amp == "auto":
@@ -157,6 +158,10 @@ def open_networks(job, device):
         diffusion = opened(job.config, lambda each: each.load(weights, job.args.model_ema))
     if job.guide:
         diffusion.guide = opened(job.guide[0], lambda each: each.load(job.guide[1], job.args.model_ema))
+    if len(set(gather_objects(diffusion.weights.fingerprint))) > 1:
+        error = UserError(f"{weights} was replaced while the ranks read it; run the command again")
+        error.on_all_ranks = True
+        raise error
     if job.classifier:
         diffusion.classifier = job.classifier.to(device, amp)
     return diffusion
@@ -235,6 +240,8 @@ def report(job, diffusion, sampler, results, seconds):
         "network_calls": sampler.calls, "seeds": job.seed_text, "batch_size": job.batch_size,
         "guide": diffusion.guide and diffusion.guide.weights.fingerprint, "ema_length": job.args.ema_length,
         "classifier": diffusion.classifier and diffusion.classifier.fingerprint,
+        "prompts": diffusion.prompts and diffusion.prompts.texts,
+        "negative_prompt": diffusion.prompts and diffusion.prompts.negative,
         "amp": str(diffusion.amp or "off"), "device": str(diffusion.device), "compiled": diffusion.compiled,
         "seconds": round(seconds, 2), "comment": job.args.comment,
     }

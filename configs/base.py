@@ -19,7 +19,7 @@ def read_number_of_images(value):
     """``"200M"`` and ``"8Mi"`` as numbers; what is no text is left to the key's own checks."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)(k|[MG]|[KMG]i|)", value)
+    match = re.fullmatch(rf"(\d{{1,12}}(?:\.\d{{1,12}})?)({'|'.join(UNITS)})", value)
     number = match and float(match[1]) * UNITS[match[2]]
     if number is None or number != int(number):
         raise ValueError("must be a whole number of images, such as 50000, 200M or 8Mi (units: "

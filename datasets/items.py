@@ -1,6 +1,7 @@
 """Images decoded one by one, for PyTorch's DataLoader."""
 
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
@@ -34,11 +35,15 @@ class DecodedImages(Dataset):
 class DecodedBatches(Dataset):
     """Items are whole batches, for ``data.cache: off``: index ``(B,) -> (uint8 (B, H, W, C), unreadable images)``.
 
-    An unreadable image is replaced by the next readable one and reported, so that the caller can count.
+    An unreadable image is replaced by the next readable one of its class and reported, so that the caller can count.
     """
 
     def __init__(self, images: ImageDataset):
         self.images = images
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return class_labels(self.images.labels)
 
     def __getitem__(self, indices: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, str]]]:
         bad = []
@@ -46,9 +51,11 @@ class DecodedBatches(Dataset):
         return torch.from_numpy(np.stack(rows)), bad
 
     def _read(self, i: int, bad: list):
-        for candidate in range(i, i + 100):
+        alike = (j % len(self.images) for j in range(i, i + len(self.images))
+                 if self.labels[j % len(self.images)] == self.labels[i])
+        for candidate in islice(alike, 100):
             try:
-                return self.images.read(candidate % len(self.images))
+                return self.images.read(candidate)
             except UnreadableImage as error:
-                bad.append((candidate % len(self.images), str(error)))
+                bad.append((candidate, str(error)))
         raise UnreadableImage(bad[-1][1])

@@ -4,6 +4,7 @@
     for batch in store.batches(index_lists):               # uint8 (B, C, H, W) on the device, channels_last in memory
 """
 
+import atexit
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
@@ -21,6 +22,7 @@ from datasets.items import DecodedBatches
 from datasets.labels import class_labels, no_labels
 from datasets.packing import TooLarge, open_pack
 from utils.errors import DataError
+from utils.processes import kill_workers, leave_signals_to_the_trainer
 
 log = logging.getLogger(__name__)
 GPU_SHARE = 4               # auto puts a pack into GPU memory if it takes no more than a quarter of what is free
@@ -106,8 +108,11 @@ class DecodingStore(ImageStore):
 
     def batches(self, index_lists):
         cuda = self.device.type == "cuda"
+        atexit.unregister(kill_workers)
+        atexit.register(kill_workers)
         loader = DataLoader(DecodedBatches(self.images), batch_size=None, sampler=index_lists, num_workers=self.workers,
-                            pin_memory=cuda, generator=torch.Generator())   # its own: the global one stays untouched
+                            worker_init_fn=leave_signals_to_the_trainer, pin_memory=cuda,
+                            generator=torch.Generator())                    # its own: the global one stays untouched
         for batch, bad in loader:
             self._note(bad)
             yield batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
@@ -184,7 +189,7 @@ def _labels(images) -> np.ndarray:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that does not wait for a GPU: from pinned memory."""
+    """The tensor there; from the host to a GPU without waiting for it, from pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

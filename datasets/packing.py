@@ -61,6 +61,8 @@ def open_pack(images: ImageDataset, folder: Path, workers: int, skip_bad: int) -
         with exclusive(lock, f"packing {images.name}") as descriptor:
             found = _load(path, images.shape) or _build(images, path, workers, skip_bad, descriptor)
     list_bad(found.bad, skip_bad)
+    if found.bad:
+        log.warning("to try these again, after mending them or installing what reads them, remove %s", path)
     return found
 
 

@@ -193,7 +193,7 @@ def _verify_split(images: ImageDataset, data, full: bool) -> None:
 
 def info(args) -> None:
     """Print what a source holds; the first pictures are opened."""
-    reader = open_source(args.source, LOOKED_AT)
+    reader = open_source(args.source, LOOKED_AT - 1)
     looked, shapes, bad = min(len(reader), LOOKED_AT), {}, []
     for i in range(looked):
         try:

@@ -138,5 +138,4 @@ SAMPLERS = {"generalized": generalized_steps, "ddpm_noisy": ddpm_steps, "heun": 
 def network_calls(sample_type: str, num_steps: int, from_noise_alone: bool = False) -> int:
     """Network calls for each image: Heun's corrector doubles them but for the last step, and for the first one of a
     chain that starts where alpha is 0."""
-    alone = 1 + (from_noise_alone and num_steps > 1)
-    return 2 * num_steps - alone if sample_type == "heun" else num_steps
+    return 2 * num_steps - 1 - (from_noise_alone and num_steps > 1) if sample_type == "heun" else num_steps

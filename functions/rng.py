@@ -153,7 +153,8 @@ def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def derive_seed(*key: int) -> int:
-    """A well mixed 63-bit seed for a tuple of non-negative integers (NumPy's SeedSequence)."""
+    """A well mixed 63-bit seed for a tuple of non-negative integers (NumPy's SeedSequence, to which zeros at the end
+    of a short tuple mean nothing)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -1,4 +1,4 @@
-"""What FID's feature networks share: numbers that do not depend on the settings of whoever calls them."""
+"""What feature networks share: numbers that do not depend on the settings of whoever calls them."""
 
 from contextlib import contextmanager
 
@@ -7,6 +7,11 @@ import torch
 
 @contextmanager
 def full_precision(device: torch.device):
-    """fp32 inside: no autocast, and no TF32 in convolutions on a GPU."""
-    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
+    """fp32 inside: no autocast and no TF32, neither in convolutions nor in products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -96,12 +96,10 @@ def without(condition: dict[str, Tensor], prompts: Prompts | None) -> dict[str, 
 
 def hide(condition: dict[str, Tensor], hidden: Tensor | None, prompts: Prompts | None) -> dict[str, Tensor]:
     """Labels and prompts taken away where ``hidden`` (B,) is true; None: everywhere."""
-    labels = {name: rows.new_full((), -1) for name, rows in condition.items() if name == "labels"}
-    nothing = labels if prompts is None else prompts.empty
     result = dict(condition)
-    for name in condition.keys() & nothing.keys():
+    for name in condition.keys() & ({"labels"} if prompts is None else prompts.empty.keys()):
         rows = condition[name]
-        empty = nothing[name].to(rows.device, rows.dtype).expand_as(rows)
+        empty = rows.new_full((), -1) if prompts is None else prompts.empty[name].to(rows.device, rows.dtype)
         chosen = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if hidden is None else hidden
         result[name] = torch.where(chosen.view(-1, *[1] * (rows.ndim - 1)), empty, rows)
     return result

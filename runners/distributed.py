@@ -88,7 +88,8 @@ def pick_device(name: str, world: World) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda was given, but this machine has no usable CUDA GPU; use --device cpu or auto")
-    if re.search(r"(^|:)1$", os.environ.get("SLURM_GPUS_PER_TASK", "")) and torch.cuda.device_count() == 1:     # a100:1
+    of_a_task = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]             # of 1, a100:1
+    if of_a_task == "1" and torch.cuda.device_count() == 1:
         return torch.device("cuda", 0)                   # Slurm shows each task its own GPU only
     check_gpus(world.local_rank + 1)
     return torch.device("cuda", world.local_rank)

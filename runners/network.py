@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -106,17 +107,14 @@ def memory_of_an_image(network: "Network", shape: tuple[int, int, int], conditio
         network(torch.zeros(count, *shape, device=device), torch.zeros(count, device=device), **rows)
         return torch.cuda.max_memory_allocated(device) - before
 
-    each = None
+    each = inf                                   # not even two fit
     for few, many in PROBES:
-        try:
+        with suppress(torch.OutOfMemoryError):
             peak_of(few)                         # the first call leaves cast weights and workspaces behind
             each = (peak_of(many) - peak_of(few)) / (many - few)
             break
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0]
-    return free if each is None else max(each, 1.0), free
+    return max(each, 1.0), torch.cuda.mem_get_info(device)[0]
 
 
 @contextmanager

@@ -199,6 +199,11 @@ def test_info_tells_of_mixed_sizes_and_unreadable_pictures(source, capsys):
     assert f"unreadable {source / '0/0.png'}: not an image file" in out
 
 
+def test_keys_of_a_configuration_are_for_verify(source, tmp_path, capsys):
+    assert main(["convert", "--source", str(source), "--dest", str(tmp_path / "o.zip"), "--data.labels", "none"]) == 2
+    assert "--data.labels is a key of a configuration, which convert has none of" in capsys.readouterr().err
+
+
 def test_the_choices_are_those_of_the_tables():
     assert set(dataset_tool.FORMATS) == FORMATS.keys()
     assert set(dataset_tool.RESAMPLE) == images.RESAMPLE.keys()

@@ -177,11 +177,13 @@ def test_no_result_vanishes_behind_another_of_the_same_name():
     """Paths share their last two parts; images drawn by other seeds, numbers or rules are other ranges."""
     of_runs = [entry(50, "0-9", value, weights_fingerprint=f"w{value}") for value in (1.0, 2.0)]
     of_images = [{"checkpoint": "sa/T50", "images": f"exp{i}/sa/T50", "fid": 3.0 + i, "seed": 0} for i in (1, 2)]
+    of_guides = [entry(50, "0-9", 8.0 + i, weights_fingerprint="g", guide=f"g{i}") for i in range(2)]
+    of_prompts = [entry(50, "0-9", 10.0 + i, weights_fingerprint="p", prompts=[f"a {i}"]) for i in range(2)]
     draws = [{"checkpoint": "x/y", "images": "x/y", "fid": value, "num": num, "seed": seed, "subset_rule": rule}
              for value, num, seed, rule in ((5.0, 9, 0, "default"), (6.0, 9, 1, "default"), (7.0, 9, 0, "edm"))]
-    found = rows([*of_runs, *of_images, *draws])
-    assert sorted(value for row in found for value in row.values) == [1, 2, 4, 5, 5, 6, 7]
-    assert sorted(len(row.values) for row in found) == [1, 1, 1, 1, 3]
+    found = rows([*of_runs, *of_images, *of_guides, *of_prompts, *draws])
+    assert sorted(value for row in found for value in row.values) == [1, 2, 4, 5, 5, 6, 7, 8, 9, 10, 11]
+    assert sorted(len(row.values) for row in found) == [1] * 8 + [3]
     text = table(found)
     assert "origin" in text and "exp1/sa/T50" in text and "w1.0" in text
     moved = [entry(50, "0-9", 1.0, weights_fingerprint="w", weights="/a/m.pth"),

@@ -32,10 +32,9 @@ class SaveError(DataError):
 
 
 class DivergedError(UserError):
-    """Training produced too many non-finite steps in a row. Exit code 4."""
+    """Training or sampling gave numbers that are not finite. Exit code 4."""
 
     code = 4
-    on_all_ranks = True
 
 
 class LostRank(UserError):

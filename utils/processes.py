@@ -1,5 +1,6 @@
 """Worker processes that do not outlive whom they work for."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -23,6 +24,21 @@ def leave_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def leave_signals_to_the_trainer(worker: int = 0) -> None:
+    """In a DataLoader's worker: what is sent to a whole job, to save and end, must not end it before the last step.
+
+    It ends when it is told to by its DataLoader, or when the trainer is gone.
+    """
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def kill_workers() -> None:
+    """For ``atexit``: multiprocessing would send them SIGTERM, and wait."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def signal_when_orphaned(parent: int, signum: int) -> None:

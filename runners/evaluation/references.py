@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).resolve().parents[2] / "pytorch_fid"
 DIM, SPATIAL_DIM = 2048, 2023                              # features of FID and of sFID
 
+NO_DATA_SET = ("ZIP", "FOLDER", "CAPTIONS")                # but kinds of data, of which data.root names one
 # (data set or LSUN category, longer side) -> SA-DPM's and EDM's file name. Others: see ``default_name``.
 DEFAULT_STATS = {
     ("CIFAR10", 32): "cifar10_train_stat.npy",
@@ -125,7 +127,8 @@ def config_provenance(config: Config) -> dict:
 
 
 def default_name(config: Config, preprocess: str = "pytorch-fid") -> str:
-    """SA-DPM's file name for a data set, else ``dataset-HxW.npz``; other preprocessing is part of the name.
+    """SA-DPM's file name for a data set, else ``dataset-HxW.npz``; other preprocessing is part of the name, and for
+    kinds of data that are no data set (folders, zips) what the folder or file is called.
 
     Raises:
         UserError: ``data.category``, which becomes part of the name, is no name.
@@ -133,7 +136,9 @@ def default_name(config: Config, preprocess: str = "pytorch-fid") -> str:
     data = config.data
     if data.category:
         safe_name("data.category", data.category, one_part=True)
-    plain = "-".join([data.dataset.lower(), *([data.category] if data.category else []), f"{data.height}x{data.width}"])
+    own = [re.sub(r"[^\w.+-]", "_", Path(data.root).stem)] if data.dataset in NO_DATA_SET and data.root else []
+    plain = "-".join([data.dataset.lower(), *own, *([data.category] if data.category else []),
+                      f"{data.height}x{data.width}"])
     if preprocess != "pytorch-fid":
         return f"{plain}-{preprocess}.npz"
     return DEFAULT_STATS.get((data.category or data.dataset, max(data.height, data.width)), f"{plain}.npz")

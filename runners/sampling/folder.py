@@ -48,7 +48,8 @@ class ImageFolder:
             if not isinstance(stored, dict):
                 raise DataError(f"{file}: no manifest of this program; remove the folder, or choose another "
                                 "--image_folder")
-            different = changes(stored, manifest)
+            older = {"network"} - stored.keys()                     # which folders did not tell from the beginning
+            different = changes(stored, {key: value for key, value in manifest.items() if key not in older})
             if different:
                 raise UserError(f"{self.path} holds images made with other settings ({'; '.join(different)}); "
                                 "choose another --image_folder")
@@ -89,17 +90,24 @@ def manifest_of(diffusion, settings: SamplerSettings) -> dict:
     manifest = {
         "weights": diffusion.weights.fingerprint, "amp": str(diffusion.amp or "off"),
         "sampler": {**settings.given(), **gamma},
-        "model": {"arch": config.model.arch, **_pipeline_of(config)},
+        "model": {"arch": config.model.arch, **_pipeline_of(config)}, "network": _network_of(config),
         "diffusion": config.diffusion.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json", include={"image_size", "channels", "rescaled", "logit_transform"}),
     }
     if diffusion.guide:
         manifest["guide"] = diffusion.guide.weights.fingerprint
+        manifest["guide_network"] = _network_of(diffusion.guide.config)
     if diffusion.prompts:
         manifest["prompts"], manifest["negative_prompt"] = diffusion.prompts.texts, diffusion.prompts.negative
     if diffusion.classifier:
         manifest["classifier"] = diffusion.classifier.fingerprint
     return manifest
+
+
+def _network_of(config) -> dict:
+    """What weights do not tell of what they compute, such as the number of heads; a pipeline's files tell it all."""
+    essence = {} if config.model.arch == "diffusers" else set(config.model.essence())
+    return config.model.model_dump(mode="json", include=essence)
 
 
 def _pipeline_of(config) -> dict:

@@ -57,6 +57,7 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
     diffusion = Diffusion(config, device)
     if init_from:
         load_weights(diffusion.model, init_from)
+    resident = resident_bytes(config, num_images, device)               # as training finds the GPU: with weights only
     plan = Plan.make(config.training, num_images, distributed.world_size(), distributed.rank())
     for turn in range(plan.world_size if device.type == "cpu" else 1):
         if plan.rank and (device.type != "cpu" or turn == plan.rank):
@@ -68,7 +69,6 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
     log.info("steps with one and with two images")
     memory, fixed, further = training_memory(diffusion, images, plan)
     seconds = step_seconds(diffusion, images, plan, memory)
-    resident = resident_bytes(config, num_images, device)
     memory += resident
     here, room = distributed.processes_on_this_node(), memory_here(device)
     on_one_device = memory * (here if device.type == "cpu" else 1)
@@ -122,10 +122,10 @@ def memory_here(device: torch.device) -> float:
 
 
 def resident_bytes(config: Config, num_images: int, device: torch.device) -> int:
-    """Of the images, where they lie on the device."""
+    """Of the images, where each process has its own on the device."""
     size = num_images * math.prod(config.data.shape)
     cache = choose_cache(size, device) if config.data.cache == "auto" else config.data.cache
-    return size if cache == "device" else 0
+    return size if cache == "device" or (cache == "ram" and device.type == "cpu") else 0
 
 
 def in_words(seconds: float) -> str:

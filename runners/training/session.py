@@ -23,7 +23,7 @@ from runners.training.plan import Plan
 from runners.training.resuming import Judge, identity
 from runners.training.state import TrainingState
 from runners.training.writer import CheckpointWriter, refuse_non_finite
-from utils.errors import UserError
+from utils.errors import DivergedError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -240,12 +240,18 @@ class Session:
         return full
 
     def draw_grid(self) -> None:
-        """A sheet of real images and samples from the seeds 0, 1, ..., see ``runners.training.grids``. Rank 0."""
+        """A sheet of real images and samples from the seeds 0, 1, ..., see ``runners.training.grids``. Rank 0.
+
+        A chain that diverges leaves it out: training may be well, and no other rank draws.
+        """
         self.first_grid_due = False
         if self.training.sample_num and distributed.rank() == 0:
             with self.monitor.paused():
                 log.info("drawing samples/%07d.png", self.step)             # may take minutes on a CPU
-                self.monitor.grid(training_sheet(self.diffusion, self.images), self.step)
+                try:
+                    self.monitor.grid(training_sheet(self.diffusion, self.images), self.step)
+                except DivergedError as error:
+                    log.warning("no samples/%07d.png: %s", self.step, error)
 
     def finish(self) -> None:
         """Wait for the last write. Collective."""

@@ -95,9 +95,11 @@ class TrainingState:
         """
         longest, limit = int(self.longest_bad_run), self.config.training.max_bad_steps
         if longest >= limit:
-            raise DivergedError(f"{longest} steps in a row up to step {step} had no finite gradient "
-                                f"(training.max_bad_steps {limit}); the last checkpoint is kept. Lower optim.lr, set "
-                                "optim.grad_clip, or look at the data")
+            error = DivergedError(f"{longest} steps in a row up to step {step} had no finite gradient "
+                                  f"(training.max_bad_steps {limit}); the last checkpoint is kept. Lower optim.lr, set "
+                                  "optim.grad_clip, or look at the data")
+            error.on_all_ranks = True                       # all see the same averaged gradient
+            raise error
         if longest:
             log.warning("up to %d steps in a row were skipped: their gradient was not finite", longest)
         self.longest_bad_run.zero_()

@@ -126,6 +126,15 @@ def test_unreadable_images_without_a_pack(make_config, noise, write_tree, trunca
     np.testing.assert_array_equal(got.permute(0, 2, 3, 1), pixels[[0, 2, 2]])
 
 
+def test_an_unreadable_image_is_replaced_by_one_of_its_class(make_config, noise, write_tree, truncated, tmp_path):
+    """So that its label stays true: not by 2.png of b/, which follows, but by 0.png of a/."""
+    pixels = noise(3, 32, 32, 3)
+    tree = write_tree({"a/0.png": pixels[0], "a/1.jpg": truncated, "b/2.png": pixels[2]})
+    store = open_images(make_config("FOLDER", 32, root=tree, cache="off", num_workers=0, skip_bad=1), tmp_path)
+    got, = store.batches([torch.tensor([1])])
+    np.testing.assert_array_equal(got[0].permute(1, 2, 0), pixels[0])
+
+
 def test_nothing_but_bad_images(make_config, refused, write_tree, truncated):
     refused(make_config("FOLDER", 8, root=write_tree({"1.jpg": truncated}), skip_bad=5), "every image", "unreadable")
 

@@ -123,6 +123,16 @@ def send(*signals: int) -> None:
         os.kill(os.getpid(), signum)
 
 
+def group_terminated_after(step: int) -> list:
+    """As torchrun, systemd or a container does it: the signal reaches the workers, too; some time then goes by."""
+    return [os.setsid, partial(after_step, step, _terminate_group)]
+
+
+def _terminate_group() -> None:
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(1)
+
+
 def killed_after(step: int) -> list:
     return [partial(after_step, step, partial(send, signal.SIGKILL))]
 

@@ -1,6 +1,7 @@
 """Image folders are resumed only with what belongs into them."""
 
 import io
+import json
 import math
 import os
 import shutil
@@ -62,6 +63,19 @@ def test_other_settings_are_told_one_by_one(run, capsys):
     assert run("--num_samples", "1", "--eta", "0.25") == 2
     error = capsys.readouterr().err
     assert "made with other settings (sampler.eta was 0.5, is 0.25); choose" in error and "{" not in error
+
+
+def test_a_network_that_its_weights_do_not_tell_of_is_told(run, tmp_path, capsys):
+    """Folders from before the manifest knew of it go on."""
+    assert run("--num_samples", "1") == 0
+    manifest = tmp_path / "image_samples" / "digits" / "manifest.json"
+    stored = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**stored, "network": {**stored["network"], "attn_resolutions": [99]}}))
+    assert run("--num_samples", "1") == 2
+    assert "network.attn_resolutions was [99], is [" in capsys.readouterr().err
+    del stored["network"]
+    manifest.write_text(json.dumps(stored))
+    assert run("--num_samples", "1") == 0
 
 
 @pytest.mark.parametrize(("spoil", "message"), [

@@ -52,6 +52,13 @@ def test_a_signal_saves_and_the_second_ends_at_once(tmp_path, signum):
     assert jobs.same(jobs.state(whole), jobs.state(broken)) and jobs.metrics(whole) == jobs.metrics(broken)
 
 
+def test_a_signal_to_the_whole_job_does_not_take_the_decoding_workers_away(tmp_path):
+    decoding = ["--data.cache", "off", "--data.num_workers", "1", *STEPS]
+    stopped = jobs.train(tmp_path, *decoding, faults=jobs.group_terminated_after(3))
+    assert stopped.wait() == 128 + signal.SIGTERM, stopped.text
+    assert "Traceback" not in stopped.text and jobs.state(tmp_path)["step"] == 3
+
+
 def test_checkpoint_minutes_bound_the_loss(tmp_path):
     """A limit of no time at all: ckpt.pth follows every step, without snapshots."""
     often = ["--training.max_steps", "6", "--training.checkpoint_minutes", "1e-9"]

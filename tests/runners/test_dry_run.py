@@ -101,6 +101,14 @@ def test_a_data_set_on_the_device_takes_its_memory(photos, capsys):
         assert ("for the data set" in printed) == (cache == "device")
 
 
+def test_a_data_set_may_be_too_much(photos, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "choose_cache", lambda size, device: "device")
+    monkeypatch.setattr(dry_run, "available_memory", lambda: 2**40)
+    monkeypatch.setattr(dry_run.math, "prod", lambda shape: 2**40)
+    assert rehearse(photos) == 0
+    assert "TOO LITTLE" in capsys.readouterr().out
+
+
 def test_it_says_what_it_does(photos, caplog):
     with caplog.at_level(logging.INFO):
         assert rehearse(photos, "--verbose", "info") == 0

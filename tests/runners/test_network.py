@@ -1,5 +1,6 @@
 """How a network is called: what ``auto`` chooses."""
 
+import math
 from copy import deepcopy
 
 import pytest
@@ -54,7 +55,7 @@ class FakeGPU:
             raise torch.OutOfMemoryError
 
 
-@pytest.mark.parametrize("size, each, free", [(1000, 10, 900), (125, 10, 25), (115, 15, 15)])
+@pytest.mark.parametrize("size, each, free", [(1000, 10, 900), (125, 10, 25), (115, math.inf, 15)])
 def test_memory_of_an_image_is_not_that_of_the_first_call(size, each, free, monkeypatch):
     """Twelve images fit, or two, or no two."""
     assert network.memory_of_an_image(FakeGPU(size, monkeypatch), (3, 8, 8), {}) == (each, free)

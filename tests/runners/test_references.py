@@ -187,6 +187,8 @@ def test_a_missing_reference_says_how_to_make_it(wide):
         find_reference()
     assert default_name(config_of("LSUN", 256, category="church_outdoor")) == "lsun_church_stat.npy"
     assert default_name(config_of("LSUN", 256, category="tower")) == "lsun-tower-256x256.npz"
+    for root, name in (("/a/my photos.zip", "zip-my_photos-64x64.npz"), (None, "zip-64x64.npz")):
+        assert default_name(config_of("ZIP", 64, root=root)) == name                 # two of them are no mix-up
 
 
 def test_provenance_travels_and_mismatches_are_refused(wide, net, tmp_path, caplog):

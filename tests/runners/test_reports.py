@@ -14,6 +14,7 @@ from runners.training.monitor import Monitor
 from runners.training.plan import Plan
 from tests.conftest import TINY
 from utils.captions import HEIGHT
+from utils.errors import DivergedError
 from utils.png import GAP
 
 
@@ -47,7 +48,6 @@ def test_curves_are_closed_however_a_run_ends(tmp_path, monkeypatch, code):
     """A run of Weights & Biases that is not would go on for ever."""
     from runners.training.loggers import LOGGERS, TensorBoard
     from runners.training.state import TrainingState
-    from utils.errors import DivergedError
 
     closed = []
 
@@ -64,6 +64,16 @@ def test_curves_are_closed_however_a_run_ends(tmp_path, monkeypatch, code):
         monkeypatch.setattr(TrainingState, "check_divergence", diverge)
     assert train(tmp_path, "--max_steps", "1") == code
     assert len(closed) == 1 and curve(tmp_path) == [1]
+
+
+def test_a_sheet_whose_chain_diverges_is_left_out(tmp_path, monkeypatch, caplog):
+    def diverge(*args):
+        raise DivergedError("the chain gave numbers that are not finite")
+
+    monkeypatch.setattr("runners.training.session.training_sheet", diverge)
+    assert train(tmp_path, "--max_steps", "2", level="warning") == 0
+    assert "no samples/0000002.png: the chain gave numbers" in caplog.text
+    assert (tmp_path / "logs" / "digits" / "ckpt.pth").exists()
 
 
 def test_a_finished_run_is_left_alone(tmp_path, caplog):
