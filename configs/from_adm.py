@@ -60,6 +60,9 @@ NOT_NEEDED = re.compile(r"classifier_(use_fp16|width|depth|attention_resolutions
 SAMPLING = {"clip_denoised", "num_samples", "use_ddim", "model_path", "classifier_path", "classifier_scale"}
 SCRIPTS = {"train": "train", "sample": "sample", "nll": "nll"}             # word in a script's name: what it does
 BETAS = {"linear": "adm_linear", "cosine": "cosine"}
+FRESH = ("# --resume_checkpoint went on at the step in the file's name, with the averages and moments beside it; here\n"
+         "# --init_from begins at step 0 with these weights alone: lower training.max_steps by the steps that are\n"
+         "# done, and optim.lr where it was annealed.\n")
 TIME_SAMPLERS = {"uniform": "uniform", "loss-second-moment": "loss_second_moment"}
 
 
@@ -80,19 +83,24 @@ def convert(command: str) -> str:
         raise UserError("--eps_scaler in a training command: ADM-ES takes it as gamma of the input perturbation there, "
                         "and divides by it too; train with --input_pertub, scale when sampling")
     trains = kind == "train"
+    if "input_pertub" in given:
+        flags["log_interval"] = given.get("log_interval", 100)              # DDPM-IP's own default
+    if kind == "nll":
+        flags["num_samples"] = given.get("num_samples", 1000)               # image_nll.py's
     diffusion = _diffusion(flags, trains)
     raw = {"data": _data(flags), "model": _model(flags, "input_pertub" in given), "diffusion": diffusion,
            "loss": _loss(flags), "training": _training(flags, processes if trains else 0, diffusion),
            "optim": _optim(flags)}
     validate(raw, "these flags")
     body = yaml.safe_dump(raw, sort_keys=False, default_flow_style=None, width=120)
-    return f"# {shlex.join(COMMANDS[kind](flags, processes))}\n{body}"
+    return f"# {shlex.join(COMMANDS[kind](flags, processes))}\n{FRESH if flags['resume_checkpoint'] else ''}{body}"
 
 
 def _parse(command: str) -> tuple[int, str, dict]:
     """Processes, the script's name ("" where it is not given), and the flags that are given."""
+    command = command.replace("\\\n", " ")
     try:
-        words = shlex.split(command.replace("\\\n", " "))
+        words = shlex.split(command)
     except ValueError as error:
         raise UserError(f"not a command: {error}") from None
     launcher = re.search(r"\b(?:mpiexec|mpirun)\b.*?\s(?:-n|-np)\s+(\d+)", command)
@@ -197,10 +205,10 @@ def _sample(flags: dict, processes: int) -> list[str]:
     else:
         words += ["--sample_type", "ddpm_noisy", "--var_type", "learned" if flags["learn_sigma"] else "fixedlarge"]
         words += [] if flags["clip_denoised"] else ["--no-clip_denoised"]
-    words += ["--num_samples", str(flags["num_samples"]), "--save", "npz"]
-    words += ["--eps_scaler", f"{flags['eps_scaler']:g}"] if flags["eps_scaler"] else []
+    words += ["--num_samples", str(flags["num_samples"]), "--save", "npz", "--no-fid"]
+    words += ["--eps_scaler", f"{flags['eps_scaler']:.10g}"] if flags["eps_scaler"] else []
     if flags["classifier_path"]:
-        words += ["--classifier", flags["classifier_path"], "--classifier_scale", f"{flags['classifier_scale']:g}"]
+        words += ["--classifier", flags["classifier_path"], "--classifier_scale", f"{flags['classifier_scale']:.10g}"]
     return words + (["--amp", "auto"] if flags["use_fp16"] else [])
 
 

@@ -21,6 +21,7 @@ SPACING = {
         "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler",
         "UniPCMultistepScheduler"), "linspace"),
 }
+STABLE_BETAS = ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler")
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -49,12 +50,13 @@ def diffusion_keys(folder: Path) -> dict:
                               ("prediction_type", prediction, PREDICTIONS)):
         if given not in known:
             raise DataError(f"{file}: {key} {given!r} is not known here; known: {', '.join(sorted(known))}")
+    silent = (0.00085, 0.012) if name in STABLE_BETAS else (1e-4, 0.02)        # what each class takes where its file
     keys = {
         "schedule": "discrete", "prediction": prediction, "beta_schedule": BETA_SCHEDULES[schedule],
-        "beta_start": settings.get("beta_start", 1e-4), "beta_end": settings.get("beta_end", 0.02),
+        "beta_start": settings.get("beta_start", silent[0]), "beta_end": settings.get("beta_end", silent[1]),
         "num_diffusion_timesteps": settings.get("num_train_timesteps", 1000), "betas": settings.get("trained_betas"),
         "zero_terminal_snr": settings.get("rescale_betas_zero_snr", False),
-        "set_alpha_to_one": settings.get("set_alpha_to_one", True),
+        "set_alpha_to_one": settings.get("set_alpha_to_one", name != "PNDMScheduler"),
         "skip_type": settings.get("timestep_spacing", SPACING[name]), "steps_offset": settings.get("steps_offset", 0),
     }
     return {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
@@ -102,7 +104,7 @@ def pipeline_configuration(folder: Path) -> dict:
     channels = 3 if vae else unet.get("in_channels", 3)
     return {"data": {"dataset": "CAPTIONS" if takes_text(unet) else "FOLDER", "image_size": size, "channels": channels},
             "model": {"arch": "diffusers", "pretrained": str(folder)},
-            "loss": {"reduce": "mean"}, "diffusion": diffusion_keys(folder)}
+            "loss": {"num_consecutive_steps": 0, "lamda": 0.0, "reduce": "mean"}, "diffusion": diffusion_keys(folder)}
 
 
 # ------------------------------------------------------------------------------------------- the parts of a pipeline

@@ -45,6 +45,8 @@ def _check_pipeline(config) -> None:
     diffusion, data = config.diffusion, config.data
     for wrong, what in (
             (diffusion.schedule != "discrete", f"diffusion.schedule {diffusion.schedule}: DDIMScheduler has steps"),
+            (diffusion.timestep_respacing is not None,
+             f"diffusion.timestep_respacing {diffusion.timestep_respacing}: its scheduler tells other times"),
             (diffusion.rescale_timesteps and diffusion.num_steps != 1000,
              f"diffusion.rescale_timesteps with {diffusion.num_steps} steps: its U-Net is told whole steps"),
             (not data.rescaled or data.logit_transform, "images that are not in [-1, 1] (data.rescaled): its pipeline "

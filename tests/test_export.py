@@ -113,7 +113,7 @@ def test_diffusers_makes_our_images_of_our_noise(tmp_path, extra, capsys, elsewh
 @pytest.mark.parametrize(("extra", "message"), [
     (["--model.resamp_with_conv", "false"], "resamples by averages"), (["--model.num_classes", "10"], "num_classes 10"),
     (["--diffusion.schedule", "flow", "--diffusion.prediction", "flow"], "diffusion.schedule flow"),
-    (["--data.rescaled", "false"], "not in [-1, 1]"),
+    (["--data.rescaled", "false"], "not in [-1, 1]"), (["--diffusion.timestep_respacing", "50"], "respacing 50"),
     (["--diffusion.rescale_timesteps", "true", "--diffusion.num_diffusion_timesteps", "100"], "rescale_timesteps"),
 ])
 def test_what_diffusers_does_not_compute_is_one_line(trained, tmp_path, capsys, extra, message):

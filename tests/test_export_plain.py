@@ -11,6 +11,7 @@ import train_ddp
 from configs.schema import validate
 from models import build_model, load_weights, stored_settings
 from models.formats.edm_settings import settings_from
+from models.formats.plain import settings_beside
 from runners.export_plain import arguments_of, write_plain
 from tests import adm, edm_cases
 from tests.runners.test_adm import SMALL as SMALL_ADM
@@ -110,6 +111,15 @@ def test_odd_arguments_beside_weights_are_one_line(content, message, tmp_path, c
                           "--verbose", "critical", "--timesteps", "2", "--num_samples", "1"]) in (2, 3)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_what_arguments_leave_out_is_as_in_unetmodel(tmp_path):
+    """One head, which is in no tensor."""
+    (tmp_path / "a.json").write_text(json.dumps({"class_name": "UNetModel", "init_kwargs": {
+        "image_size": 32, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1,
+        "attention_resolutions": [2]}}))
+    model = config_of(settings_beside(tmp_path / "a.pt")).model
+    assert (model.num_heads, model.use_scale_shift_norm, model.channel_mult) == (1, False, (1, 2, 4, 8))
 
 
 def test_ddpms_linear_betas_are_guided_diffusions():

@@ -20,6 +20,7 @@ BETAS = {"linear": "adm_linear", "cosine": "cosine"}                       # gui
 FIXED = {"dims": 2, "use_checkpoint": False, "use_fp16": False}            # of UNetModel, and no part of what it is
 SAME = ("in_channels", "num_res_blocks", "dropout", "channel_mult", "conv_resample", "num_heads", "num_head_channels",
         "num_heads_upsample", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order")
+UNET_DEFAULTS = {"num_heads": 1, "use_scale_shift_norm": False, "channel_mult": [1, 2, 4, 8]}      # unlike those here
 OTHERS = {"image_size", "model_channels", "out_channels", "attention_resolutions", "num_classes"}
 
 
@@ -70,7 +71,7 @@ def _of_adm(where: Path, given: dict, process: dict) -> dict[str, dict]:
         raise DataError(f"{where}: steps {str(steps)[:40]!r} must be a whole number from 1")
     if process.get("noise_schedule", "linear") not in BETAS:
         raise DataError(f"{where}: noise_schedule {process['noise_schedule']!r} is unknown; known: {', '.join(BETAS)}")
-    model = {key: given[key] for key in SAME if key in given}
+    model = UNET_DEFAULTS | {key: given[key] for key in SAME if key in given}
     learned = given.get("out_channels", channels) == 2 * channels
     return {
         "data": {"image_size": size, "channels": channels},

@@ -186,10 +186,11 @@ def test_a_sampling_line():
     assert first_line(line) == (
         "# python generate.py --config THIS.yml --weights ADM_IP_015.pt --timesteps 100 --skip_type respace "
         "--batch_size 256 --num_process_per_node 4 --sample_type ddpm_noisy --var_type learned --num_samples 50000 "
-        "--save npz")
+        "--save npz --no-fid")
+    assert "--num_process_per_node 4 " in first_line(line.replace("mpiexec -n", "mpiexec \\\n -n"))
     assert converted(line).model == load_config("adm/cifar10_ip.yml").model
     assert converted(line).diffusion == load_config("adm/cifar10_ip.yml").diffusion
-    assert "--eps_scaler 1.017" in first_line(f"{line} --eps_scaler 1.017")
+    assert "--eps_scaler 1.00171234" in first_line(f"{line} --eps_scaler 1.00171234")
     assert "--eps_scaler" not in first_line(f"{line} --eps_scaler 0.0")          # ADM-ES's default
     assert "--sample_type generalized --clip_denoised --num_samples" in first_line(f"{line} --use_ddim True")
     assert "--no-clip_denoised" in first_line(f"{line} --clip_denoised n")
@@ -202,6 +203,7 @@ def test_a_likelihood_line():
     line = f"python scripts/image_nll.py {NETWORK} --learn_sigma True --model_path m.pt --num_samples 500"
     assert first_line(line) == ("# python diagnose.py nll --config THIS.yml --weights m.pt --timesteps 1000 --skip_type"
                                 " respace --batch_size 16 --num_images 500 --npz")
+    assert "--num_images 1000 " in first_line(line.replace("--num_samples 500", ""))            # image_nll.py's default
 
 
 def test_every_flag_ends_up_somewhere():
@@ -222,9 +224,11 @@ def test_every_flag_ends_up_somewhere():
     assert (training.log_freq, training.snapshot_freq, training.sample_timesteps) == (7, 9, 40)
     assert training.activation_checkpointing and training.amp == "off"
     assert (config.optim.lr, config.optim.weight_decay, config.optim.lr_schedule) == (3e-4, 0.05, "linear")
-    assert "--init_from model010000.pt" in first_line(line)
+    assert "--init_from model010000.pt" in first_line(line) and "begins at step 0" in convert(line)
     assert converted(f"{line} --num_classes 7").model.num_classes == 7
     assert converted(f"{line} --input_pertub 0.1").model.num_classes == 10           # DDPM-IP's constant
+    without = line.replace("--log_interval 7", "")
+    assert [converted(each).training.log_freq for each in (without, f"{without} --input_pertub 0.1")] == [10, 100]
 
 
 @pytest.mark.parametrize(("command", "message"), [

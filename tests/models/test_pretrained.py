@@ -7,12 +7,14 @@ from importlib import import_module
 import pytest
 import torch
 
+from configs.pipelines import SCHEDULER, diffusion_keys
 from configs.schema import load_config, save_config
 from functions.denoiser import Denoiser
 from models import build_model, load_weights, make_codec
 from models.pretrained import LORA_FILE, lora_from_file, lora_to_file
 from models.trained import trained
 from tests.faults import jobs
+from utils.atomic import write_json
 from utils.errors import ConfigError, DataError, UserError
 
 
@@ -98,6 +100,22 @@ def test_adapters_are_refused_by_a_network_without_them(sdxl, tmp_path):
 def change(folder, file, **keys):
     settings = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**settings, **keys}))
+
+
+def test_where_a_scheduler_file_is_silent_its_class_decides(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    found = {}
+    for name in ("PNDMScheduler", "DDIMScheduler", "HeunDiscreteScheduler"):
+        write_json(tmp_path / SCHEDULER, {"_class_name": name})
+        keys = diffusion_keys(tmp_path)
+        found[name] = keys["set_alpha_to_one"], keys["beta_start"], keys["beta_end"]
+    assert found == {"PNDMScheduler": (False, 1e-4, 0.02), "DDIMScheduler": (True, 1e-4, 0.02),
+                     "HeunDiscreteScheduler": (True, 0.00085, 0.012)}
+
+
+def test_a_folder_as_configuration_asks_for_the_plain_loss(sdxl):
+    loss = load_config(sdxl).loss
+    assert (loss.terms, loss.lamda) == (1, 0)
 
 
 @pytest.mark.parametrize(("spoil", "message"), [
