@@ -95,9 +95,15 @@ class Job:
         self.runs = {name: self._open(name) for name in names}                  # name -> config, weights
         if args.command == "nll":
             self._prepare_likelihood()
+        if args.command == "gamma" and args.guidance is not None:
+            raise UserError("gamma is a property of the network alone: no --guidance")
         self.settings = sampler_settings(args)
+        steps = [check_settings(self.settings, config, make_codec(config)) for config, _ in self.runs.values()]
+        if args.command in ("exposure", "all") and any(each != steps[0] for each in steps):
+            raise UserError(f"{args.command}: these runs have chains of other times, which do not go into one table; "
+                            "name them one by one")
+        self.steps = steps[0]
         for config, _ in self.runs.values():
-            self.steps = check_settings(self.settings, config, make_codec(config))
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
             self._check_fit()
@@ -153,9 +159,10 @@ class Job:
         lengths = sorted({config.diffusion.chain_length for config in configs})
         if args.timesteps is None and len(lengths) > 1:
             raise UserError(f"these runs have chains of {' and '.join(map(str, lengths))} steps; give --timesteps")
-        if args.sample_type != "ddpm_noisy" or args.eps_scaler or args.classes or args.guidance is not None:
+        if args.sample_type != "ddpm_noisy" or args.eps_scaler or args.classes or args.guidance is not None or \
+                args.dcw or args.time_shift or args.gamma or args.var_type == "analytic":
             raise UserError("nll is of the ancestral chain and the images' own labels: no other --sample_type, no "
-                            "--eps_scaler, no --classes, no --guidance")
+                            "--eps_scaler, --dcw or --time_shift, no --classes, no --guidance, no analytic variance")
         args.timesteps = args.timesteps or str(lengths[0])
         learned = all(config.model.learns_variance for config in configs)
         args.var_type = args.var_type or ("learned" if learned else "fixedlarge")

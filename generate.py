@@ -152,7 +152,7 @@ def open_networks(job, device):
         return diffusion
 
     weights = on_rank_zero(lambda: job.weights)                               # "newest" may change between ranks
-    if job.args.ema_length:
+    if job.args.ema_length is not None:
         diffusion = opened(job.config, lambda each: each.load_average(job.run, job.args.ckpt_id, job.args.ema_length))
     else:
         diffusion = opened(job.config, lambda each: each.load(weights, job.args.model_ema))

@@ -175,7 +175,7 @@ class SamplerSettings(Section):
     @property
     def label(self) -> str:
         """The sampler in few words, without its number of steps."""
-        name = SHORT.get(self.sample_type) or self.sample_type.removeprefix(FOREIGN).removesuffix("Scheduler")
+        name = SHORT.get(self.sample_type) or self.sample_type.replace(FOREIGN, "diffusers' ").removesuffix("Scheduler")
         parts = [name, f"eta {self.eta:g}" if self.eta else "",
                  self.var_type if self.sample_type == "ddpm_noisy" or self.gamma else "", self.skip_type or "",
                  *(f"{key} {getattr(self, key):g}" for key in ("sigma_min", "sigma_max", "rho") if getattr(self, key)),

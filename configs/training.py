@@ -181,6 +181,11 @@ class Training(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the network; auto: on CUDA for runs of 2,000 steps or more."""
 
+    @property
+    def limit(self) -> str:
+        """The key that says how long the run is."""
+        return "total_images" if self.total_images else "n_epochs"
+
     @model_validator(mode="after")
     def _averages_have_names(self):
         """Full states know all but the first by its words, phema_{epoch}_{length}.pth three digits of a length."""

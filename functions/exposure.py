@@ -11,7 +11,7 @@ Notation (alpha, sigma, level as in ``functions.schedule_base``); all means run 
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from math import sqrt
+from math import inf, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -134,6 +134,9 @@ def accumulated_gaps(schedule, times: Sequence[float], gaps: dict[float, Tensor]
     """
     gap, found = torch.zeros(()), {}
     for i, j in zip(times[::-1], [*times[-2::-1], schedule.end], strict=True):
+        if schedule.level(i) == inf:                       # noise alone: no image follows from eps there
+            found[j] = gap = torch.zeros_like(gaps[i])
+            continue
         r = schedule.level(j) / schedule.level(i)
         kept, added = schedule.sigma(j) * r / schedule.sigma(i), schedule.alpha(j) * (1 - r**2) * schedule.level(i)
         gap = kept * gap + added * gaps[i]

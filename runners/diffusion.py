@@ -201,8 +201,8 @@ class Diffusion:
               explain_out_of_memory(), Session(self, run, plan, images, signals, judge) as session):
             if session.finished:
                 log.info("already finished: step %d of %d; to go on give more %s", session.step, plan.last_step,
-                         "training.n_epochs or training.max_steps" if plan.last_step == plan.total_steps else
-                         "--max_steps")
+                         f"training.{self.config.training.limit} or training.max_steps"
+                         if plan.last_step == plan.total_steps else "--max_steps")
                 return TrainResult(session.step, session.step // plan.steps_per_epoch, None, run.path / "ckpt.pth")
             plan.say_where_it_ends(self.config.training, max_steps)
             session.open()
@@ -311,6 +311,8 @@ class Diffusion:
             seeds = check_seeds(seeds, PROMPT_STRIDE * (self.prompts.count if self.prompts else 1) - 1)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if settings is not None and keywords:
+            raise UserError(f"sample: give settings, or their fields as keywords, not both ({', '.join(keywords)})")
         sampler = self.sampler(settings or checked_settings(keywords))
         size = batch_size or self.config.sampling.batch_size
         for start in range(0, len(seeds), size):

@@ -165,15 +165,19 @@ def test_pictures(exp):
                      "digits_sequence.png": sheet(5, 3)}
 
 
-def test_the_ends_of_an_interpolation_are_the_seeds_images(exp):
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_ends_of_an_interpolation_are_the_seeds_images(exp, eta):
+    """With eta 1 a row has the later draws of its first seed."""
     from runners.sampling.pictures import interpolation_grid
 
     diffusion = Diffusion.from_run(exp / "logs" / "digits", device="cpu")
-    grid = interpolation_grid(diffusion.sampler(SamplerSettings(timesteps=4)), [4, 9], columns=3)
-    batch, = diffusion.sample([4, 9], timesteps=4)
+    settings = SamplerSettings(timesteps=4, eta=eta)
+    grid = interpolation_grid(diffusion.sampler(settings), [4, 9], columns=3)
+    batch, = diffusion.sample([4, 9], settings)
     factor = -(-(642 - 6) // 24)
     ends = torch.stack([grid[:, ::factor, :8 * factor:factor], grid[:, ::factor, -8 * factor::factor]]).int()
-    assert (ends - (batch.images * 255).round().int()).abs().max() <= 1
+    exact = 2 if eta == 0 else 1
+    assert (ends - (batch.images * 255).round().int())[:exact].abs().max() <= 1
 
 
 def test_a_contradicting_config_is_refused(exp, capsys):
@@ -212,6 +216,10 @@ def test_weights_from_a_file_use_the_given_config(exp):
     (["--samples", "3"], "--num_samples"),
     (["--num_samples", "0"], "at least 1"),
     (["--save", "none", "--grid", "0"], "nothing to do"),
+    (["--timesteps", "ddim10", "--skip_type", "quad"], "names the steps themselves; it goes with no --skip_type quad"),
+    (["--timesteps", "5,5", "--sigma_max", "9"], "goes with no --sigma_max"),
+    (["--ema_length", "0"], "no power-function averages"),
+    (["--ema_length", "0.1", "--no-model_ema"], "no --weights, no --no-model_ema"),
     (["--sampling.batch_sizes", "3"], "sampling.batch_size"),
 ])
 def test_bad_requests_get_one_line_and_exit_2(exp, capsys, flags, message):
@@ -220,6 +228,17 @@ def test_bad_requests_get_one_line_and_exit_2(exp, capsys, flags, message):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (exp / "image_samples").exists()
+
+
+def test_a_guide_of_another_chain_is_refused(exp, capsys):
+    other = exp / "logs" / "other"
+    shutil.copytree(exp / "logs" / "digits", other)
+    config = (other / "config.yml").read_text()
+    (other / "config.yml").write_text(config.replace("beta_end: 0.012", "beta_end: 0.02"))
+    flags = ["--num_samples", "1", "--timesteps", "2", "--guidance", "2", "--guide_weights"]
+    assert run(exp, *flags, str(other / "ckpt.pth")) == 2
+    assert "another kind of network, it differs in the chain" in capsys.readouterr().err
+    assert run(exp, *flags, str(exp / "logs" / "digits" / "ckpt.pth")) == 0
 
 
 def test_without_any_run_the_message_says_what_to_do(tmp_path, capsys):
@@ -245,6 +264,8 @@ def test_seeds_from_python_are_checked(exp):
         with pytest.raises(UserError, match=message):
             next(diffusion.sample(seeds, timesteps=2))
     assert next(diffusion.sample(range(2**32), timesteps=1, batch_size=2)).seeds == [0, 1]        # none is listed
+    with pytest.raises(UserError, match="as keywords, not both"):
+        next(diffusion.sample([0], SamplerSettings(timesteps=2), eta=1.0))
 
 
 def test_billions_of_seeds_are_not_listed():

@@ -16,7 +16,7 @@ from utils.text import escape_control
 # What makes two results results of one run; seeds, seconds and machine do not. The last two parts of a path are not
 # enough to tell runs apart: "origin" is the fingerprint of the weights, or the whole path of the images.
 IDENTITY = ("checkpoint", "origin", "weights_kind", "name", "reference", "reference_fingerprint", "preprocess", "amp",
-            "guide", "classifier", "prompts", "negative_prompt")
+            "guide", "classifier", "prompts", "negative_prompt", "ema_length")
 COMPARABLE = ("name", "reference", "reference_fingerprint", "preprocess")        # numbers of one axis share these
 CODES = {"origin": "checkpoint", "reference_fingerprint": "reference"}           # shown only where the name repeats
 LARGEST = 64 * MIB                                                               # of a log

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from math import isclose
 from pathlib import Path
 
 from configs.pipelines import is_pipeline, takes_text, unet_settings
+from configs.sampling import FOREIGN
 from configs.schema import load_config
 from functions.rng import LAST_SEED, parse_seeds
 from functions.schedule import make_schedule
@@ -29,6 +31,13 @@ from utils.names import safe_name
 MOST_ROWS = 256                                              # of a picture
 
 
+def same_chain(a, b) -> bool:
+    """Whether times mean the same noise in two schedules."""
+    count = getattr(a, "num_timesteps", None)
+    return type(a) is type(b) and (count is None or count == b.num_timesteps and all(
+        isclose(a.level(t), b.level(t), rel_tol=1e-6) for t in range(count)))
+
+
 class SamplingJob:
     """The checked request: what to load, which images, how to sample, where to write."""
 
@@ -36,7 +45,7 @@ class SamplingJob:
         self.args, self.absent = args, []
         self.config, self.weights = self._configure()
         self.prompts = self._prompts()
-        args.timesteps = args.timesteps or ("30" if self.prompted else "1000")
+        args.timesteps = args.timesteps or str(min(30 if self.prompted else 1000, self.config.diffusion.chain_length))
         self.settings = sampler_settings(args)
         self.guide, self.classifier = self._guide(), self._classifier()
         self.per_prompt = self._seeds()
@@ -50,6 +59,8 @@ class SamplingJob:
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
         json_log(self.fid_log)                               # refuses a name that is the JSON file's own
         self.notes, self._reference = [], None
+        if args.ema_length is not None:
+            self._check_average()
         if not args.export:
             self._check_sampler()
 
@@ -134,7 +145,22 @@ class SamplingJob:
         if not path.exists():
             raise UserError(f"--guide_weights {path}: no such file")
         beside = (path if path.is_dir() else path.parent) / "config.yml"
-        return stored_config(path) or (load_config(beside) if beside.exists() else self.config), path
+        config = stored_config(path) or (load_config(beside) if beside.exists() else self.config)
+        self._refuse_guide(config)
+        return config, path
+
+    def _refuse_guide(self, guide) -> None:
+        """UserError where the other network would be shown what it does not know."""
+        ours, theirs = self.config.model.num_labels, guide.model.num_labels
+        wrong = [key for key in ("image_size", "channels", "rescaled", "logit_transform")
+                 if getattr(guide.data, key) != getattr(self.config.data, key)]
+        if not same_chain(make_schedule(self.config.diffusion), make_schedule(guide.diffusion)):
+            wrong.append("the chain")
+        if ours and theirs and ours != theirs:
+            wrong.append("the number of classes")
+        if wrong:
+            raise UserError(f"--guide_weights {self.args.guide_weights} is another kind of network, it differs in "
+                            f"{', '.join(wrong)}; it must differ in its weights only, or in its size")
 
     def _classifier(self) -> Classifier | None:
         """Read here already, because its tensors tell its classes and the size of its images."""
@@ -156,11 +182,15 @@ class SamplingJob:
         if (args.interpolation or args.sequence) and len(self.seeds) > MOST_ROWS:
             raise UserError(f"--interpolation and --sequence draw a row for each seed: {len(self.seeds):,} asked for, "
                             f"at most {MOST_ROWS}")
-        if args.save == "none" and not self.wants_fid and not self.grid:
+        if args.save == "none" and not (self.wants_fid or self.grid or self.pictures):
             raise UserError("--save none with --no-fid and --grid 0 leaves nothing to do")
         if str(args.timesteps).isdigit() and len(self.times) != int(args.timesteps):
             self.notes.append(f"{settings.skip_type or schedule.skip_type} gives {len(self.times)} distinct steps for "
                               f"--timesteps {args.timesteps}")
+        if settings.guidance not in (None, 1) and not self.guide and config.model.num_labels and \
+                not config.training.label_dropout:
+            self.notes.append(f"--guidance {settings.guidance:g} leads away from images without a class, which this "
+                              "network was not trained to make (training.label_dropout 0)")
         start = schedule.level(self.times[-1])
         if settings.sigma_max and start < 0.99 * settings.sigma_max:
             self.notes.append(f"the chain starts from level {start:.4g}, not from --sigma_max {settings.sigma_max:g}, "
@@ -173,12 +203,25 @@ class SamplingJob:
             self.notes.append(f"sampling with --var_type {settings.var_type}; model.var_type {recorded} of the "
                               "configuration is not used, as in DDIM and SA-DPM")
 
+    def _check_average(self) -> None:
+        args = self.args
+        if args.weights or not args.model_ema:
+            raise UserError("--ema_length makes an average out of those that the run has kept: no --weights, no "
+                            "--no-model_ema")
+        self.run.profiles(args.ckpt_id)
+
     def _check_reconstruction(self) -> None:
         args = self.args
         settings = self.settings
         if settings.sample_type == "ddpm_noisy" or settings.eta or settings.churn or settings.restart or settings.gamma:
             raise UserError("--reconstruct needs a chain that draws no noise: --eta 0, no --churn, --restart or "
                             "analytic variance, not ddpm_noisy")
+        if settings.sample_type.startswith(FOREIGN) or settings.classifier_scale:
+            raise UserError("--reconstruct runs a chain of this program up and down: no diffusers: scheduler, no "
+                            "--classifier")
+        if make_schedule(self.config.diffusion).alpha(self.times[-1]) == 0:
+            raise UserError("--reconstruct: this chain starts from noise alone, in which nothing of an image is left; "
+                            "choose steps that end below, such as --skip_type leading")
         found = len(open_originals(args.reconstruct, self.config))
         if len(self.seeds) > found or max(self.seeds) >= found:
             raise UserError(f"--reconstruct {args.reconstruct} has {found} images; lower --num_samples")

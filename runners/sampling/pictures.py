@@ -30,7 +30,9 @@ def interpolation_grid(sampler: Sampler, seeds: Sequence[int], columns: int = 11
         a, b = (SeededNoise([seed], sampler.device).randn(shape)[0] for seed in (first, second))
         x = torch.stack([slerp(a, b, i / (columns - 1)) for i in range(columns)])
         same = [first] * columns                                      # with eta > 0 a row shares its later draws too
-        rows.append(to_uint8(sampler.run(x, SeededNoise(same, sampler.device), sampler.condition(same))))
+        noise = SeededNoise(same, sampler.device)
+        noise.randn(x.shape)                                          # the latent of the row's first image
+        rows.append(to_uint8(sampler.run(x, noise, sampler.condition(same))))
     return tile(torch.cat(rows), columns)
 
 

@@ -1,6 +1,7 @@
 """From seeds to images: the one path that generate.py, Python, diagnosis, studies and the FID while training take."""
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -81,10 +82,18 @@ def check_settings(settings: SamplerSettings, config, codec, *, has_guide: bool 
 
 def times_of(settings: SamplerSettings, schedule, prediction) -> list:
     """The times of a chain, ascending. ValueError, UserError: settings that it cannot have."""
+    ranged = [key for key in ("sigma_min", "sigma_max", "rho") if getattr(settings, key) is not None]
+    fixed = not str(settings.timesteps).isdigit()
+    if fixed and (ranged or settings.skip_type not in (None, "respace")):
+        raise UserError(f"--timesteps {settings.timesteps} names the steps themselves; it goes with no "
+                        f"--{ranged[0] if ranged else f'skip_type {settings.skip_type}'}")
     if settings.sample_type.startswith(FOREIGN):
         if settings.gamma or remedies_of(settings):
             raise UserError("--dcw, --time_shift, --restart and --gamma correct the steps of this program's samplers, "
                             f"not those of --sample_type {settings.sample_type}")
+        if ranged:
+            raise UserError(f"--{ranged[0]} is of this program's lists of levels, not of --sample_type "
+                            f"{settings.sample_type}")
         return SchedulerChain(settings, schedule, prediction).times
     return sampling_times(schedule, settings.timesteps, settings.skip_type, prediction=prediction,
                           sigma_min=settings.sigma_min, sigma_max=settings.sigma_max, rho=settings.rho)
@@ -96,7 +105,8 @@ def form_of(settings: SamplerSettings, schedule, prediction, times: list) -> Flo
     if spacing in LEVELS:
         levels = chain_range(schedule, spacing, prediction, settings.sigma_min, settings.sigma_max)
     else:
-        levels = schedule.level(times[0]), schedule.level(times[-1])
+        known = [level for level in map(schedule.level, times) if level < inf]       # noise alone is a step of its own
+        levels = known[0], known[-1]
     return FlowForm.of(settings.ode_time, settings.ode_scale, settings.alpha, levels)
 
 

@@ -15,8 +15,10 @@ from datasets import build_dataset, find_dataset
 from datasets.images import UnreadableImage
 from datasets.packed import choose_cache, synthetic_images
 from functions.denoiser import Denoiser
+from functions.prediction import make_prediction
 from functions.rng import shard_generator
-from functions.timesteps import TimeSampler
+from functions.schedule import make_schedule
+from functions.timesteps import TimeSampler, sampling_times
 from models import load_weights
 from runners import distributed
 from runners.diffusion import Diffusion
@@ -41,9 +43,22 @@ def check_training(config: Config, args) -> int:
     world = distributed.detect()
     processes = world.size if world else args.num_process_per_node * args.num_proc_node
     split_batch(config.training, processes)
+    _check_sheets(config)
     check_loggers(config.training.loggers)
     resolve_amp(config.training.amp, distributed.pick_device(args.device, distributed.World()))
     return processes
+
+
+def _check_sheets(config: Config) -> None:
+    """UserError where the first sheet of samples would be the first to find its steps impossible."""
+    training, diffusion = config.training, config.diffusion
+    if training.sample_num or training.fid_freq:
+        try:
+            sampling_times(make_schedule(diffusion), training.sample_timesteps, None,
+                           prediction=make_prediction(diffusion))
+        except ValueError as error:
+            raise UserError(f"sheets of samples: training.sample_timesteps {training.sample_timesteps}, "
+                            f"diffusion.skip_type {diffusion.skip_type}: {error}") from None
 
 
 def dry_run_training(config: Config, run, device: torch.device, init_from: str | None = None) -> None:

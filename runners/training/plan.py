@@ -58,7 +58,7 @@ class Plan:
                      max_steps, self.total_steps)
         elif max_steps and max_steps > self.total_steps:
             limit = "training.max_steps" if self.total_steps == training.max_steps else \
-                f"training.n_epochs {training.n_epochs}"
+                f"training.{training.limit} {getattr(training, training.limit)}"
             log.info("--max_steps %d is beyond the run, which %s ends at step %d", max_steps, limit, self.total_steps)
 
     @property

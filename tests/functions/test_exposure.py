@@ -18,6 +18,7 @@ from functions.exposure import (
     training_norms,
 )
 from functions.frechet import FeatureStats
+from functions.schedule import FlowSchedule
 from functions.timesteps import sampling_times
 from tests.functions.gaussian import SCHEDULE, abar, exact
 
@@ -149,6 +150,12 @@ def test_accumulated_gap_is_the_recursion():
         b = 1 - a / n
         total = sqrt(1 - b) * (1 - n) / (1 - a) * total + b / (sqrt(1 - b) * sqrt(1 - a)) * gaps[i].double()
         torch.testing.assert_close(found[j].double(), total, rtol=1e-5, atol=0)
+
+
+def test_no_gap_accumulates_over_a_step_from_noise_alone():
+    gaps = {t: torch.tensor([1.0]) for t in (0.25, 0.5, 1.0)}
+    found = accumulated_gaps(FlowSchedule(), [0.25, 0.5, 1.0], gaps)
+    assert found[0.5] == 0 and found == accumulated_gaps(FlowSchedule(), [0.25, 0.5], gaps) | {0.5: found[0.5]}
 
 
 # ------------------------------------------------------------------------------------------------------ fitted scaling

@@ -117,6 +117,12 @@ def test_it_says_what_it_does(photos, caplog):
     assert len(said) == 3
 
 
+def test_steps_that_no_sheet_can_have_are_told_before_training(photos, capsys):
+    assert rehearse(photos, "--diffusion.skip_type", "leading", "--diffusion.steps_offset", "1",
+                    "--training.sample_timesteps", "1000", "--training.sample_num", "4") == 2
+    assert "sheets of samples: training.sample_timesteps 1000, diffusion.skip_type leading" in capsys.readouterr().err
+
+
 def test_words():
     cpu, gib = torch.device("cpu"), 2**30
     assert room_in_words(3 * gib, 2 * gib, 4, cpu).startswith("its 4 processes need about 3.00 GiB of 2.00: TOO LITTLE")
