@@ -103,6 +103,8 @@ class Job:
             raise UserError(f"{args.command}: these runs have chains of other times, which do not go into one table; "
                             "name them one by one")
         self.steps = steps[0]
+        if args.command in ("eps-norm", "fit-eps-scaler", "all"):
+            self._refuse_several_calls()
         for config, _ in self.runs.values():
             find_dataset(config, self.datasets)
         if args.command == "fit-eps-scaler":
@@ -166,6 +168,20 @@ class Job:
         args.timesteps = args.timesteps or str(lengths[0])
         learned = all(config.model.learns_variance for config in configs)
         args.var_type = args.var_type or ("learned" if learned else "fixedlarge")
+
+    def _refuse_several_calls(self) -> None:
+        """UserError for schedulers of diffusers that call the network more than once in a step."""
+        from configs.sampling import FOREIGN
+        from functions.prediction import make_prediction
+        from functions.schedule import make_schedule
+        from runners.sampling.sampler import calls_of
+
+        name, diffusion = self.settings.sample_type, next(iter(self.runs.values()))[0].diffusion
+        plain = self.settings.model_copy(update={"guidance": None})
+        if name.startswith(FOREIGN) and len(self.steps) != calls_of(plain, make_schedule(diffusion),
+                                                                    make_prediction(diffusion), self.steps):
+            raise UserError(f"{self.args.command} needs one network call for each step, {name} makes more; take heun, or "
+                            "a scheduler of one call")
 
     def _check_fit(self) -> None:
         if self.args.eps_scaler is not None:

@@ -175,6 +175,7 @@ def test_chains_are_those_of_generate(exp):
     ("exposure", ["--start_t", "900"], "times 0 to 750"),
     ("fit-eps-scaler", ["--eps_scaler", "1.1"], "do not give one"),
     ("gamma", ["--guidance", "2"], "no --guidance"),
+    ("eps-norm", ["--sample_type", "diffusers:HeunDiscreteScheduler"], "needs one network call for each step"),
     ("fit-eps-scaler", ["--fid_check", "10", "--fid_stats", "absent.npz"], "not found"),
 ])
 def test_refusals_are_one_line_and_write_nothing(exp, capsys, measure, flags, message):
