@@ -180,8 +180,8 @@ class Job:
         plain = self.settings.model_copy(update={"guidance": None})
         if name.startswith(FOREIGN) and len(self.steps) != calls_of(plain, make_schedule(diffusion),
                                                                     make_prediction(diffusion), self.steps):
-            raise UserError(f"{self.args.command} needs one network call for each step, {name} makes more; take heun, or "
-                            "a scheduler of one call")
+            raise UserError(f"{self.args.command} needs one network call for each step, {name} makes more; take heun, "
+                            "or a scheduler of one call")
 
     def _check_fit(self) -> None:
         if self.args.eps_scaler is not None:
