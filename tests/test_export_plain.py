@@ -14,7 +14,7 @@ from models.formats.edm_settings import settings_from
 from models.formats.plain import settings_beside
 from runners.export_plain import arguments_of, write_plain
 from tests import adm, edm_cases
-from tests.runners.test_adm import SMALL as SMALL_ADM
+from tests.runners.adm_runs import SMALL as SMALL_ADM
 from tests.test_edm import SMALL as SMALL_EDM
 
 
