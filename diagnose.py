@@ -172,14 +172,12 @@ class Job:
     def _refuse_several_calls(self) -> None:
         """UserError for schedulers of diffusers that call the network more than once in a step."""
         from configs.sampling import FOREIGN
-        from functions.prediction import make_prediction
         from functions.schedule import make_schedule
-        from runners.sampling.sampler import calls_of
+        from runners.sampling.schedulers import SchedulerChain
 
-        name, diffusion = self.settings.sample_type, next(iter(self.runs.values()))[0].diffusion
-        plain = self.settings.model_copy(update={"guidance": None})
-        if name.startswith(FOREIGN) and len(self.steps) != calls_of(plain, make_schedule(diffusion),
-                                                                    make_prediction(diffusion), self.steps):
+        name, (config, _) = self.settings.sample_type, next(iter(self.runs.values()))
+        if name.startswith(FOREIGN) and \
+                SchedulerChain(self.settings, make_schedule(config.diffusion)).calls() != len(self.steps):
             raise UserError(f"{self.args.command} needs one network call for each step, {name} makes more; take heun, "
                             "or a scheduler of one call")
 

@@ -50,10 +50,10 @@ def diffusion_keys(folder: Path) -> dict:
                               ("prediction_type", prediction, PREDICTIONS)):
         if given not in known:
             raise DataError(f"{file}: {key} {given!r} is not known here; known: {', '.join(sorted(known))}")
-    silent = (0.00085, 0.012) if name in STABLE_BETAS else (1e-4, 0.02)        # what each class takes where its file
+    start, end = (0.00085, 0.012) if name in STABLE_BETAS else (1e-4, 0.02)         # where the file does not say
     keys = {
         "schedule": "discrete", "prediction": prediction, "beta_schedule": BETA_SCHEDULES[schedule],
-        "beta_start": settings.get("beta_start", silent[0]), "beta_end": settings.get("beta_end", silent[1]),
+        "beta_start": settings.get("beta_start", start), "beta_end": settings.get("beta_end", end),
         "num_diffusion_timesteps": settings.get("num_train_timesteps", 1000), "betas": settings.get("trained_betas"),
         "zero_terminal_snr": settings.get("rescale_betas_zero_snr", False),
         "set_alpha_to_one": settings.get("set_alpha_to_one", name != "PNDMScheduler"),

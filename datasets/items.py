@@ -36,14 +36,13 @@ class DecodedBatches(Dataset):
     """Items are whole batches, for ``data.cache: off``: index ``(B,) -> (uint8 (B, H, W, C), unreadable images)``.
 
     An unreadable image is replaced by the next readable one of its class and reported, so that the caller can count.
+
+    Args:
+        labels: int64 (N,), read once, not by every worker.
     """
 
-    def __init__(self, images: ImageDataset):
-        self.images = images
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        return class_labels(self.images.labels)
+    def __init__(self, images: ImageDataset, labels: np.ndarray):
+        self.images, self.labels = images, labels
 
     def __getitem__(self, indices: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, str]]]:
         bad = []

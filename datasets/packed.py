@@ -108,10 +108,10 @@ class DecodingStore(ImageStore):
 
     def batches(self, index_lists):
         cuda = self.device.type == "cuda"
-        atexit.unregister(kill_workers)
+        atexit.unregister(kill_workers)                                     # once, however often this is called
         atexit.register(kill_workers)
-        loader = DataLoader(DecodedBatches(self.images), batch_size=None, sampler=index_lists, num_workers=self.workers,
-                            worker_init_fn=leave_signals_to_the_trainer, pin_memory=cuda,
+        loader = DataLoader(DecodedBatches(self.images, self.labels), batch_size=None, sampler=index_lists,
+                            num_workers=self.workers, worker_init_fn=leave_signals_to_the_trainer, pin_memory=cuda,
                             generator=torch.Generator())                    # its own: the global one stays untouched
         for batch, bad in loader:
             self._note(bad)

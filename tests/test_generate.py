@@ -218,6 +218,8 @@ def test_weights_from_a_file_use_the_given_config(exp):
     (["--save", "none", "--grid", "0"], "nothing to do"),
     (["--timesteps", "ddim10", "--skip_type", "quad"], "names the steps themselves; it goes with no --skip_type quad"),
     (["--timesteps", "5,5", "--sigma_max", "9"], "goes with no --sigma_max"),
+    (["--sample_type", "diffusers:DDIMScheduler", "--timesteps", "5", "--sigma_max", "9"], "--sigma_max is of this"),
+    (["--reconstruct", "nowhere", "--timesteps", "5", "--sample_type", "diffusers:DDIMScheduler"], "up and down"),
     (["--ema_length", "0"], "no power-function averages"),
     (["--ema_length", "0.1", "--no-model_ema"], "no --weights, no --no-model_ema"),
     (["--sampling.batch_sizes", "3"], "sampling.batch_size"),
@@ -228,6 +230,19 @@ def test_bad_requests_get_one_line_and_exit_2(exp, capsys, flags, message):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (exp / "image_samples").exists()
+
+
+def test_ranks_that_have_read_different_weights_are_refused(exp, capsys, monkeypatch):
+    """A training run has replaced the file in between."""
+    gather = distributed.gather_objects
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, "other"] if isinstance(value, str)
+                        else gather(value))
+    assert run(exp, "--num_samples", "1", "--timesteps", "2") == 2
+    assert "was replaced while the ranks read it; run the command again" in capsys.readouterr().err
+
+
+def test_pictures_alone_are_something_to_do(exp):
+    assert run(exp, "--num_samples", "2", "--timesteps", "2", "--interpolation", "--save", "none", "--grid", "0") == 0
 
 
 def test_a_guide_of_another_chain_is_refused(exp, capsys):

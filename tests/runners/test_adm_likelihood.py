@@ -81,7 +81,8 @@ def test_likelihood_of_a_published_file(adm_exp, adm_file, tmp_path):
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--eps_scaler", "1.01"], "no --eps_scaler"), (["--sample_type", "generalized"], "no other --sample_type"),
+    (["--eps_scaler", "1.01"], "no --eps_scaler"), (["--dcw", "0.1"], "--dcw or --time_shift"),
+    (["--var_type", "analytic"], "no analytic variance"), (["--sample_type", "generalized"], "no other --sample_type"),
     (["--data.uniform_dequantization", "true", "--model.learn_sigma", "false", "--loss.variational", "none"],
      "it needs data.rescaled, no dequantization"),
     (["--weights", "absent.pt"], "--weights absent.pt: no such file")])
