@@ -95,6 +95,16 @@ def test_exposure_from_noise_and_from_the_middle(exp, sampler):
         assert float(row["delta"]) == pytest.approx(float(row["var_chain"]) - float(row["var_q"]))
 
 
+def test_chains_of_other_times_do_not_go_into_one_table(exp, capsys):
+    short = exp / "logs" / "short"
+    shutil.copytree(exp / "logs" / "digits", short)
+    config = (short / "config.yml").read_text()
+    (short / "config.yml").write_text(config.replace("num_diffusion_timesteps: 1000", "num_diffusion_timesteps: 200"))
+    assert run(exp, "exposure", docs=("digits", "short")) == 2
+    assert "these runs have chains of other times" in capsys.readouterr().err
+    assert run(exp, "eps-norm", docs=("digits", "short")) == 0
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_moved_start_is_told_once(exp, capfd, processes):
     assert run(exp, "exposure", "--start_t", "520", "--num_process_per_node", processes) == 0

@@ -11,13 +11,17 @@ from PIL import Image
 
 import generate
 from configs.sampling import SamplerSettings
+from functions.denoiser import Denoiser
+from functions.ode import heun_steps
 from functions.rng import parse_seeds
+from functions.schedule import FlowSchedule
 from runners import distributed
 from runners.conditioning import PROMPT_STRIDE, numbered
 from runners.diffusion import Diffusion
 from runners.evaluation import references
 from runners.evaluation.statistics_files import read_statistics
 from runners.sampling.flags import numbers
+from runners.sampling.sampler import form_of
 from tests.conftest import TINY
 from tests.faults import jobs
 from utils.errors import UserError
@@ -239,6 +243,23 @@ def test_ranks_that_have_read_different_weights_are_refused(exp, capsys, monkeyp
                         else gather(value))
     assert run(exp, "--num_samples", "1", "--timesteps", "2") == 2
     assert "was replaced while the ranks read it; run the command again" in capsys.readouterr().err
+
+
+def test_a_chain_shorter_than_the_default_is_run_whole(exp):
+    config = exp / "logs" / "digits" / "config.yml"
+    config.write_text(config.read_text().replace("num_diffusion_timesteps: 1000", "num_diffusion_timesteps: 20"))
+    assert generate.main(["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--verbose", "critical", "--no-fid",
+                          "--num_samples", "1"]) == 0
+    manifest = json.loads((exp / "image_samples" / "digits" / "manifest.json").read_text())
+    assert manifest["sampler"]["timesteps"] == 20
+
+
+def test_a_flow_takes_its_form_from_the_levels_that_are_finite():
+    times, schedule = [0.01, 0.3, 0.6, 1.0], FlowSchedule()
+    settings = SamplerSettings(sample_type="heun", timesteps=4, ode_time="vp")
+    form = form_of(settings, schedule, None, times)
+    made = heun_steps(Denoiser(lambda x, t: x, schedule, "flow"), torch.ones(1, 1, 2, 2), times, form=form)
+    assert made.isfinite().all()
 
 
 def test_pictures_alone_are_something_to_do(exp):

@@ -95,6 +95,14 @@ def test_fixed_variances_are_said_beside_learned_ones(adm_exp, adm_file, tmp_pat
     assert "this network has learned its variances, which --var_type learned uses" in capsys.readouterr().out
 
 
+def test_guidance_of_a_network_that_has_not_learned_to_do_without_a_class_is_noted(adm_exp, adm_file, tmp_path, capsys):
+    for dropout, told in (("0.1", False), ("0", True)):
+        assert generate.main(flags(adm_file, adm_exp, "--doc", "small", "-i", tmp_path / dropout, "--num_samples", 1,
+                                   "--no-fid", "--timesteps", 2, "--guidance", 2, "--training.label_dropout",
+                                   dropout)) == 0
+        assert ("was not trained to make (training.label_dropout 0)" in capsys.readouterr().out) == told
+
+
 def test_dry_runs(adm_exp, adm_file, tmp_path, capsys):
     assert train_ddp.main(flags(adm_file, tmp_path / "e", "--dry_run")) == 0
     assert generate.main(flags(adm_file, adm_exp, "--doc", "small", "--dry_run", "--no-fid", "--timesteps", 4,
