@@ -11,7 +11,7 @@ from PIL import Image
 
 import dataset_tool
 from dataset_tool import main
-from datasets import images, labels
+from datasets import images, labels, tool
 from datasets.convert import FORMATS
 from datasets.files import ImageFiles
 
@@ -197,6 +197,14 @@ def test_info_tells_of_mixed_sizes_and_unreadable_pictures(source, capsys):
     out = capsys.readouterr().out
     assert "sizes     of the first 5: height 12 to 20, width 8 to 30; 1 unreadable" in out
     assert f"unreadable {source / '0/0.png'}: not an image file" in out
+
+
+def test_info_where_nothing_of_what_it_looks_at_can_be_read(source, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "LOOKED_AT", 1)
+    (source / "0/0.png").write_bytes(b"")
+    assert main(["info", "--source", str(source)]) == 3
+    error = capsys.readouterr().err
+    assert "0.png" in error and error.count("\n") == 1
 
 
 def test_keys_of_a_configuration_are_for_verify(source, tmp_path, capsys):

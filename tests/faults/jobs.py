@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import time
 from functools import cached_property, partial
 from importlib import import_module
@@ -124,12 +125,13 @@ def send(*signals: int) -> None:
 
 
 def group_terminated_after(step: int) -> list:
-    """As torchrun, systemd or a container does it: the signal reaches the workers, too; some time then goes by."""
+    """As torchrun, systemd or a container does it: the signal reaches the workers, too, and is not their parent's, which
+    PyTorch takes for the end of its data; some time then goes by."""
     return [os.setsid, partial(after_step, step, _terminate_group)]
 
 
 def _terminate_group() -> None:
-    os.killpg(0, signal.SIGTERM)
+    subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
     time.sleep(1)
 
 

@@ -194,3 +194,14 @@ def test_no_code_from_a_weights_file_runs(tmp_path):
         with pytest.raises(DataError, match="only tensors"):
             load_inception(tmp_path / name)
     assert not marker.exists()
+
+
+def test_features_do_not_depend_on_what_precision_the_caller_has_chosen():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

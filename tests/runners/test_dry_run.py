@@ -102,11 +102,10 @@ def test_a_data_set_on_the_device_takes_its_memory(photos, capsys):
 
 
 def test_a_data_set_may_be_too_much(photos, capsys, monkeypatch):
-    monkeypatch.setattr(dry_run, "choose_cache", lambda size, device: "device")
-    monkeypatch.setattr(dry_run, "available_memory", lambda: 2**40)
-    monkeypatch.setattr(dry_run.math, "prod", lambda shape: 2**40)
-    assert rehearse(photos) == 0
-    assert "TOO LITTLE" in capsys.readouterr().out
+    for size, verdict in ((0, "enough"), (2**50, "TOO LITTLE")):
+        monkeypatch.setattr(dry_run, "resident_bytes", lambda *args, size=size: size)
+        assert rehearse(photos) == 0
+        assert verdict in capsys.readouterr().out
 
 
 def test_it_says_what_it_does(photos, caplog):
