@@ -36,7 +36,7 @@ def leave_signals_to_the_trainer(worker: int = 0) -> None:
 
 
 def kill_workers() -> None:
-    """For ``atexit``: multiprocessing would send them SIGTERM, and wait."""
+    """For ``atexit``, where an error has left some: multiprocessing would send them SIGTERM, and wait."""
     for worker in multiprocessing.active_children():
         worker.kill()
 

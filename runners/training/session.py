@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import tee
 
 import torch
@@ -78,7 +78,7 @@ class Session:
         self.held.callback(self.monitor.close)
         self.held_out = self._open_held_out()
         self.fid = PeriodicFid(diffusion.config, diffusion.device) if training.fid_freq else None
-        self.batches = self._batches()
+        self.batches = self.held.enter_context(closing(self._batches()))     # with it, the workers that decode end
 
     def __enter__(self):
         return self

@@ -59,6 +59,7 @@ def _run(script, argv, output, faults, env):
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)                 # of workers, as in a script
     torch.set_num_threads(1)                         # no busy waiting for a core that another job has
     for fault in faults:
         fault()
@@ -125,8 +126,8 @@ def send(*signals: int) -> None:
 
 
 def group_terminated_after(step: int) -> list:
-    """As torchrun, systemd or a container does it: the signal reaches the workers, too, and is not their parent's, which
-    PyTorch takes for the end of its data; some time then goes by."""
+    """As torchrun, systemd or a container does it: the signal reaches the workers, too, and is not their parent's,
+    which PyTorch takes for the end of its data; some time then goes by."""
     return [os.setsid, partial(after_step, step, _terminate_group)]
 
 

@@ -57,6 +57,8 @@ def test_a_signal_to_the_whole_job_does_not_take_the_decoding_workers_away(tmp_p
     stopped = jobs.train(tmp_path, *decoding, faults=jobs.group_terminated_after(3))
     assert stopped.wait() == 128 + signal.SIGTERM, stopped.text
     assert "Traceback" not in stopped.text and jobs.state(tmp_path)["step"] == 3
+    goes_on = jobs.train(tmp_path, *decoding, "--resume_training")
+    assert goes_on.wait() == 0 and "Traceback" not in goes_on.text, goes_on.text
 
 
 def test_checkpoint_minutes_bound_the_loss(tmp_path):

