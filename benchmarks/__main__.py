@@ -1,6 +1,6 @@
 """The benchmarks of speed and memory one after the other, and their tables into docs/performance.md: ``make bench``.
 
-    python -m benchmarks                                    # CPU, half an hour on two cores that do nothing else
+    python -m benchmarks                                    # CPU, twenty minutes on two cores that do nothing else
     python -m benchmarks --device cuda                      # the same on a GPU, with its batch sizes; not data
     python -m benchmarks --only train startup               # the others' tables stay
 
@@ -33,7 +33,7 @@ SCRIPTS = {                                                # arguments on a CPU,
     "families": ("--rounds 3 --batch 4", "--device cuda --batch 128 --rounds 20 --steps 25"),
     "startup": ("", "--device cuda"),
     "scaling": ("--parts training sampling processes", "--device cuda --parts training sampling"),
-    "fid": ("--num 64 --images {images}", "--device cuda --num 2000 --images {images}"),
+    "fid": ("--num 64 --rounds 3 --images {images}", "--device cuda --num 2000 --images {images}"),
     "data": ("--num 1000 --source {images}", None),
 }
 

@@ -114,6 +114,14 @@ def test_overrides(override, read):
     assert read(load_config("digits.yml", [override]))
 
 
+def test_an_override_wins_over_a_file_that_says_it_in_another_form():
+    training = load_config("edm/cifar10_ddpmpp.yml", ["training.n_epochs=3", "training.batch_size=4"]).training
+    assert (training.limit, training.n_epochs) == ("n_epochs", 3)
+    assert (training.global_batch_size, training.batch_size) == (None, 4)
+    both = load_config("edm/cifar10_ddpmpp.yml", ["training.n_epochs=3", "training.total_images=7k"]).training
+    assert both.total_images == 7000
+
+
 def test_later_override_wins():
     assert load_config("digits.yml", ["training.seed=1", "training.seed=2"]).training.seed == 2
 
