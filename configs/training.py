@@ -115,14 +115,14 @@ def _as_averages(value):
 
 class Training(Section):
     batch_size: Count = 128
-    """Images for each process and optimizer step; not used when global_batch_size is set."""
+    """Images for each process and optimizer step. As an override it takes the place of a file's global_batch_size."""
     global_batch_size: Count | None = None
-    """Images for each optimizer step over all processes."""
+    """Images for each optimizer step over all processes, in place of batch_size."""
     micro_batch_size: Count | None = None
     """Images for each network call on one process; the rest of its batch is accumulated. Fixing it makes a run the
     same for any number of processes."""
     n_epochs: Count = 1000
-    """Epochs to train."""
+    """Epochs to train. As an override it takes the place of a file's total_images."""
     total_images: Annotated[Count, InImages] | None = None
     """Images to train on, such as 200M, in place of n_epochs; k, M, G and Ki, Mi, Gi are understood."""
     max_steps: Count | None = None
