@@ -198,8 +198,13 @@ def produce(job, diffusion, sampler):
         on_rank_zero(lambda: job.folder.prepare(manifest))
     labels = sampler.labels(job.seeds) if args.save == "npz" else None
     writer = open_writer(args.save, job.folder, len(job.seeds), job.config.data.shape, labels)
-    made = generate_and_measure(sampler, job.seeds, job.batch_size, writer=writer, evaluation=evaluation,
-                                keep=job.grid)
+    try:
+        made = generate_and_measure(sampler, job.seeds, job.batch_size, writer=writer, evaluation=evaluation,
+                                    keep=job.grid)
+    except KeyboardInterrupt:
+        if args.save != "none":
+            log.warning("the images so far stay in %s; the same command makes the others", job.folder.path)
+        raise
     if job.grid:
         write_grid(made.shown, job.grid_path, sampler, job.seeds)
         on_rank_zero(lambda: print(f"grid    {job.grid_path}"))

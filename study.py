@@ -27,8 +27,12 @@ def parse(argv):
 
 def check(args):
     from runners.study.job import StudyJob
+    from utils.atomic import check_writable
 
-    return args, StudyJob(args.study, args.exp, args.name, args.overrides, args.only)
+    job = StudyJob(args.study, args.exp, args.name, args.overrides, args.only)
+    if not args.dry_run:
+        check_writable(job.folder, "--exp:")
+    return args, job
 
 
 def work(request, device):

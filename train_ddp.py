@@ -65,6 +65,7 @@ def check(args):
     from datasets import check_held_out, find_dataset
     from runners.distributed import restarted
     from runners.training.dry_run import check_training
+    from utils.atomic import check_writable
     from utils.errors import UserError
 
     config, run = configure(args)
@@ -80,6 +81,7 @@ def check(args):
                             "on from; leave out --init_from, or choose another --doc")
     if not args.dry_run:
         run.check(config, **mode(args))
+        check_writable(run.path, "--exp, --doc:")
         find_dataset(config, run.datasets, download=True)
         if config.training.validation_freq:
             check_held_out(config, run.datasets)

@@ -110,7 +110,7 @@ def main():
 
 
 def zipped(folder: Path) -> Path:
-    write_pictures(folder / "pictures", 2000, 32)
+    write_pictures(folder / "pictures/all", 2000, 32)              # torchvision wants a folder for each class
     return Path(shutil.make_archive(str(folder / "pictures"), "zip", folder / "pictures"))
 
 

@@ -44,7 +44,16 @@ def find_dataset(config, root=None, split: str = "train", download: bool = False
         return find_dataset(config, root, split)
     wanted = f" ({', '.join(needs)})" if needs else ""
     raise DataError(f"{data.dataset} not found; looked for its {split} images{wanted} in "
-                    f"{', '.join(map(str, places))}; expected: {spec.layout}; set data.root to its folder")
+                    f"{', '.join(map(str, places))}; expected: {spec.layout}; {_advice(data)}")
+
+
+def _advice(data) -> str:
+    root = Path(data.root or "").expanduser()
+    if not root.exists():
+        return f"data.root {root}: there is no such file or folder"
+    if data.root and root.is_file():
+        return f"data.root {root} is a file, whose images data.dataset ZIP reads where it is an archive"
+    return "set data.root to its folder"
 
 
 def _places(spec: DatasetSpec, data, root) -> list[Path]:

@@ -20,6 +20,7 @@ from datasets.image_dataset import ImageDataset
 from datasets.images import Unfit, UnreadableImage, transform
 from datasets.reader import Reader
 from datasets.specs import DATASETS, open_any
+from utils.atomic import check_writable
 from utils.errors import DataError, UserError
 from utils.processes import leave_with
 from utils.text import escape_control
@@ -38,6 +39,7 @@ def convert(args) -> None:
         if value is not None and not 1 <= value <= (most or value):
             raise UserError(f"{flag} {value} must be at least 1" + (f" and at most {most}" if most else ""))
     check_free(args.dest)
+    check_writable(args.dest, "--dest")
     reader = open_source(args.source, args.skip_bad, args.labels)
     kind = args.format or format_of(args.dest)
     if kind in ("lmdb", "npy") and (reader.labels != -1).any():
@@ -183,7 +185,8 @@ def _verify_split(images: ImageDataset, data, full: bool) -> None:
             bad.append(str(error))
     for problem in bad[:20]:
         print(f"unreadable: {escape_control(problem)}")
-    print(f"{images.name}: {len(images)} images ({images.description}, {data.channels} channel(s)), "
+    without = f", {len(bad)} of them unreadable (data.skip_bad allows {data.skip_bad})" if bad else ""
+    print(f"{images.name}: {len(images)} images{without} ({images.description}, {data.channels} channel(s)), "
           f"labels: {_classes(images.labels)}, fingerprint {images.fingerprint}, "
           f"sha256 of the pixels of {'all' if full else 'first and last'}: {digest.hexdigest()[:16]}")
     if len(bad) > data.skip_bad:

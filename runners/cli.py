@@ -5,12 +5,13 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.memory import keep_freed_memory
 from utils.names import safe_name
 from utils.text import LineFormatter, escape_control
@@ -145,14 +146,35 @@ def run_folder(args) -> Path:
     return Path(args.exp) / "logs" / safe_name("--doc", Path(args.config).stem if args.doc is None else args.doc)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a script as Ctrl-C does."""
+
+
+@contextmanager
+def terminable():
+    """In this block SIGTERM raises Terminated."""
+    def stop(signum, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def guarded(script: str, job: Callable, is_told: Callable = lambda error: False) -> int:
     """Call ``job()`` and return its exit code; an error of the user's is one line unless ``is_told(it)``."""
     try:
         return job() or 0
     except SystemExit as done:                     # --help
         return done.code or 0
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        error = Interrupted(signum, f"stopped by {signum.name}")
+        if not is_told(error):
+            _complain(script, error)
+        return error.code
     except UserError as error:
         if not is_told(error):
             _complain(script, error)
@@ -214,7 +236,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         if device.type == "cpu":
             keep_freed_memory()
         with (distributed.process_group(world, device, args.master_address, args.master_port, args.dist_timeout),
-              explain_out_of_memory()):
+              explain_out_of_memory(), nullcontext() if world else terminable()):
             return work(request, device)
 
     code = guarded(script, job, lambda error: world and world.rank and (shared or error.on_all_ranks))

@@ -245,6 +245,10 @@ def deal(seeds: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]
     return ((start, list(seeds[start:start + batch_size])) for start in starts)
 
 
+class Abandoned(Exception):
+    """A signal came in a block of ``Signals.abandonable``."""
+
+
 class Signals:
     """Lets all ranks save or stop after the same step once any of them wants to.
 
@@ -254,7 +258,7 @@ class Signals:
     SAVE = 1                                         # smaller than every signal that is listened to
 
     def __init__(self):
-        self.signum = 0
+        self.signum, self._leaves = 0, False
         self._pending = None
 
     def vote(self, save: bool = False) -> int:
@@ -281,6 +285,8 @@ class Signals:
             if log.isEnabledFor(logging.WARNING):    # not through a log, which this may have interrupted
                 name = signal.Signals(signum).name
                 os.write(2, f"{name}: finishing this step, then saving; once more ends at once\n".encode())
+            if self._leaves:
+                raise Abandoned
 
         before = {s: signal.signal(s, handle) for s in signals}
         try:
@@ -290,3 +296,14 @@ class Signals:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+    @contextmanager
+    def abandonable(self):
+        """What a run that is to end can do without, and takes long: a signal leaves this block, with Abandoned."""
+        self._leaves = True
+        try:
+            if self.signum:
+                raise Abandoned
+            yield
+        finally:
+            self._leaves = False

@@ -72,7 +72,7 @@ def append_log(fid_log: str | Path, checkpoint_path: str | Path, results: dict, 
              "machine": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.machine()}
     objects = json_log(fid_log)
     if not fid_log.parent.exists():
-        log.info("%s does not exist yet: it is made for %s", fid_log.parent, fid_log.name)
+        log.info("making the folder %s for %s", fid_log.parent, fid_log.name)
         fid_log.parent.mkdir(parents=True, exist_ok=True)
     if "fid" in results:
         _append(fid_log, f"Checkpoint {escape_control(checkpoint)}  --> FID {results['fid']}\n")

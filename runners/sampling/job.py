@@ -14,6 +14,7 @@ from models import make_codec
 from runners.cli import run_folder
 from runners.conditioning import numbered
 from runners.evaluation.logs import json_log
+from runners.evaluation.outputs import check_output
 from runners.evaluation.references import MissingReference, find_reference, source_words
 from runners.sampling.classifier import Classifier
 from runners.sampling.flags import sampler_settings
@@ -24,6 +25,7 @@ from runners.sampling.prompts import SEEDS_OF_A_PROMPT, read_prompts
 from runners.sampling.sampler import check_gamma, check_settings
 from runners.sampling.weights import configuration_of, local_weights, stored_config
 from runners.training.checkpoint import RunFolder
+from utils.atomic import check_writable
 from utils.errors import UserError
 from utils.hub import local_folder
 from utils.names import safe_name
@@ -57,12 +59,22 @@ class SamplingJob:
         self.folder = ImageFolder(folder, args.subdirs, max(1, len(self.prompts)))
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
-        json_log(self.fid_log)                               # refuses a name that is the JSON file's own
+        json = json_log(self.fid_log)                        # refuses a name that is the JSON file's own
         self.notes, self._reference = [], None
         if args.ema_length is not None:
             self._check_average()
         if not args.export:
             self._check_sampler()
+        if not args.dry_run:
+            self._check_outputs([self.fid_log, json])
+
+    def _check_outputs(self, logs: list[Path]) -> None:
+        if self.args.export:
+            return check_writable(self.args.export, "--export")
+        if self.args.save != "none" or self.pictures:
+            check_writable(self.folder.path, "-i")
+        for path in logs if self.wants_fid else ():
+            check_output(path, "--fid_log", ours=lambda path: True)             # both are only appended to
 
     def _configure(self):
         """The run's own configuration wins over --config, which must not contradict it."""

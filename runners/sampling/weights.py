@@ -66,6 +66,8 @@ def configuration_of(run: RunFolder, config: str | None, overrides: Sequence[str
     stored = stored_config(file, overrides) if file else None
     given = config or (run.config if run.config.exists() else None)
     if not (given or stored):
+        if file and not file.exists():
+            raise UserError(f"--weights {file}: no such file")
         runs = [path.parent.name for path in sorted(run.path.parent.glob("*/config.yml"))]
         close = difflib.get_close_matches(run.path.name, runs, n=1)
         hint = f"; {file} brings none" if file else f"; did you mean --doc {close[0]}?" if close else ""

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -81,7 +82,7 @@ def dry_run_training(config: Config, run, device: torch.device, init_from: str |
         distributed.barrier()
     if plan.rank:
         return
-    log.info("steps with one and with two images")
+    log.info("steps with one and with two images; those of a large network take minutes on a CPU")
     memory, fixed, further = training_memory(diffusion, images, plan)
     seconds = step_seconds(diffusion, images, plan, memory)
     memory += resident
@@ -194,6 +195,8 @@ def _training_images(config: Config, root, absent: list[str]):
     try:
         find_dataset(config, root)
     except DataError:
+        if config.data.root and Path(config.data.root).expanduser().exists():
+            raise                                    # what was named holds something else
         absent.append(f"data set {config.data.dataset} (noise of the usual number of images stands in)")
         images = synthetic_images(config)
         process_batch, _, _ = split_batch(config.training, distributed.world_size())

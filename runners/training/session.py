@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from itertools import tee
 
 import torch
@@ -194,8 +194,13 @@ class Session:
         """FID of the averaged weights where it is due; the snapshot of the best one is kept. Collective."""
         if not self.plan.fid_due(self.step, self.training):
             return
-        with self.monitor.paused():
-            results = self.fid.measure(self.diffusion)
+        alone = distributed.world_size() == 1                # other ranks would wait for one that leaves
+        try:
+            with self.monitor.paused(), self.signals.abandonable() if alone else nullcontext():
+                results = self.fid.measure(self.diffusion)
+        except distributed.Abandoned:
+            log.warning("no FID at step %d: a signal came", self.step)
+            return
         if self.best is None or results["fid"] < self.best["fid"]:
             self.best = {"fid": results["fid"], "snapshot": self.snapshot, "step": self.step}
         if distributed.rank() == 0:
@@ -249,9 +254,13 @@ class Session:
             with self.monitor.paused():
                 log.info("drawing samples/%07d.png", self.step)             # may take minutes on a CPU
                 try:
-                    self.monitor.grid(training_sheet(self.diffusion, self.images), self.step)
+                    with self.signals.abandonable():
+                        sheet = training_sheet(self.diffusion, self.images)
+                    self.monitor.grid(sheet, self.step)
                 except DivergedError as error:
                     log.warning("no samples/%07d.png: %s", self.step, error)
+                except distributed.Abandoned:
+                    log.warning("no samples/%07d.png: a signal came", self.step)
 
     def finish(self) -> None:
         """Wait for the last write. Collective."""

@@ -144,6 +144,39 @@ def signalled_after(step: int, *signals: int) -> list:
     return [partial(after_step, step, partial(send, *signals))]
 
 
+def signalled_while_drawing(signum: int) -> list:
+    """The first sheet of samples takes longer than anybody waits, and a signal comes meanwhile."""
+    return [partial(_replace_the_sheet, signum)]
+
+
+def _replace_the_sheet(signum: int) -> None:
+    from runners.training import session
+
+    def training_sheet(*given):
+        send(signum)
+        time.sleep(2 * PATIENCE)
+
+    session.training_sheet = training_sheet
+
+
+def signalled_at_seed(seed: int, signum: int) -> list:
+    """While generate.py makes the batch that begins with this image."""
+    return [partial(_signal_at_seed, seed, signum)]
+
+
+def _signal_at_seed(seed: int, signum: int) -> None:
+    from runners.sampling.sampler import Sampler
+
+    original = Sampler.__call__
+
+    def call(self, seeds, *more):
+        if seeds[0] == seed:
+            send(signum)
+        return original(self, seeds, *more)
+
+    Sampler.__call__ = call
+
+
 def limit_files(size: int) -> None:
     """No file may grow beyond ``size`` bytes, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

@@ -52,6 +52,15 @@ def test_a_signal_saves_and_the_second_ends_at_once(tmp_path, signum):
     assert jobs.same(jobs.state(whole), jobs.state(broken)) and jobs.metrics(whole) == jobs.metrics(broken)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_out_the_sheet_that_is_being_drawn(tmp_path, signum):
+    stopped = jobs.train(tmp_path, *jobs.EVERY_TWO, "--training.max_steps", "6", "--training.sample_num", "2",
+                         "--verbose", "warning", faults=jobs.signalled_while_drawing(signum))
+    assert stopped.wait() == 128 + signum, stopped.text
+    assert "no samples/0000002.png" in stopped.text and "Traceback" not in stopped.text
+    assert jobs.state(tmp_path)["step"] == 3
+
+
 def test_a_signal_to_the_whole_job_does_not_take_the_decoding_workers_away(tmp_path):
     decoding = ["--data.cache", "off", "--data.num_workers", "1", *STEPS]
     stopped = jobs.train(tmp_path, *decoding, faults=jobs.group_terminated_after(3))
