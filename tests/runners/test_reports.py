@@ -156,7 +156,7 @@ def test_a_new_folder_for_the_log_of_results_is_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             append_log(tmp_path / "new" / "fid.txt", "run/ckpt.pth", {"fid": 1.0}, {})
-    assert caplog.text.count("new does not exist yet: it is made for fid.txt") == 1
+    assert caplog.text.count(f"making the folder {tmp_path / 'new'} for fid.txt") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- time
