@@ -54,7 +54,7 @@ class Plan:
     def say_where_it_ends(self, training: Training, max_steps: int | None) -> None:
         """Which of several limits counts; one line in the log where the caller gave one that is not the run's end."""
         if max_steps and max_steps < self.total_steps:
-            log.info("--max_steps %d ends this call; the run and its learning rate schedule end at step %d",
+            log.info("this call ends at step %d; the run and its learning rate schedule end at step %d",
                      max_steps, self.total_steps)
         elif max_steps and max_steps > self.total_steps:
             limit = "training.max_steps" if self.total_steps == training.max_steps else \

@@ -88,7 +88,7 @@ def test_a_finished_run_is_left_alone(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("flags", "text"), [
-    (["--max_steps", "1", "--training.max_steps", "2"], "--max_steps 1 ends this call; the run and its learning rate"),
+    (["--max_steps", "1", "--training.max_steps", "2"], "this call ends at step 1; the run and its learning rate"),
     (["--max_steps", "9", "--training.max_steps", "2"], "--max_steps 9 is beyond the run, which training.max_steps"),
     (["--max_steps", "9", "--training.n_epochs", "1", "--training.batch_size", "1000"], "training.n_epochs 1 ends")])
 def test_which_limit_wins_is_said(tmp_path, caplog, flags, text):
