@@ -79,7 +79,7 @@ class Job:
         from runners.sampling.flags import sampler_settings
         from runners.sampling.sampler import check_settings
         from runners.sampling.weights import local_weights
-        from utils.atomic import check_writable
+        from utils.writable import check_writable
 
         self.args, self.notes = args, []
         if args.seed < 0:
@@ -112,7 +112,7 @@ class Job:
             self._check_fit()
         self.starts = self._starts() if args.command in ("exposure", "all") else []
         self.folder = Path(args.exp) / "diagnose" / "+".join(name.replace("/", "-") for name in names)
-        check_writable(self.folder, "--exp:")
+        check_writable(self.folder / "results", "the folder of")
 
     def result(self, measure: str, ending: str) -> Path:
         """Of a measure's results."""

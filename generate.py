@@ -203,7 +203,7 @@ def produce(job, diffusion, sampler):
                                     keep=job.grid)
     except KeyboardInterrupt:
         if args.save != "none":
-            log.warning("the images so far stay in %s; the same command makes the others", job.folder.path)
+            log.warning("what is made so far is kept in %s; the same command goes on", job.folder.path)
         raise
     if job.grid:
         write_grid(made.shown, job.grid_path, sampler, job.seeds)

@@ -27,11 +27,10 @@ def parse(argv):
 
 def check(args):
     from runners.study.job import StudyJob
-    from utils.atomic import check_writable
+    from utils.writable import check_writable
 
     job = StudyJob(args.study, args.exp, args.name, args.overrides, args.only)
-    if not args.dry_run:
-        check_writable(job.folder, "--exp:")
+    check_writable(job.folder / "study.yml", "the study's")
     return args, job
 
 

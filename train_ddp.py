@@ -65,8 +65,8 @@ def check(args):
     from datasets import check_held_out, find_dataset
     from runners.distributed import restarted
     from runners.training.dry_run import check_training
-    from utils.atomic import check_writable
     from utils.errors import UserError
+    from utils.writable import check_writable
 
     config, run = configure(args)
     check_training(config, args)
@@ -79,9 +79,9 @@ def check(args):
         if args.resume_training and run.full_states() and not restarted():
             raise UserError(f"--init_from {args.init_from} with --resume_training: {run.path} holds a checkpoint to go "
                             "on from; leave out --init_from, or choose another --doc")
+    check_writable(run.path, "the run")
     if not args.dry_run:
         run.check(config, **mode(args))
-        check_writable(run.path, "--exp, --doc:")
         find_dataset(config, run.datasets, download=True)
         if config.training.validation_freq:
             check_held_out(config, run.datasets)

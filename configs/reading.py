@@ -14,7 +14,7 @@ from utils.files import read_regular
 log = logging.getLogger(__name__)
 CONFIG_FOLDER = Path(__file__).parent
 OLD_AVERAGE = ("ema", "ema_rate", "ema_warmup")        # of model; today training.ema
-OVERRIDDEN_BY = {"training.n_epochs": "total_images", "training.batch_size": "global_batch_size"}  # of training
+SETS_ASIDE = {"training.n_epochs": "total_images", "training.batch_size": "global_batch_size"}        # of training
 RUN_TIME_KEYS = {"device", "tb_logger"}                 # objects that DDIM-style programs leave in a saved config
 SIZE_LIMIT = 200_000                                    # bytes of a file; configurations have 2,000
 VALUE_LIMIT = 50_000                                    # values of a file once its aliases are written out
@@ -164,8 +164,8 @@ def drop_unread_keys(raw: dict, path: Path) -> dict:
 
 def drop_other_form(raw: dict, key: str) -> None:
     """An override replaces what the file says in another form: of the averages, the batch, the length of a run."""
-    if key in OVERRIDDEN_BY:
-        raw["training"].pop(OVERRIDDEN_BY[key], None)
+    if key in SETS_ASIDE:
+        (raw.get("training") or {}).pop(SETS_ASIDE[key], None)
     elif key == "training.ema":
         for old in set(OLD_AVERAGE) & set(raw.get("model", {})):
             del raw["model"][old]

@@ -150,12 +150,13 @@ def _with_pipeline(raw: dict) -> dict:
 def with_overrides(raw: dict, overrides: Sequence[str]) -> dict:
     """Nested dictionaries with ``"section.key=value"`` put in; changes and returns ``raw``."""
     for override in overrides:
+        drop_other_form(raw, override.partition("=")[0])
+    for override in overrides:
         key, given, text = override.partition("=")
         section, dot, name = key.partition(".")
         if not (section and dot and name and given):
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
         raw.setdefault(section, {})[name] = parse_yaml(text, f"--{key} {text}")
-        drop_other_form(raw, key)
     return raw
 
 

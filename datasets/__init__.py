@@ -48,11 +48,10 @@ def find_dataset(config, root=None, split: str = "train", download: bool = False
 
 
 def _advice(data) -> str:
-    root = Path(data.root or "").expanduser()
-    if not root.exists():
-        return f"data.root {root}: there is no such file or folder"
-    if data.root and root.is_file():
-        return f"data.root {root} is a file, whose images data.dataset ZIP reads where it is an archive"
+    if data.root and not Path(data.root).expanduser().exists():
+        return f"data.root {data.root}: there is no such file or folder"
+    if data.root and Path(data.root).suffix == ".zip":
+        return f"data.root {data.root} is an archive: give data.dataset ZIP (or FOLDER, which also resizes)"
     return "set data.root to its folder"
 
 

@@ -20,10 +20,10 @@ from datasets.image_dataset import ImageDataset
 from datasets.images import Unfit, UnreadableImage, transform
 from datasets.reader import Reader
 from datasets.specs import DATASETS, open_any
-from utils.atomic import check_writable
 from utils.errors import DataError, UserError
 from utils.processes import leave_with
 from utils.text import escape_control
+from utils.writable import check_writable
 
 log = logging.getLogger("sa-ddim")
 LOOKED_AT = 100                                      # pictures that info opens
@@ -185,8 +185,8 @@ def _verify_split(images: ImageDataset, data, full: bool) -> None:
             bad.append(str(error))
     for problem in bad[:20]:
         print(f"unreadable: {escape_control(problem)}")
-    without = f", {len(bad)} of them unreadable (data.skip_bad allows {data.skip_bad})" if bad else ""
-    print(f"{images.name}: {len(images)} images{without} ({images.description}, {data.channels} channel(s)), "
+    unreadable = f", {len(bad)} of them unreadable" if bad else ""
+    print(f"{images.name}: {len(images)} images{unreadable} ({images.description}, {data.channels} channel(s)), "
           f"labels: {_classes(images.labels)}, fingerprint {images.fingerprint}, "
           f"sha256 of the pixels of {'all' if full else 'first and last'}: {digest.hexdigest()[:16]}")
     if len(bad) > data.skip_bad:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -152,15 +153,19 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable():
-    """In this block SIGTERM raises Terminated."""
+    """In this block the first SIGTERM raises Terminated; the second ends the process. Nothing changes in a thread."""
     def stop(signum, frame):
+        signal.signal(signum, signal.SIG_DFL)
         raise Terminated
 
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def guarded(script: str, job: Callable, is_told: Callable = lambda error: False) -> int:
@@ -236,7 +241,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
         if device.type == "cpu":
             keep_freed_memory()
         with (distributed.process_group(world, device, args.master_address, args.master_port, args.dist_timeout),
-              explain_out_of_memory(), nullcontext() if world else terminable()):
+              explain_out_of_memory(), nullcontext() if world and world.size > 1 else terminable()):
             return work(request, device)
 
     code = guarded(script, job, lambda error: world and world.rank and (shared or error.on_all_ranks))

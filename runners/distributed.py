@@ -245,8 +245,8 @@ def deal(seeds: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]
     return ((start, list(seeds[start:start + batch_size])) for start in starts)
 
 
-class Abandoned(Exception):
-    """A signal came in a block of ``Signals.abandonable``."""
+class Abandoned(BaseException):
+    """A signal came in a block of ``Signals.abandonable``. No ``except Exception`` may take it for a broken file."""
 
 
 class Signals:
@@ -300,8 +300,8 @@ class Signals:
     @contextmanager
     def abandonable(self):
         """What a run that is to end can do without, and takes long: a signal leaves this block, with Abandoned."""
-        self._leaves = True
         try:
+            self._leaves = True
             if self.signum:
                 raise Abandoned
             yield

@@ -3,27 +3,10 @@
 import json
 import os
 import re
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from utils.errors import UserError
-
-
-def check_writable(path: str | Path, flag: str) -> None:
-    """Refuse an output that nothing can be written to, before any work; ``flag`` named it.
-
-    Raises:
-        UserError: No file can be made in its folder, or in the one that this would be made in.
-    """
-    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{flag} {path}: no file can be made in {folder} ({error.strerror}); name another place"
-                        ) from None
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class LostRank(UserError):
 
 
 class Interrupted(UserError):
-    """Stopped by a signal after saving. Exit code 128 + signal number."""
+    """Stopped by a signal, training after it has saved. Exit code 128 + signal number."""
 
     on_all_ranks = True
 

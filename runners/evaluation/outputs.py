@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from utils.atomic import check_writable
 from utils.errors import UserError
 
 
@@ -19,7 +18,7 @@ def check_output(path: str | Path, flag: str, *, inputs: Iterable[str | Path] = 
         overwrite: Replace any file that is no input.
 
     Raises:
-        UserError: It is an input, a folder, or a file of someone else's; or its folder cannot be written to.
+        UserError: It is an input, a folder, or a file of someone else's.
     """
     path = Path(path)
     if any(path.resolve() == Path(source).resolve() for source in inputs):
@@ -28,4 +27,3 @@ def check_output(path: str | Path, flag: str, *, inputs: Iterable[str | Path] = 
         raise UserError(f"{flag} {path} is a folder; name a file")
     if path.exists() and not overwrite and not ours(path):
         raise UserError(f"{flag} {path} exists and was not made by this program; name another file, or --overwrite")
-    check_writable(path, flag)

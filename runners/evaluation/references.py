@@ -21,6 +21,7 @@ from runners.evaluation.statistics_files import is_npz, read_features, read_spat
 from utils.atomic import atomic_write
 from utils.errors import DataError, UserError, choose
 from utils.names import safe_name
+from utils.writable import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +232,7 @@ def load_reference(path: str | Path) -> Reference:
 def check_target(path: str | Path, flag: str, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> None:
     """Refuse to write a reference over an input, or over a file that is no reference of ours; see ``check_output``."""
     check_output(path, flag, inputs=inputs, ours=_is_ours, overwrite=overwrite)
+    check_writable(path, flag)
 
 
 def _is_ours(path: Path) -> bool:

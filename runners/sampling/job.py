@@ -25,10 +25,10 @@ from runners.sampling.prompts import SEEDS_OF_A_PROMPT, read_prompts
 from runners.sampling.sampler import check_gamma, check_settings
 from runners.sampling.weights import configuration_of, local_weights, stored_config
 from runners.training.checkpoint import RunFolder
-from utils.atomic import check_writable
 from utils.errors import UserError
 from utils.hub import local_folder
 from utils.names import safe_name
+from utils.writable import check_appendable, check_writable
 
 MOST_ROWS = 256                                              # of a picture
 
@@ -59,22 +59,23 @@ class SamplingJob:
         self.folder = ImageFolder(folder, args.subdirs, max(1, len(self.prompts)))
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
-        json = json_log(self.fid_log)                        # refuses a name that is the JSON file's own
+        json_log(self.fid_log)                               # refuses a name that is the JSON file's own
         self.notes, self._reference = [], None
         if args.ema_length is not None:
             self._check_average()
         if not args.export:
             self._check_sampler()
-        if not args.dry_run:
-            self._check_outputs([self.fid_log, json])
+        self._check_outputs()
 
-    def _check_outputs(self, logs: list[Path]) -> None:
+    def _check_outputs(self) -> None:
         if self.args.export:
-            return check_writable(self.args.export, "--export")
-        if self.args.save != "none" or self.pictures:
-            check_writable(self.folder.path, "-i")
-        for path in logs if self.wants_fid else ():
-            check_output(path, "--fid_log", ours=lambda path: True)             # both are only appended to
+            check_writable(self.args.export, "--export")
+            return
+        if self.args.save != "none" or self.grid or self.pictures:
+            check_writable(self.folder.path, "-i")               # lock and pictures lie beside it
+        for path in (self.fid_log, json_log(self.fid_log)) if self.wants_fid and not self.pictures else ():
+            check_output(path, "--fid_log", ours=lambda path: True)
+            check_appendable(path, "--fid_log")
 
     def _configure(self):
         """The run's own configuration wins over --config, which must not contradict it."""

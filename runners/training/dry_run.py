@@ -190,14 +190,17 @@ def _training_images(config: Config, root, absent: list[str]):
     """Two training images, uint8 (2, C, H, W), the size of the set, and how many were tried; a stand-in without data.
 
     Raises:
-        DataError: More of the first TRIED images are unreadable than data.skip_bad allows.
+        DataError: data.root is a file of something else, or more of the first TRIED images are unreadable than
+            data.skip_bad allows.
     """
     try:
         find_dataset(config, root)
     except DataError:
-        if config.data.root and Path(config.data.root).expanduser().exists():
-            raise                                    # what was named holds something else
-        absent.append(f"data set {config.data.dataset} (noise of the usual number of images stands in)")
+        root = config.data.root
+        if root and Path(root).expanduser().is_file():
+            raise                                    # it holds something else
+        where = f" in data.root {root}" if root else ""
+        absent.append(f"data set {config.data.dataset}{where} (noise of the usual number of images stands in)")
         images = synthetic_images(config)
         process_batch, _, _ = split_batch(config.training, distributed.world_size())
         return (next(images.batches([torch.arange(2)])),

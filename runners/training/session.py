@@ -199,7 +199,7 @@ class Session:
             with self.monitor.paused(), self.signals.abandonable() if alone else nullcontext():
                 results = self.fid.measure(self.diffusion)
         except distributed.Abandoned:
-            log.warning("no FID at step %d: a signal came", self.step)
+            log.warning("no FID at step %d: a signal came; generate.py computes that of a snapshot", self.step)
             return
         if self.best is None or results["fid"] < self.best["fid"]:
             self.best = {"fid": results["fid"], "snapshot": self.snapshot, "step": self.step}
@@ -254,7 +254,7 @@ class Session:
             with self.monitor.paused():
                 log.info("drawing samples/%07d.png", self.step)             # may take minutes on a CPU
                 try:
-                    with self.signals.abandonable():
+                    with nullcontext() if self.finished else self.signals.abandonable():     # all is saved: it may wait
                         sheet = training_sheet(self.diffusion, self.images)
                     self.monitor.grid(sheet, self.step)
                 except DivergedError as error:

@@ -118,8 +118,9 @@ def test_an_override_wins_over_a_file_that_says_it_in_another_form():
     training = load_config("edm/cifar10_ddpmpp.yml", ["training.n_epochs=3", "training.batch_size=4"]).training
     assert (training.limit, training.n_epochs) == ("n_epochs", 3)
     assert (training.global_batch_size, training.batch_size) == (None, 4)
-    both = load_config("edm/cifar10_ddpmpp.yml", ["training.n_epochs=3", "training.total_images=7k"]).training
-    assert both.total_images == 7000
+    both = ["training.total_images=7k", "training.n_epochs=3"]                 # of two overrides none is set aside
+    assert load_config("edm/cifar10_ddpmpp.yml", both) == load_config("edm/cifar10_ddpmpp.yml", both[::-1])
+    assert load_config("edm/cifar10_ddpmpp.yml", both).training.total_images == 7000
 
 
 def test_later_override_wins():

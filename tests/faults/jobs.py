@@ -59,7 +59,7 @@ def _run(script, argv, output, faults, env):
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     os.environ.update(env)
-    multiprocessing.set_start_method("fork", force=True)                 # of workers, as in a script
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)    # as in a script
     torch.set_num_threads(1)                         # no busy waiting for a core that another job has
     for fault in faults:
         fault()
@@ -145,18 +145,32 @@ def signalled_after(step: int, *signals: int) -> list:
 
 
 def signalled_while_drawing(signum: int) -> list:
-    """The first sheet of samples takes longer than anybody waits, and a signal comes meanwhile."""
-    return [partial(_replace_the_sheet, signum)]
+    """The signal comes while the first sheet of samples is drawn, which must not go on."""
+    return [partial(_signal_in, "training_sheet", signum)]
 
 
-def _replace_the_sheet(signum: int) -> None:
+def _signal_in(name: str, signum: int) -> None:
     from runners.training import session
 
-    def training_sheet(*given):
+    def interrupted(*given):
         send(signum)
-        time.sleep(2 * PATIENCE)
+        raise AssertionError(f"{name} went on")
 
-    session.training_sheet = training_sheet
+    setattr(session, name, interrupted)
+
+
+def signalled_while_measuring(signum: int) -> list:
+    """The same during the FID of a snapshot; Inception and its reference are not needed for that."""
+    return [partial(_signal_in_fid, signum)]
+
+
+def _signal_in_fid(signum: int) -> None:
+    from runners.evaluation import references
+    from runners.training import session
+
+    references.find_reference = lambda *given, **more: None
+    _signal_in("measure", signum)
+    session.PeriodicFid = lambda *given: session
 
 
 def signalled_at_seed(seed: int, signum: int) -> list:

@@ -50,17 +50,18 @@ def test_a_foreign_picture_under_a_right_name_is_refused(run, tmp_path, capsys, 
     assert run("--num_samples", "2") == 0
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_job_says_so_and_goes_on(trained, tmp_path, signum):
+@pytest.mark.parametrize(("signum", "save"), [(signal.SIGTERM, "png"), (signal.SIGINT, "png"), (signal.SIGTERM, "npz")])
+def test_a_stopped_job_says_so_and_goes_on(trained, tmp_path, signum, save):
     shutil.copytree(trained / "logs", tmp_path / "logs")
     request = ["--exp", str(tmp_path), "--doc", "digits", "--device", "cpu", "--no-fid", "--timesteps", "2", "--grid",
-               "0", "--num_samples", "6", "--batch_size", "2"]
+               "0", "--num_samples", "6", "--batch_size", "2", "--save", save]
     stopped = jobs.Job("generate", request, jobs.signalled_at_seed(4, signum))
     assert stopped.wait() == 128 + signum, stopped.text
     folder = tmp_path / "image_samples" / "digits"
-    assert "Traceback" not in stopped.text and f"the images so far stay in {folder}" in stopped.text
+    assert "Traceback" not in stopped.text and f"what is made so far is kept in {folder}" in stopped.text
     assert stopped.text.splitlines()[-1] == f"generate.py: stopped by {signum.name}"
-    assert sorted(path.name for path in folder.glob("*.png")) == [f"{seed:06d}.png" for seed in range(4)]
+    kept = [f"{seed:06d}.png" for seed in range(4)] if save == "png" else []
+    assert sorted(path.name for path in folder.glob("*.png")) == kept
     assert not list(folder.glob(".*.tmp"))
     goes_on = jobs.Job("generate", request)
     assert goes_on.wait() == 0 and "4 images of rank 0's share were there already" in goes_on.text

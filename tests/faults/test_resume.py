@@ -55,10 +55,20 @@ def test_a_signal_saves_and_the_second_ends_at_once(tmp_path, signum):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_out_the_sheet_that_is_being_drawn(tmp_path, signum):
     stopped = jobs.train(tmp_path, *jobs.EVERY_TWO, "--training.max_steps", "6", "--training.sample_num", "2",
-                         "--verbose", "warning", faults=jobs.signalled_while_drawing(signum))
+                         "--training.first_grid_minutes", "0", "--verbose", "warning",
+                         faults=jobs.signalled_while_drawing(signum))
     assert stopped.wait() == 128 + signum, stopped.text
     assert "no samples/0000002.png" in stopped.text and "Traceback" not in stopped.text
     assert jobs.state(tmp_path)["step"] == 3
+
+
+def test_a_signal_leaves_out_the_fid_that_is_being_computed(tmp_path):
+    stopped = jobs.train(tmp_path, "--training.batch_size", "512", "--training.n_epochs", "2", "--training.fid_freq",
+                         "1", "--training.snapshot_freq", "1", "--verbose", "warning",
+                         faults=jobs.signalled_while_measuring(signal.SIGTERM))
+    assert stopped.wait() == 128 + signal.SIGTERM, stopped.text
+    assert "no FID at step 3: a signal came" in stopped.text and "Traceback" not in stopped.text
+    assert jobs.state(tmp_path)["step"] == 3 and jobs.state(tmp_path)["best_fid"] is None
 
 
 def test_a_signal_to_the_whole_job_does_not_take_the_decoding_workers_away(tmp_path):

@@ -1,9 +1,12 @@
 """The life of a script: what it returns, and how a rank of several ends."""
 
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -115,3 +118,26 @@ def test_help_tells_every_default_also_zero(capsys):
         parser.parse(["--help"])
     told = capsys.readouterr().out
     assert "noise (default: 0.0)" in told and told.count("default") == 2
+
+
+def test_sigterm_is_heard_once_and_only_meanwhile():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(cli.Terminated), cli.terminable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL       # a second one ends what cleans up
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_script_may_be_called_in_a_thread():
+    told = []
+
+    def script():
+        with cli.terminable():
+            told.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=script)
+    thread.start()
+    thread.join()
+    assert told == [signal.getsignal(signal.SIGTERM)]
