@@ -56,6 +56,8 @@ class SamplingJob:
         default = args.doc or Path(args.config or self.weights or args.weights or "images").stem
         name = args.image_folder or default
         folder = Path(name) if Path(name).is_absolute() else Path(args.exp) / "image_samples" / safe_name("-i", name)
+        if not folder.name:
+            raise UserError(f"-i {name}: name a folder in it")
         self.folder = ImageFolder(folder, args.subdirs, max(1, len(self.prompts)))
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")

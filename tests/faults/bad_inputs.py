@@ -42,6 +42,7 @@ CASES = [
     ("--exp is a file", f"{TRAIN} --exp {{tmp}}/list.yml", 2, "Not a directory"),
     ("runs where nothing can be written", f"{TRAIN} --exp /proc/here", 2, "no file can be made in /proc"),
     ("images where nothing can be written", f"{GENERATE} -i /proc/here/images", 2, "no file can be made in /proc"),
+    ("images in no folder", f"{GENERATE} -i /", 2, "-i /: name a folder"),
     ("a log where nothing can be written", "generate.py --doc run --fid_log /proc/here/fid.txt", 2,
      "no file can be made in /proc"),
     ("statistics where nothing can be written", "fid.py ref --images {tmp}/images --out /proc/here/o.npz", 2,
