@@ -62,6 +62,14 @@ def test_a_signal_leaves_out_the_sheet_that_is_being_drawn(tmp_path, signum):
     assert jobs.state(tmp_path)["step"] == 3
 
 
+def test_rank_0_leaves_its_sheet_while_the_other_goes_on(tmp_path):
+    pair = jobs.train_ranks(tmp_path, 2, *jobs.EVERY_TWO, "--training.max_steps", "6", "--training.sample_num", "2",
+                            "--training.first_grid_minutes", "0",
+                            faults={0: jobs.signalled_while_drawing(signal.SIGTERM)})
+    assert [job.wait() for job in pair] == [128 + signal.SIGTERM] * 2, [job.text for job in pair]
+    assert jobs.state(tmp_path)["step"] == 4                  # the vote of step 3 is collected during the next
+
+
 def test_a_signal_leaves_out_the_fid_that_is_being_computed(tmp_path):
     stopped = jobs.train(tmp_path, "--training.batch_size", "512", "--training.n_epochs", "2", "--training.fid_freq",
                          "1", "--training.snapshot_freq", "1", "--verbose", "warning",

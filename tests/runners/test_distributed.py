@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runners import distributed, launcher
-from runners.distributed import Signals, World, detect, master_address, on_rank_zero
+from runners.distributed import Abandoned, Signals, World, detect, master_address, on_rank_zero
 from runners.launcher import launch
 from tests.conftest import REPOSITORY, TINY
 from tests.faults import jobs
@@ -119,3 +119,13 @@ def test_all_ranks_that_were_killed_are_named():
         with pytest.raises(LostRank, match=who) as lost:
             launcher._told({rank: SimpleNamespace(exitcode=-9, timestamp=5) for rank in killed})
         assert lost.value.code == 137
+
+
+def test_what_can_be_left_out_is_not_begun_once_a_signal_came():
+    signals, begun = Signals(), []
+    with signals.abandonable():
+        begun.append(1)
+    signals.signum = 15
+    with pytest.raises(Abandoned), signals.abandonable():
+        begun.append(2)
+    assert begun == [1]
