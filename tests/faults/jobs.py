@@ -59,6 +59,7 @@ def _run(script, argv, output, faults, env):
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)         # which a suite in the background has not
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)    # as in a script
     torch.set_num_threads(1)                         # no busy waiting for a core that another job has
     for fault in faults:
