@@ -1,6 +1,7 @@
 """Tables of a study that compare in pairs: remedies in training, at equal network calls, and while sampling."""
 
 from collections.abc import Iterable
+from math import isfinite
 
 from runners.study.findings import Findings
 from runners.study.page import Heading, Table, Text
@@ -64,9 +65,15 @@ def _part(findings: Findings, title: str, what: str, found: Iterable[tuple], by_
                 verdicts.setdefault(name, {})[f"{place} in {steps} steps"] = each.verdict
                 if each.verdict != UNDECIDED:
                     bold.add((len(rows), column))
-        rows.append([label, str(steps), *(f"{findings.number(each.mean, '+')} ± {findings.number(each.error)}"
-                                          if each else "" for each in differences.values())])
+        rows.append([label, str(steps), *(_shown(findings, each) for each in differences.values())])
     if not rows:
         return []
     return [Heading(title), Text(f"{what}."), Table(["sampler", "steps", *found[0][2]], rows, bold),
             *(Text(in_words(*each)) for each in verdicts.items())]
+
+
+def _shown(findings: Findings, found) -> str:
+    if not found:
+        return ""
+    spread = f"± {findings.number(found.error)}" if isfinite(found.error) else "(one pair)"
+    return f"{findings.number(found.mean, '+')} {spread}"

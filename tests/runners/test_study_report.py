@@ -3,12 +3,14 @@
 import json
 import os
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from configs.study import STUDIES, Sampler, Study, load_study, study_yaml
+from runners.study import comparisons
 from runners.study.grid import Cell, cells_of, prepare_cells, read_cells
 from runners.study.job import StudyJob
 from runners.study.page import Picture, to_html
@@ -141,3 +143,9 @@ def test_a_picture_that_is_no_file_does_not_stop_the_report(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(DataError, match="a.png: is not a file but a pipe"):
         to_html("t", [Picture(tmp_path / "a.png", "a")])
+
+
+def test_a_single_pair_has_no_error():
+    findings = SimpleNamespace(number=lambda value, sign="": f"{value:{sign}.1f}")
+    shown = [comparisons._shown(findings, difference(run, {1: 1.0, 2: 2.0})) for run in ({1: 3.0}, {1: 3.0, 2: 5.0}, {})]
+    assert shown == ["+2.0 (one pair)", "+2.5 ± 0.5", ""]
