@@ -147,5 +147,6 @@ def test_a_picture_that_is_no_file_does_not_stop_the_report(tmp_path):
 
 def test_a_single_pair_has_no_error():
     findings = SimpleNamespace(number=lambda value, sign="": f"{value:{sign}.1f}")
-    shown = [comparisons._shown(findings, difference(run, {1: 1.0, 2: 2.0})) for run in ({1: 3.0}, {1: 3.0, 2: 5.0}, {})]
+    runs = ({1: 3.0}, {1: 3.0, 2: 5.0}, {})
+    shown = [comparisons._shown(findings, difference(run, {1: 1.0, 2: 2.0})) for run in runs]
     assert shown == ["+2.0 (one pair)", "+2.5 ± 0.5", ""]
