@@ -129,7 +129,7 @@ def read_study_folder(folder: Path, rng) -> None:
     from runners.study.grid import prepare_cells, read_cells
 
     for entry in read_cells(folder / "cells").values():
-        f"{entry['fid']:.2f} {entry['seconds']:.0f} {entry['network_calls']} {entry['reference_fingerprint']}"
+        f"{entry.get('fid', 0):.2f} {entry['seconds']:.0f} {entry['network_calls']} {entry['reference_fingerprint']}"
     prepare_cells(folder / "cells/plain-1.jsonl")
     load_study(folder / "study.yml")
 

@@ -172,6 +172,9 @@ class _Packing:
                 check_bad([*bad.values()], self.skip_bad)
                 continue
             arrays = arrays or self._open(rows, count)
+            if lost := rows.keys() - arrays.keys():
+                raise DataError(f"{self.partial}: damaged (no {', '.join(sorted(lost))}); remove it, and it is made "
+                                "again")
             for key, row in rows.items():
                 arrays[key][i] = self._stored(key, row)
             for array in arrays.values():

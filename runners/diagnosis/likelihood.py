@@ -120,7 +120,7 @@ def _read_part(path: Path, steps: int) -> dict[str, np.ndarray]:
             if archive.testzip():
                 raise DataError("its CRC-32 is another")
         return arrays
-    except DataError as error:
+    except (DataError, RuntimeError) as error:             # RuntimeError: a bit says that it is encrypted
         raise DataError(f"{path}: not readable: {error}; remove it and start again") from None
 
 

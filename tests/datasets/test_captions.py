@@ -259,6 +259,17 @@ def test_damaged_remains_are_made_again(sdxl, captioned, packed, packed_copy, co
     assert torch.equal(next(opened(sdxl, captioned, packed_copy).batches([everything])), whole)
 
 
+def test_remains_that_lack_an_array_are_named(sdxl, captioned, packed_copy):
+    (target,) = packed_copy.glob(".packed/*.latents")
+    partial = target.with_name(f".{target.name}.partial")
+    target.rename(partial)
+    (partial / "about.json").unlink()
+    (partial / "time_ids.npy").unlink()
+    np.save(partial / "done.npy", (np.arange(16) % 2).astype(np.uint8))
+    with pytest.raises(DataError, match=r"partial: damaged \(no time_ids\); remove it"):
+        opened(sdxl, captioned, packed_copy)
+
+
 def test_data_without_captions_and_stores_that_are_not_kept_are_refused(sdxl, captioned, tmp_path):
     with pytest.raises(UserError, match="FOLDER has no captions"):
         opened(sdxl, captioned, tmp_path, "data.dataset=FOLDER")

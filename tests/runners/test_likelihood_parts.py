@@ -26,11 +26,22 @@ def bomb(path):
                 np.save(file, array)
 
 
+def encrypted(path):
+    """By its flags alone."""
+    content = bytearray(path.read_bytes())
+    for mark, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = content.find(mark)
+        while at >= 0:
+            content[at + flags] |= 1
+            at = content.find(mark, at + 1)
+    path.write_bytes(content)
+
+
 DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-30]),
     "flipped": lambda path: path.write_bytes(path.read_bytes().replace(b"\0\0\0\0\0\0\xf0?", b"\0\0\0\0\0\1\xf0?", 1)),
     "text": lambda path: path.write_text("no archive"), "empty": lambda path: path.write_bytes(b""),
-    "bomb": bomb,
+    "bomb": bomb, "encrypted": encrypted,
     "keys": lambda path: np.savez(path, **{key: WHOLE[key] for key in ("sums", "total")}),
     "steps": lambda path: np.savez(path, **{**WHOLE, "sums": np.ones((3, 5))}),
     "rank": lambda path: np.savez(path, **{**WHOLE, "total": np.ones((2, 2))}),
