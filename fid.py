@@ -92,11 +92,10 @@ def check_ref(args):
 
 def check_calc(args):
     from runners.evaluation.image_pass import is_cache
+    from runners.evaluation.logs import check_log
     from runners.evaluation.metrics import METRICS as known
-    from runners.evaluation.metrics import json_log
     from runners.evaluation.outputs import check_output
     from utils.errors import choose
-    from utils.writable import check_appendable
 
     for name in args.metrics.split(","):
         choose(known, name, "--metrics")
@@ -105,9 +104,7 @@ def check_calc(args):
     images, indices = open_images(args)
     inputs = [args.images, args.ref, *filter(None, [args.inception_weights])]
     if args.fid_log:
-        for path in (args.fid_log, json_log(args.fid_log)):                     # both are only appended to
-            check_output(path, "--fid_log", inputs=inputs, ours=lambda path: True)
-            check_appendable(path, "--fid_log")
+        check_log(args.fid_log, inputs)
     if args.cache_features:
         check_output(cache_of(args), "--cache_features:", inputs=inputs, ours=is_cache, overwrite=args.overwrite)
     reference = open_reference(args)

@@ -165,7 +165,7 @@ def drop_unread_keys(raw: dict, path: Path) -> dict:
 def drop_other_form(raw: dict, key: str) -> None:
     """An override replaces what the file says in another form: of the averages, the batch, the length of a run."""
     if key in SETS_ASIDE:
-        (raw.get("training") or {}).pop(SETS_ASIDE[key], None)
+        raw.get("training", {}).pop(SETS_ASIDE[key], None)
     elif key == "training.ema":
         for old in set(OLD_AVERAGE) & set(raw.get("model", {})):
             del raw["model"][old]

@@ -5,14 +5,17 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from runners.distributed import rank, world_size
+from runners.evaluation.outputs import check_output
 from utils.errors import UserError
 from utils.text import escape_control
+from utils.writable import check_appendable
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,17 @@ def json_log(fid_log: str | Path) -> Path:
     if fid_log.suffix == ".jsonl":
         raise UserError(f"--fid_log {fid_log}: name the text file, such as fid.txt; its .jsonl follows")
     return fid_log.with_suffix(".jsonl") if fid_log.suffix == ".txt" else fid_log.with_name(fid_log.name + ".jsonl")
+
+
+def check_log(fid_log: str | Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse, before any work, a log of results that could not be appended to after it.
+
+    Raises:
+        UserError: One of its two files is an input or a folder, may not be written to, or has another's name.
+    """
+    for path in (fid_log, json_log(fid_log)):
+        check_output(path, "--fid_log", inputs=inputs, ours=lambda path: True)
+        check_appendable(path, "--fid_log")
 
 
 def append_log(fid_log: str | Path, checkpoint_path: str | Path, results: dict, details: dict) -> None:

@@ -21,7 +21,7 @@ from runners.distributed import on_rank_zero, rank
 from runners.evaluation.collector import Collector, Measured
 from runners.evaluation.digits import digits_distance, digits_unsure, require_digits
 from runners.evaluation.image_pass import DatasetSource, FileSource, choose_subset, evaluate_images, save_features
-from runners.evaluation.logs import append_log, count_name, json_log, summary, versions
+from runners.evaluation.logs import append_log, count_name, summary, versions
 from runners.evaluation.references import (
     MissingReference,
     Reference,
@@ -36,8 +36,7 @@ from utils.errors import UserError, choose
 
 __all__ = ["METRICS", "Collector", "DatasetSource", "Evaluation", "FileSource", "MissingReference", "Reference",
            "append_log", "choose_subset", "complete_reference", "count_name", "default_name", "evaluate_images",
-           "find_reference", "holds_images", "json_log", "load_reference", "make_reference", "needs", "save_features",
-           "summary"]
+           "find_reference", "holds_images", "load_reference", "make_reference", "needs", "save_features", "summary"]
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from functions.schedule import make_schedule
 from models import make_codec
 from runners.cli import run_folder
 from runners.conditioning import numbered
-from runners.evaluation.logs import json_log
-from runners.evaluation.outputs import check_output
+from runners.evaluation.logs import check_log
 from runners.evaluation.references import MissingReference, find_reference, source_words
 from runners.sampling.classifier import Classifier
 from runners.sampling.flags import sampler_settings
@@ -28,7 +27,7 @@ from runners.training.checkpoint import RunFolder
 from utils.errors import UserError
 from utils.hub import local_folder
 from utils.names import safe_name
-from utils.writable import check_appendable, check_writable
+from utils.writable import check_writable
 
 MOST_ROWS = 256                                              # of a picture
 
@@ -61,7 +60,6 @@ class SamplingJob:
         self.folder = ImageFolder(folder, args.subdirs, max(1, len(self.prompts)))
         self.metrics = tuple(args.metrics.split(","))
         self.fid_log = Path(args.fid_log or Path(args.exp) / "fid.txt")
-        json_log(self.fid_log)                               # refuses a name that is the JSON file's own
         self.notes, self._reference = [], None
         if args.ema_length is not None:
             self._check_average()
@@ -75,9 +73,8 @@ class SamplingJob:
             return
         if self.args.save != "none" or self.grid or self.pictures:
             check_writable(self.folder.path, "-i")               # lock and pictures lie beside it
-        for path in (self.fid_log, json_log(self.fid_log)) if self.wants_fid and not self.pictures else ():
-            check_output(path, "--fid_log", ours=lambda path: True)
-            check_appendable(path, "--fid_log")
+        if self.wants_fid and not self.pictures:
+            check_log(self.fid_log)
 
     def _configure(self):
         """The run's own configuration wins over --config, which must not contradict it."""

@@ -12,6 +12,7 @@ from PIL import Image
 
 from functions.frechet import frechet_distance
 from functions.metrics import kid, precision_recall
+from runners.evaluation.logs import json_log
 from runners.evaluation.metrics import (
     Collector,
     Evaluation,
@@ -21,7 +22,6 @@ from runners.evaluation.metrics import (
     count_name,
     evaluate_images,
     holds_images,
-    json_log,
     make_reference,
     needs,
     save_features,
