@@ -196,10 +196,10 @@ def _training_images(config: Config, root, absent: list[str]):
     try:
         find_dataset(config, root)
     except DataError:
-        root = config.data.root
-        if root and Path(root).expanduser().is_file():
+        named = config.data.root
+        if named and Path(named).expanduser().is_file():
             raise                                    # it holds something else
-        where = f" in data.root {root}" if root else ""
+        where = f" in data.root {named}" if named else ""
         absent.append(f"data set {config.data.dataset}{where} (noise of the usual number of images stands in)")
         images = synthetic_images(config)
         process_batch, _, _ = split_batch(config.training, distributed.world_size())

@@ -52,6 +52,10 @@ def test_a_signal_saves_and_the_second_ends_at_once(tmp_path, signum):
     assert jobs.same(jobs.state(whole), jobs.state(broken)) and jobs.metrics(whole) == jobs.metrics(broken)
 
 
+def sheets(exp) -> list[str]:
+    return sorted(path.name for path in (exp / "logs" / "digits" / "samples").glob("*.png"))
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_out_the_sheet_that_is_being_drawn(tmp_path, signum):
     stopped = jobs.train(tmp_path, *jobs.EVERY_TWO, "--training.max_steps", "6", "--training.sample_num", "2",
@@ -59,7 +63,14 @@ def test_a_signal_leaves_out_the_sheet_that_is_being_drawn(tmp_path, signum):
                          faults=jobs.signalled_while_drawing(signum))
     assert stopped.wait() == 128 + signum, stopped.text
     assert "no samples/0000002.png" in stopped.text and "Traceback" not in stopped.text
-    assert jobs.state(tmp_path)["step"] == 3
+    assert jobs.state(tmp_path)["step"] == 3 and not sheets(tmp_path)
+
+
+def test_the_last_sheet_is_drawn_though_a_signal_comes(tmp_path):
+    """All is saved by then, and nobody would draw it later."""
+    done = jobs.train(tmp_path, "--training.max_steps", "2", "--training.sample_num", "2",
+                      faults=jobs.signalled_while_drawing(signal.SIGTERM))
+    assert done.wait() == 0 and sheets(tmp_path) == ["0000002.png"], done.text
 
 
 def test_rank_0_leaves_its_sheet_while_the_other_goes_on(tmp_path):
@@ -67,6 +78,7 @@ def test_rank_0_leaves_its_sheet_while_the_other_goes_on(tmp_path):
                             "--training.first_grid_minutes", "0",
                             faults={0: jobs.signalled_while_drawing(signal.SIGTERM)})
     assert [job.wait() for job in pair] == [128 + signal.SIGTERM] * 2, [job.text for job in pair]
+    assert not sheets(tmp_path)
     assert jobs.state(tmp_path)["step"] == 4                  # the vote of step 3 is collected during the next
 
 
