@@ -195,6 +195,12 @@ def test_refusals_are_one_line_and_write_nothing(exp, capsys, measure, flags, me
     assert not (exp / "diagnose").exists()
 
 
+def test_results_that_cannot_be_kept_are_refused_before_the_work(exp, capsys):
+    (exp / "diagnose").write_text("in the way")
+    assert run(exp, "eps-norm") == 2
+    assert f"no file can be made in {exp / 'diagnose'} (Not a directory)" in capsys.readouterr().err
+
+
 def test_missing_data_exit_with_3(exp, capsys):
     config = exp / "logs" / "digits" / "config.yml"
     config.write_text(config.read_text().replace("dataset: DIGITS", "dataset: CELEBA"))
