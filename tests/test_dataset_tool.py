@@ -181,6 +181,7 @@ def test_verify(source, tmp_path, capsys):
         args = ["verify", "--config", "cifar10.yml", *config, *small, *broken, "--data.skip_bad", skip]
         assert main([*args, *filter(None, [full])]) == code
         assert "unreadable: " in (out := capsys.readouterr().out) and "1/3.png" in out
+        assert "5 images, 1 of them unreadable (" in out
     assert not (tmp_path / "datasets").exists()                                  # verifying packs nothing
 
 

@@ -138,3 +138,8 @@ def test_a_container_has_what_it_may_use(tmp_path):
     assert available_memory([limit]) == whole > 2**20
     limit.write_text("1048576\n")
     assert available_memory([limit]) == 2**20
+
+
+def test_absent_data_are_listed_with_the_place_that_was_named(photos, tmp_path, capsys):
+    assert rehearse(photos, "--data.root", str(tmp_path / "elsewhere")) == 0
+    assert f"data set FOLDER in data.root {tmp_path / 'elsewhere'} (noise" in capsys.readouterr().out
