@@ -73,14 +73,15 @@ def gamma_fingerprint(settings: SamplerSettings) -> dict:
 
 
 def changes(stored: dict, given: dict, path: str = "") -> list[str]:
-    """What differs between two nested dictionaries, each value by its dotted key; absent is None."""
+    """What differs between two manifests, each value by its dotted key; they leave out defaults."""
     found = []
     for key in sorted(stored.keys() | given.keys()):
         old, new = stored.get(key), given.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found += changes(old, new, f"{path}{key}.")
         elif old != new:
-            found.append(f"{path}{key} was {old!r}, is {new!r}")
+            was, now = ("the default" if value is None else repr(value) for value in (old, new))
+            found.append(f"{path}{key} was {was}, is {now}")
     return found
 
 
