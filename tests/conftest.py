@@ -2,6 +2,7 @@
 
 import io
 import lzma
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,13 @@ def trained(tmp_path_factory):
     exp = tmp_path_factory.mktemp("trained")
     assert train_ddp.main([*TINY, "--exp", str(exp), "--max_steps", "2"]) == 0
     return exp
+
+
+@pytest.fixture
+def exp(trained, tmp_path):
+    """A copy of its own for the test, which is ``tmp_path``."""
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

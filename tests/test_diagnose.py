@@ -28,13 +28,6 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def exp(trained, tmp_path):
-    """A private copy of the run."""
-    shutil.copytree(trained / "logs", tmp_path / "logs")
-    return tmp_path
-
-
 def run(exp, measure, *flags, docs=("digits",)):
     return diagnose.main([measure, "--exp", str(exp), "--doc", *docs, *FLAGS, *flags])
 

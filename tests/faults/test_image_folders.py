@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 from functools import partial
 
@@ -19,9 +18,8 @@ from tests.faults.bad_inputs import bomb_png
 
 
 @pytest.fixture
-def run(trained, tmp_path):
-    shutil.copytree(trained / "logs", tmp_path / "logs")
-    common = ["--exp", str(tmp_path), "--doc", "digits", "--device", "cpu", "--no-fid", "--timesteps", "2", "--grid",
+def run(exp):
+    common = ["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--no-fid", "--timesteps", "2", "--grid",
               "0", "--verbose", "critical"]
     return lambda *flags: generate.main([*common, *flags])
 
@@ -51,13 +49,12 @@ def test_a_foreign_picture_under_a_right_name_is_refused(run, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(("signum", "save"), [(signal.SIGTERM, "png"), (signal.SIGINT, "png"), (signal.SIGTERM, "npz")])
-def test_a_stopped_job_says_so_and_goes_on(trained, tmp_path, signum, save):
-    shutil.copytree(trained / "logs", tmp_path / "logs")
-    request = ["--exp", str(tmp_path), "--doc", "digits", "--device", "cpu", "--no-fid", "--timesteps", "2", "--grid",
+def test_a_stopped_job_says_so_and_goes_on(exp, signum, save):
+    request = ["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--no-fid", "--timesteps", "2", "--grid",
                "0", "--num_samples", "6", "--batch_size", "2", "--save", save]
     stopped = jobs.Job("generate", request, jobs.signalled_at_seed(4, signum))
     assert stopped.wait() == 128 + signum, stopped.text
-    folder = tmp_path / "image_samples" / "digits"
+    folder = exp / "image_samples" / "digits"
     assert "Traceback" not in stopped.text and f"what is made so far is kept in {folder}" in stopped.text
     assert stopped.text.splitlines()[-1] == f"generate.py: stopped by {signum.name}"
     kept = [f"{seed:06d}.png" for seed in range(4)] if save == "png" else []

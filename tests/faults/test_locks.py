@@ -1,7 +1,6 @@
 """Two jobs, one folder: the second is refused and changes nothing."""
 
 import os
-import shutil
 import signal
 from functools import partial
 
@@ -38,9 +37,8 @@ def hold_in_generation(reached, released) -> None:
     generation.generate = generate
 
 
-def test_a_second_job_in_an_image_folder_is_refused(trained, tmp_path):
-    shutil.copytree(trained / "logs", tmp_path / "logs")
-    argv = ["--exp", str(tmp_path), "--doc", "digits", "--device", "cpu", "--no-fid", "--timesteps", "2",
+def test_a_second_job_in_an_image_folder_is_refused(exp):
+    argv = ["--exp", str(exp), "--doc", "digits", "--device", "cpu", "--no-fid", "--timesteps", "2",
             "--num_samples", "2", "--verbose", "critical"]
     reached, released = jobs.SERVER.Event(), jobs.SERVER.Event()
     first = jobs.Job("generate", argv, faults=[partial(hold_in_generation, reached, released)])
@@ -51,7 +49,7 @@ def test_a_second_job_in_an_image_folder_is_refused(trained, tmp_path):
     assert elsewhere.wait() == 0, elsewhere.text
     released.set()
     assert first.wait() == 0, first.text
-    assert len(list((tmp_path / "image_samples" / "digits").glob("*.png"))) == 2
+    assert len(list((exp / "image_samples" / "digits").glob("*.png"))) == 2
 
 
 def test_a_lock_dies_with_its_job_although_forked_workers_live_on(tmp_path):

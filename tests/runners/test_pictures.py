@@ -1,7 +1,6 @@
 """generate.py --reconstruct: pairs of images and what inversion and chain make of them."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -37,15 +36,14 @@ def test_a_tall_sheet_is_enlarged_no_further_than_fits_a_screen(count, columns, 
 
 
 @pytest.mark.parametrize("sampler", ["generalized", "heun"])
-def test_pairs_and_errors(trained, originals, tmp_path, capsys, sampler):
-    shutil.copytree(trained / "logs", tmp_path / "logs")
-    assert run(tmp_path, "--reconstruct", str(originals), "--seeds", "0,2-5", "--batch_size", "2", "--sample_type",
+def test_pairs_and_errors(exp, originals, capsys, sampler):
+    assert run(exp, "--reconstruct", str(originals), "--seeds", "0,2-5", "--batch_size", "2", "--sample_type",
                sampler) == 0
-    line = json.loads((tmp_path / "out_reconstruction.json").read_text())
+    line = json.loads((exp / "out_reconstruction.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[0]) == line
     assert line["indices"] == [0, 2, 3, 4, 5] and line["network_calls"] == {"generalized": 6, "heun": 8}[sampler]
     assert line["mse"] == pytest.approx(np.mean(line["mse_of_each"])) and len(line["mse_of_each"]) == 5
-    picture = np.asarray(Image.open(tmp_path / "out_reconstruction.png"))
+    picture = np.asarray(Image.open(exp / "out_reconstruction.png"))
     side = 20 * 8                                                          # enlarged until the sheet is 640 pixels wide
     assert picture.shape == (2 * (side + 2) - 2, 4 * (side + 2) - 2)       # two full rows of two pairs
     first = np.asarray(Image.open(originals / "0.png"))[1:9]               # the middle square
@@ -65,16 +63,14 @@ def test_a_network_that_knows_the_way_reconstructs_exactly(trained, originals, t
 @pytest.mark.parametrize(("flags", "message"), [
     (["--num_samples", "7"], "has 6 images"), (["--eta", "0.5"], "draws no noise"),
     (["--sample_type", "ddpm_noisy"], "draws no noise"), (["--sample_type", "heun", "--churn", "3"], "draws no noise")])
-def test_refusals(trained, originals, tmp_path, capsys, flags, message):
-    shutil.copytree(trained / "logs", tmp_path / "logs")
-    assert run(tmp_path, "--reconstruct", str(originals), *flags) == 2
-    assert message in capsys.readouterr().err and not list(tmp_path.glob("out*"))
+def test_refusals(exp, originals, capsys, flags, message):
+    assert run(exp, "--reconstruct", str(originals), *flags) == 2
+    assert message in capsys.readouterr().err and not list(exp.glob("out*"))
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--churn", "3"], "for heun and euler"), (["--sample_type", "heun", "--churn", "a"], "--churn 'a' is not a list"),
     (["--sample_type", "euler", "--churn", "1,5,2"], "s_min at most s_max")])
-def test_refused_churn(trained, tmp_path, capsys, flags, message):
-    shutil.copytree(trained / "logs", tmp_path / "logs")
-    assert run(tmp_path, *flags, "--no-fid", "--num_samples", "1") == 2
+def test_refused_churn(exp, capsys, flags, message):
+    assert run(exp, *flags, "--no-fid", "--num_samples", "1") == 2
     assert message in capsys.readouterr().err
