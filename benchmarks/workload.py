@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.reference import build_reference
 from configs.schema import Config, load_config
 from runners.diffusion import Diffusion
-from runners.distributed import Signals
+from runners.signals import Signals
 from runners.training.checkpoint import RunFolder
 from runners.training.plan import Plan
 from runners.training.session import Session

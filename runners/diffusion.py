@@ -26,6 +26,7 @@ from runners.sampling.flags import checked_settings
 from runners.sampling.gamma import read_gamma
 from runners.sampling.sampler import Sampler
 from runners.sampling.weights import local_weights, stored_config
+from runners.signals import Signals
 from runners.training.checkpoint import RunFolder, prepared
 from runners.training.monitor import log_to_file
 from runners.training.objective import Objective
@@ -170,7 +171,7 @@ class Diffusion:
 
     def train(self, run: RunFolder | str | Path, *, resume: bool = False, overwrite: bool = False,
               force: bool = False, max_steps: int | None = None,
-              signals: distributed.Signals | None = None) -> TrainResult:
+              signals: Signals | None = None) -> TrainResult:
         """Train to the end of the configured run, or to ``max_steps`` if that comes first.
 
         Args:
@@ -197,7 +198,7 @@ class Diffusion:
         judge = self.judge(run, force) if resume else None
         plan = Plan.make(self.config.training, images.num_images, distributed.world_size(), distributed.rank(),
                          max_steps)
-        with (log_to_file(run), nullcontext(signals) if signals else distributed.Signals().listening() as signals,
+        with (log_to_file(run), nullcontext(signals) if signals else Signals().listening() as signals,
               explain_out_of_memory(), Session(self, run, plan, images, signals, judge) as session):
             if session.finished:
                 log.info("already finished: step %d of %d; to go on give more %s", session.step, plan.last_step,

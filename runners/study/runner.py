@@ -17,6 +17,7 @@ from runners.sampling.folder import gamma_fingerprint
 from runners.sampling.gamma import write_gamma
 from runners.sampling.generation import generate_and_measure, write_grid
 from runners.sampling.sampler import Sampler
+from runners.signals import Signals
 from runners.study.grid import Cell, prepare_cells
 from runners.study.job import StudyJob
 from runners.training.checkpoint import RunFolder
@@ -55,7 +56,7 @@ class StudyRunner:
         if todo:
             self._open_metrics()                                   # first: a wrong reference must not cost a training
             distributed.on_rank_zero(lambda: self._refuse_other_reference(done))
-        with distributed.Signals().listening() as self.signals:
+        with Signals().listening() as self.signals:
             for run, seed in job.runs:
                 self.train(f"{run}-{seed}")
             self._measure_all(todo)

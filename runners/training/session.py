@@ -14,6 +14,7 @@ from functions.losses import sequence_aware_loss
 from functions.timesteps import TimeSampler
 from runners import distributed
 from runners.network import AMP, Network, amp_name, explain_amp, resolve_amp, resolve_compile
+from runners.signals import Abandoned
 from runners.training.adopting import FORMAT_VERSION
 from runners.training.checkpoint import RunFolder
 from runners.training.grids import training_sheet
@@ -198,7 +199,7 @@ class Session:
         try:
             with self.monitor.paused(), self.signals.abandonable() if alone else nullcontext():
                 results = self.fid.measure(self.diffusion)
-        except distributed.Abandoned:
+        except Abandoned:
             log.warning("no FID at step %d: a signal came; generate.py computes that of a snapshot", self.step)
             return
         if self.best is None or results["fid"] < self.best["fid"]:
@@ -259,7 +260,7 @@ class Session:
                     self.monitor.grid(sheet, self.step)
                 except DivergedError as error:
                     log.warning("no samples/%07d.png: %s", self.step, error)
-                except distributed.Abandoned:
+                except Abandoned:
                     log.warning("no samples/%07d.png: a signal came", self.step)
 
     def finish(self) -> None:

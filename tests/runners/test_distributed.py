@@ -1,10 +1,8 @@
 """Whose environment a process finds itself in, and that real launchers start real ranks."""
 
 import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 from runners import distributed, launcher
-from runners.distributed import Abandoned, Signals, World, detect, master_address, on_rank_zero
+from runners.distributed import World, detect, master_address, on_rank_zero
 from runners.launcher import launch
 from tests.conftest import REPOSITORY, TINY
 from tests.faults import jobs
@@ -54,15 +52,6 @@ def test_of_a_lost_rank_the_first_sentence_is_told():
     error = RuntimeError("[/a/gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:3734. This is typically "
                          "caused by a remote worker crashing. Check the logs.\nException raised from ...")
     assert distributed.first_sentence(error) == "Connection closed by peer [127.0.0.1]:3734"
-
-
-def test_a_signal_is_noted_and_the_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with Signals().listening() as signals:
-        assert signals.vote() == 0 and signals.vote(save=True) == Signals.SAVE
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.vote(save=True) == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 LAUNCHERS = {
@@ -120,13 +109,3 @@ def test_all_ranks_that_were_killed_are_named():
         with pytest.raises(LostRank, match=who) as lost:
             launcher._told({rank: SimpleNamespace(exitcode=-9, timestamp=5) for rank in killed})
         assert lost.value.code == 137
-
-
-def test_what_can_be_left_out_is_not_begun_once_a_signal_came():
-    signals, begun = Signals(), []
-    with signals.abandonable():
-        begun.append(1)
-    signals.signum = 15
-    with pytest.raises(Abandoned), suppress(Exception), signals.abandonable():      # it is no broken file to skip
-        begun.append(2)
-    assert begun == [1]
