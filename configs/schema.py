@@ -16,6 +16,7 @@ from configs.pipelines import fill_in, is_pipeline, pipeline_configuration
 from configs.reading import OLD_AVERAGE, convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
 from configs.sections import Data, DiffusionSection, Sampling
 from configs.training import Loss, Optim, Training
+from configs.unread import check_all_are_read
 from utils.atomic import write_text
 from utils.errors import ConfigError
 from utils.hub import local_folder
@@ -65,6 +66,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self):
         self.model.check(self.data)
+        check_all_are_read(self)
         loss, diffusion = self.loss, self.diffusion
         if loss.num_consecutive_steps > diffusion.chain_length:
             name = "num_diffusion_timesteps" if diffusion.schedule == "discrete" else "rungs"

@@ -74,7 +74,6 @@ class Data(Section):
 
 PRECONDITIONED = ("edm", "vp", "ve", "iddpm")
 NO_PURE_NOISE = ("epsilon", *PRECONDITIONED)                # from these no image follows where alpha is 0
-CONSTANTS = {"sigma_data": ["edm"], "beta_d": ["vp"], "beta_min": ["vp"]}
 
 
 class DiffusionSection(Section):
@@ -140,8 +139,6 @@ class DiffusionSection(Section):
 
     @model_validator(mode="after")
     def _makes_sense(self):
-        if self.timestep_respacing is not None and self.schedule != "discrete":
-            raise ValueError(f"diffusion.timestep_respacing is for diffusion.schedule discrete, not {self.schedule}")
         low, high = self.sigma_min or 0.002, self.sigma_max or 80.0
         if low >= high:
             raise ValueError(f"diffusion.sigma_min {low} must be below diffusion.sigma_max {high}")
@@ -152,10 +149,6 @@ class DiffusionSection(Section):
         if self.prediction in NO_PURE_NOISE and self.betas and self.betas[-1] == 1:
             raise ValueError(f"diffusion.betas end in 1, pure noise, from which diffusion.prediction {self.prediction} "
                              "gives no image; use v_prediction or sample")
-        for key, readers in CONSTANTS.items():
-            if getattr(self, key) is not None and self.prediction not in readers:
-                raise ValueError(f"diffusion.{key} is for diffusion.prediction {' and '.join(readers)}, not for "
-                                 f"{self.prediction}")
         if self.rescale_timesteps and self.prediction in PRECONDITIONED:
             raise ValueError(f"diffusion.rescale_timesteps is for networks that are told steps; with "
                              f"diffusion.prediction {self.prediction} they are told noise levels")

@@ -6,6 +6,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from configs.base import AsTuple, Count, Fraction, InImages, Natural, NonNegative, Positive, Section
 
+RAMP_UP = 0.05                              # EDM's
+
 
 class ScheduledSampling(Section):
     """In place of noised images, what the network's own steps make of noisier ones (Deng et al., ICLR 2023)."""
@@ -87,7 +89,7 @@ class Average(Section):
     """With rate: min(mu, (1 + n) / (10 + n)) at step n."""
     half_life: Annotated[Positive, InImages] | None = None
     """Images after which a weight counts half (EDM), such as 500k."""
-    ramp_up: NonNegative = 0.05
+    ramp_up: NonNegative = RAMP_UP
     """With half_life: it is at most this share of the images seen so far; 0: no ramp-up."""
     length: Annotated[float, Field(gt=0, lt=0.289)] | None = None
     """Relative width of a power-function profile (EDM2), for averages that are chosen after training."""
@@ -97,6 +99,10 @@ class Average(Section):
         given = [key for key in ("rate", "half_life", "length") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"an average has exactly one of rate, half_life and length; given: {given or 'none'}")
+        if self.warmup and self.rate is None:
+            raise ValueError(f"an average's warmup is for rate, not for {given[0]}; leave it out")
+        if self.ramp_up != RAMP_UP and self.half_life is None:
+            raise ValueError(f"an average's ramp_up is for half_life, not for {given[0]}; leave it out")
         return self
 
     def __str__(self) -> str:

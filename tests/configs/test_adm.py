@@ -132,7 +132,7 @@ def refusal(**changes) -> str:
                                               "it needs data.rescaled, and no dequantization"),
     (dict(diffusion__schedule="sigma"), "loss.variational hybrid needs diffusion.schedule discrete"),
     (dict(diffusion__schedule="sigma", diffusion__timestep_respacing="50"),
-     "diffusion: diffusion.timestep_respacing is for diffusion.schedule discrete, not sigma"),
+     "diffusion.timestep_respacing 50 is for diffusion.schedule discrete, not for sigma; leave it at null"),
     (dict(diffusion__timestep_respacing="25"), "training.sample_timesteps 50 exceeds the 25 steps of the chain; give 1 "
                                                "to 25"),
     (dict(diffusion__timestep_respacing=1, loss__num_consecutive_steps=2),

@@ -74,11 +74,13 @@ def test_numbers_of_images_are_read_with_their_units():
     ({"model": {"resample_filter": [1, 2, 1]}}, "an even number, such as"),
     ({"model": {"channel_mult": [1] * 6}}, "data.image_size 16 cannot be halved 5 times for model.channel_mult"),
     ({"diffusion": {"schedule": "flow", "prediction": "edm"}}, "prediction edm gives no image from pure noise"),
-    ({"diffusion": {"prediction": "vp", "sigma_data": 1.0}}, "diffusion.sigma_data is for diffusion.prediction edm"),
+    ({"diffusion": {"prediction": "vp", "sigma_data": 1.0}}, "sigma_data 1.0 is for diffusion.prediction edm, not for"),
     ({"diffusion": {"prediction": "edm", "rescale_timesteps": True}}, "they are told noise levels"),
     ({"training": {"label_dropout": 0.1}}, "or label_dim of EDM's networks"),
     ({"training": {"total_images": "8Q"}}, "a whole number of images, .*units: k, M, G, Ki, Mi, Gi.*, given '8Q'"),
     ({"training": {"total_images": "1.5"}}, "given '1.5'"),
+    ({"training": {"ema": [{"length": 0.1, "warmup": True}]}}, "warmup is for rate, not for length; leave it out"),
+    ({"training": {"ema": [{"rate": 0.9, "ramp_up": 0.1}]}}, "ramp_up is for half_life, not for rate; leave it out"),
     ({"optim": {"warmup_steps": 5, "warmup_images": 5}}, "give one of them"),
 ])
 def test_impossible_settings_are_lines(sections, message):

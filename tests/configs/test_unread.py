@@ -1,0 +1,42 @@
+"""Keys that nothing would read."""
+
+import pytest
+
+from configs.schema import dotted_keys, validate
+from configs.unread import READERS
+from utils.errors import ConfigError
+
+# The key that decides -> a value with which the keys beside are read, and one with which they are not, in Configs that
+# are possible otherwise.
+OTHERS = {"diffusion.schedule": {"discrete": "sigma", "sigma": "discrete", "flow": "discrete"},
+          "diffusion.prediction": {"edm": "vp", "vp": "edm"},
+          "training.time_sampler": {"lognormal": "uniform"},
+          "optim.optimizer": {"Adam": "RMSProp"}, "model.arch": {"diffusers": "unet"}}
+GIVEN = {"diffusion.timestep_respacing": "50", "data.random_crop": True, "optim.amsgrad": True,
+         "data.variants": 2, "diffusion.rungs": 50}
+CASES = [(readers, key) for readers in READERS for key in readers.keys]
+
+
+def config(decides, value, key, given):
+    raw = {"data": {"dataset": "ZIP", "image_size": 32}, "model": {"arch": "unet"}, "diffusion": {}, "training": {},
+           "optim": {}, "loss": {}}
+    if value == "diffusers":
+        raw["model"]["pretrained"] = "folder"
+    if value == "flow":
+        raw["diffusion"]["prediction"] = "flow"
+    for dotted, setting in ((decides, value), (key, given)):
+        section, name = dotted.split(".")
+        raw[section][name] = setting
+    return validate(raw, "C")
+
+
+@pytest.mark.parametrize("readers, key", CASES, ids=[key for _, key in CASES])
+def test_a_key_is_refused_where_nothing_reads_it_and_taken_where_something_does(readers, key):
+    given = GIVEN.get(key, 2.5)
+    reads = readers.values[0]
+    other = OTHERS[readers.key][reads]
+    config(readers.key, reads, key, given)
+    with pytest.raises(ConfigError) as refusal:
+        config(readers.key, other, key, given)
+    assert f"{key} {given} is for {readers.key} {' or '.join(readers.values)}, not for {other}" in str(refusal.value)
+    config(readers.key, other, key, dotted_keys()[key][1])                      # its default is no wish
