@@ -134,7 +134,8 @@ class TrainingState:
         kept = state.get("more_averages", {})
         for kind, average in zip(self.kinds, self.averages, strict=True):
             stored = state.get("ema") if average is self.averages[0] else kept.get(str(kind))
-            average.load_state_dict(stored or state["model"], state["ema_updates"])     # one that is new starts here
+            updates = state["step"] if kind.length else state["ema_updates"]        # a profile is over this run's time
+            average.load_state_dict(stored or state["model"], updates)                     # one that is new starts here
         self.times.load_state_dict(state.get("times", {}))
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})

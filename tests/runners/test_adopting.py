@@ -154,6 +154,14 @@ def test_init_from_with_moments_goes_on_under_another_loss(ours, foreign, tmp_pa
     assert load_config(new / "logs" / "digits" / "config.yml").loss.lamda == 2
 
 
+def test_power_function_averages_begin_with_the_new_run(ours, tmp_path):
+    source = str(ours / "logs" / "digits" / "ckpt.pth")
+    assert train(tmp_path, "--init_from", source, "--keep_optimizer", "--max_steps", "1", "--training.ema",
+                 "[{length: 0.05}, {length: 0.1}]") == 0
+    after = state(tmp_path)
+    assert same(after["ema"], after["model"]) and same(after["more_averages"]["length 0.1"], after["model"])
+
+
 def test_init_from_says_which_weights_it_took(ours, tmp_path, caplog):
     path = ours / "logs" / "digits" / "ckpt.pth"
     with caplog.at_level(logging.INFO):
