@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runners.cli import Parser, add_common, guarded, natural, setup_logging
+from runners.cli import Parser, add_common, guarded, natural, setup_logging, terminable
 from utils.errors import UserError
 
 # As in the tables of datasets/, whose modules take numpy to import.
@@ -24,7 +24,7 @@ TRANSFORMS = ("none", "center-crop", "center-crop-wide", "celeba")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 a wrong request, 3 bad data, 130 interrupted."""
+    """Returns the exit code: 0 done, 2 a wrong request, 3 bad data, 130 or 143 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if {arg.partition("=")[0] for arg in argv[:1]} & {"--source", "--dest"}:             # EDM's call has no subcommand
         argv.insert(0, "convert")
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from datasets import tool  # imports numpy and the like, which --help and a wrong flag need not await
 
         setup_logging(args.verbose)
-        getattr(tool, args.command)(args)
+        with terminable():
+            getattr(tool, args.command)(args)
 
     return guarded(__file__, job)
 

@@ -3,6 +3,7 @@ and ``convert`` on what newcomers have: photographs, damaged ones among them, fo
 
 import io
 import json
+import os
 import pickle
 import signal
 import zipfile
@@ -185,8 +186,10 @@ def test_a_folder_without_pictures_says_what_is_there(tmp_path, capsys):
     assert f"holds no images: {tmp_path} has 2 x .mov, 1 x .txt, 1 x no ending; images end in .png" in error
 
 
-@pytest.mark.parametrize("name", ["d.zip", "d", "d.npy", "d.lmdb"])
-def test_a_killed_conversion_leaves_neither_workers_nor_files(tmp_path, name):
+@pytest.mark.parametrize(("name", "signum", "code", "line"), [
+    *((name, signal.SIGKILL, -9, "") for name in ("d.zip", "d", "d.npy", "d.lmdb")),
+    ("d.zip", signal.SIGTERM, 143, "dataset_tool.py: stopped by SIGTERM"), ("d", signal.SIGINT, 130, "by SIGINT")])
+def test_an_ended_conversion_leaves_neither_workers_nor_files(tmp_path, name, signum, code, line):
     """Nothing but the program itself cleans up."""
     (tmp_path / "source").mkdir()
     content = encoded(NOISE[0].repeat(8, 0).repeat(8, 1))
@@ -198,8 +201,8 @@ def test_a_killed_conversion_leaves_neither_workers_nor_files(tmp_path, name):
     jobs.wait_until(lambda: len(jobs.children(job.process.pid)) >= 3)          # two workers, and who cleans up
     jobs.wait_until(lambda: any((tmp_path / "made").iterdir()))
     started = jobs.children(job.process.pid)
-    job.process.kill()
-    assert job.wait() == -signal.SIGKILL
+    os.kill(job.process.pid, signum)
+    assert job.wait() == code and line in job.text and "Traceback" not in job.text
     jobs.wait_until(lambda: not any(jobs.alive(pid) for pid in started))
     assert list((tmp_path / "made").iterdir()) == []
 
