@@ -63,7 +63,10 @@ class Study(Section):
     samplers: Annotated[tuple[Sampler, ...], AsTuple, Field(min_length=1)]
     """What to measure, the most telling first."""
     num_images: Annotated[int, Field(ge=10)] = 500
-    """Generated images in each cell, of the seeds 0, 1, ...: the number in FID-500."""
+    """Generated images in each cell: the number in FID-500."""
+    image_seeds: Literal["apart", "shared"] = "apart"
+    """Seeds of these images: apart, each training seed s has its own, from s num_images on, so that standard errors
+    over training seeds hold the draw of the images, too; shared: 0, 1, ... for all."""
     metrics: Annotated[tuple[MetricName, ...], AsTuple] = ("fid", "pr")
     """Of one feature pass; the report is about the first, one of fid, sfid, kid, digits_fd and digits_unsure."""
     interval: bool = True

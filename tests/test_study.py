@@ -178,12 +178,28 @@ def test_a_wrong_study_gets_one_line_and_exit_2(start, capsys, changes, message)
     assert not start.folder.exists() and not start.logs.exists()
 
 
+@pytest.mark.parametrize("key, seeds", [("apart", ["36-47", "60-71"]), ("shared", ["0-11", "0-11"])])
+def test_every_training_seed_has_images_of_its_own(start, monkeypatch, key, seeds):
+    made = []
+    measure = runners.study.runner.generate_and_measure
+
+    def noting(sampler, seeds, *args, **kwargs):
+        made.append(f"{min(seeds)}-{max(seeds)}")
+        return measure(sampler, seeds, *args, **kwargs)
+
+    monkeypatch.setattr(runners.study.runner, "generate_and_measure", noting)
+    assert start(runs={"base": {"loss.lamda": 0}}, samplers=[{"timesteps": [2]}], images_seen=[8], seeds=[3, 5],
+                 image_seeds=key) == 0
+    assert made == seeds == [entry["seeds"] for entry in read_cells(start.folder / "cells").values()]
+
+
 def test_what_would_mix_results_is_refused(start, capsys):
     small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2]}], "images_seen": [8]}
     assert start("--report_only", **small) == 2 and "no measured cell" in capsys.readouterr().err
     assert start(**small) == 0
     before, _ = (start.folder / "study.yml").read_text(), capsys.readouterr()
     for change, message in (({"num_images": 20}, "num_images was 12, is 20"),
+                            ({"image_seeds": "shared"}, "image_seeds was 'apart', is 'shared'"),
                             ({"runs": {"base": {"loss.lamda": 0.5}}}, "loss.lamda is 0"),
                             ({"overrides": {**TINY["overrides"], "optim.lr": 0.1}}, "optim.lr")):
         assert start(**{**small, **change}) == 2

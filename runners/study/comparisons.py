@@ -10,12 +10,15 @@ from runners.study.pairs import UNDECIDED, difference, in_words, without_remedie
 EXPLAINED = ("The differences below are of the same seeds of training with and without a remedy, ± their standard "
              "error. Below 0 the remedy helps. Bold: the 95% interval of Student's t over the seeds leaves out 0; it "
              "is not corrected for the number of comparisons, of which one in twenty is bold by chance.")
+SHARED = (" All training seeds share the seeds of their images: how much other images would move a number is not in "
+          "these errors.")
 
 
 def compared(findings: Findings) -> list:
     """Every remedy in pairs; nothing where there is one seed, or no pair."""
     parts = [*training_part(findings), *sampling_part(findings)] if len(findings.job.study.seeds) > 1 else []
-    return [Heading("Remedies in pairs"), Text(EXPLAINED), *parts] if parts else []
+    shared = SHARED if findings.job.study.image_seeds == "shared" else ""
+    return [Heading("Remedies in pairs"), Text(EXPLAINED + shared), *parts] if parts else []
 
 
 def training_part(findings: Findings) -> list:

@@ -26,7 +26,7 @@ from utils.names import safe_name
 OWN_KEYS = {"training.snapshot_unit": "steps", "training.snapshot_freq": 10**9, "training.sample_num": 0,
             "training.fid_freq": 0, "training.keep_last": None}
 # Cells with different values of these do not belong into one table.
-KEPT = ("num_images", "metrics", "interval", "fid_stats", "reference_images", "fit_images", "grid")
+KEPT = ("num_images", "image_seeds", "metrics", "interval", "fid_stats", "reference_images", "fit_images", "grid")
 DECIDE_A_RUN = {**dict.fromkeys(("model", "diffusion", "loss", "optim")),
                 "training": tuple(set(Training.model_fields) - {"log_freq", "checkpoint_minutes", "compile",
                                                                 "activation_checkpointing"}),
@@ -70,6 +70,12 @@ class StudyJob:
     @property
     def any_config(self) -> Config:
         return next(iter(self.configs.values()))
+
+    def image_seeds(self, training_seed: int) -> range:
+        """Of the images of a cell; below 2^32, as all seeds are."""
+        count = self.study.num_images
+        first = 0 if self.study.image_seeds == "shared" else training_seed * count % (2**32 - count)
+        return range(first, first + count)
 
     def read_cells(self) -> dict[str, dict]:
         return read_cells(self.folder / "cells")

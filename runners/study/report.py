@@ -12,6 +12,8 @@ from runners.training.metrics_file import read_metrics
 from utils.atomic import atomic_path, write_text
 
 BARS = "bars: intervals, or standard errors over several seeds"
+SEEDS = {"apart": "of the same seeds for all runs of a training seed, and others for the next",
+         "shared": "the same seeds in every cell"}
 IN_COLUMNS = {"loss.num_consecutive_steps", "loss.lamda", "loss.input_perturbation"}
 
 
@@ -39,9 +41,9 @@ def introduction(findings: Findings) -> list:
     return [Text(
         f"{len(findings.cells)} of {len(job.all_cells)} cells are measured. All runs share data, data order and the "
         f"seeds of weights and noise ({seeds}), and differ in the keys of the first table. {findings.name} is of "
-        f"{job.study.num_images} images, the same seeds in every cell, against {reference}training images: comparable "
-        f"within this report only. {spread} Bold is the lowest of a row, which says nothing where the spreads overlap. "
-        f"Made with study.py from {job.study.config}.")]
+        f"{job.study.num_images} images, {SEEDS[job.study.image_seeds]}, against {reference}training images: "
+        f"comparable within this report only. {spread} Bold is the lowest of a row, which says nothing where the "
+        f"spreads overlap. Made with study.py from {job.study.config}.")]
 
 
 def runs_table(findings: Findings) -> list:

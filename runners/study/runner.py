@@ -143,7 +143,7 @@ class StudyRunner:
         study, started = self.job.study, time.perf_counter()
         sampler, fit = self._resolve(cell, diffusion)
         evaluation = Evaluation(self.reference, self.net, study.metrics, interval=study.interval)
-        seeds, batch_size = range(study.num_images), diffusion.config.sampling.batch_size
+        seeds, batch_size = self.job.image_seeds(cell.seed), diffusion.config.sampling.batch_size
         made = generate_and_measure(sampler, seeds, batch_size, evaluation=evaluation, keep=study.grid,
                                     between=self._stop_if_told)
         write_grid(made.shown, self.job.folder / "grids" / f"{cell.file_name}.png", sampler, seeds)
@@ -153,7 +153,7 @@ class StudyRunner:
             "weights_kind": weights.kind, "step": self.job.step(cell.images_seen),
             "sampler": {**sampler.settings.model_dump(mode="json"), **gamma_fingerprint(sampler.settings)}, "fit": fit,
             "network_calls": self.job.calls[cell.key],
-            "seeds": f"0-{study.num_images - 1}", "batch_size": batch_size, "amp": "off",
+            "seeds": f"{seeds[0]}-{seeds[-1]}", "batch_size": batch_size, "amp": "off",
             "device": str(diffusion.device), "sampling_seconds": round(made.seconds, 2),
             "seconds": round(time.perf_counter() - started, 2)}
         distributed.on_rank_zero(

@@ -54,6 +54,12 @@ def test_several_seeds_are_compared_in_pairs(tmp_path):
     assert "+0.020 ± 0.006" in calls and "**+0.020" not in calls and "SA: not distinguishable with 1 of 1." in calls
     assert "| **+5.200 ± 0.058** | +0.000 ± 0.577 |" in sampling
     assert "hurts with 1 of 2 (base in 2 steps), not distinguishable with 1." in sampling
+    assert "share the seeds of their images" not in text and "and others for the next" in text
+
+
+def test_a_report_says_where_all_cells_share_their_images(tmp_path):
+    text = report_of(tmp_path, lambda cell: cell.seed, image_seeds="shared")
+    assert "All training seeds share the seeds of their images" in text and "the same seeds in every cell" in text
 
 
 def test_equal_network_calls_are_counted_against_those_of_the_first_run(tmp_path):
