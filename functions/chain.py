@@ -23,7 +23,7 @@ from functions.prediction import Estimate
 class Link(NamedTuple):
     """One step of a chain."""
 
-    index: int               # 0 for the first that is executed
+    index: int               # 0 for the first of the list
     i: float | Tensor        # from this time; (B,) where a remedy gives each image its own
     j: float | Tensor        # to this one
     scale: float             # lambda_i
@@ -44,21 +44,24 @@ class Chain:
         callback: (step_index, t, x, x0', eps): network input, estimate used, eps before scaling; once for each step.
         gradient: (x, t) -> s grad_x log p(y | x), (B, C, H, W): a classifier's guidance (2105.05233, algorithm 2).
         remedies: Of ``functions.remedies``, in the order in which they act.
+        start: The time of the list at which the chain is entered; None: the highest. The steps below are those of the
+            whole list.
 
     Attributes:
         x0: The estimate of the newest network call, (B, C, H, W).
 
     Raises:
-        ValueError: Times that the schedule does not have, a scaling that is not above 0, or a remedy that has no
-            meaning here.
+        ValueError: Times that the schedule or the list does not have, a scaling that is not above 0, or a remedy
+            without meaning here.
     """
 
     def __init__(self, denoiser, times: Sequence[float], eps_scaler=None, clip_denoised: bool = False,
                  noise_fn: Callable | None = None, callback: Callable | None = None, gradient: Callable | None = None,
-                 remedies: Sequence = ()):
+                 remedies: Sequence = (), start: float | None = None):
         self.denoiser, self.schedule, self.times = denoiser, denoiser.schedule, list(times)
         self.clip_denoised, self.noise_fn, self.callback, self.gradient = clip_denoised, noise_fn, callback, gradient
         self.schedule.check_times(self.times)
+        self.entered = len(self.times) if start is None else self.times.index(start) + 1
         self.scales, self.x0 = scales_of(eps_scaler, len(self.times)), None
         self.remedies = [remedy.on(self.schedule, self.times, denoiser.prediction.round) for remedy in remedies]
 
@@ -68,7 +71,7 @@ class Chain:
     def links(self):
         """Each step in the order of execution."""
         lower, lower_scales, upper = [self.schedule.end, *self.times], [1.0, *self.scales], [*self.times[1:], None]
-        for n in reversed(range(len(self.times))):
+        for n in reversed(range(self.entered)):
             yield Link(len(self.times) - 1 - n, self.times[n], lower[n], self.scales[n], upper[n], lower_scales[n],
                        n == 0)
 
@@ -110,10 +113,13 @@ class Chain:
         return Estimate(x0, eps, variance)
 
     def guide(self, estimate: Estimate, x: Tensor, t) -> Estimate:
-        """A classifier's gradient on the noise: eps - sigma s grad, x0 accordingly, not clipped again."""
+        """A classifier's gradient on the noise: eps - sigma s grad, x0 accordingly, not clipped again. Where alpha is 0
+        no image follows from the noise, and nothing is changed."""
         if self.gradient is None:
             return estimate
         alpha, sigma = self.schedule.alpha(t, x.dtype), self.schedule.sigma(t, x.dtype)
+        if not isinstance(alpha, Tensor) and alpha == 0:
+            return estimate
         eps = estimate.eps - sigma * self.gradient(x, t)
         self.x0 = (x - sigma * eps) / alpha
         return Estimate(self.x0, eps, estimate.variance)

@@ -22,7 +22,7 @@ from functions.schedule_base import logarithm, root
 
 def generalized_steps(denoiser, x: Tensor, times: Sequence[float], *, eta: float = 0.0, eps_scaler=None,
                       clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None, remedies=(),
-                      gamma: Gamma | None = None) -> Tensor:
+                      gamma: Gamma | None = None, start: float | None = None) -> Tensor:
     """DDIM (2010.02502, eq. 12 and 16).
 
     Args:
@@ -30,7 +30,7 @@ def generalized_steps(denoiser, x: Tensor, times: Sequence[float], *, eta: float
         x: Start, a draw of N(0, prior_std^2 I) for generation, (B, C, H, W); its type is that of the whole chain.
         times: Ascending, distinct times of the denoiser's schedule; executed from the last to the first.
         eta: In [0, 1]; 0 is deterministic, 1 has the DDPM posterior variance.
-        eps_scaler, clip_denoised, callback, gradient, remedies: See ``functions.chain.Chain``.
+        eps_scaler, clip_denoised, callback, gradient, remedies, start: See ``functions.chain.Chain``.
         noise_fn: step_index -> standard normal draw like x; called once for each step with s > 0.
         gamma: Draw analytic variances, on each step but the last.
 
@@ -42,7 +42,7 @@ def generalized_steps(denoiser, x: Tensor, times: Sequence[float], *, eta: float
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} is not in [0, 1]")
-    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies)
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies, start)
     schedule = chain.schedule
 
     def step(x, link):
@@ -73,6 +73,14 @@ def step_variances(schedule, i, j, dtype: torch.dtype = torch.float32) -> tuple:
     return small, large
 
 
+def _large(chain: Chain, link, estimate, gamma):
+    """On the last step, where only a classifier's gradient asks for it, guided-diffusion's: the smallest of the step
+    before."""
+    if link.last and link.above is not None:
+        return step_variances(chain.schedule, link.above, link.i, estimate.x0.dtype)[0]
+    return step_variances(chain.schedule, link.i, link.j, estimate.x0.dtype)[1]
+
+
 def _learned(chain: Chain, link, estimate, gamma):
     """Between both on a logarithmic scale (2102.09672, eq. 15); where the smaller is 0, that of the step before."""
     if estimate.variance is None:
@@ -93,7 +101,7 @@ def _analytic(chain: Chain, link, estimate, gamma):
 
 
 VAR_TYPES = {                                                        # (chain, link, estimate, gamma) -> variance
-    "fixedlarge": lambda chain, link, estimate, _: step_variances(chain.schedule, link.i, link.j, estimate.x0.dtype)[1],
+    "fixedlarge": _large,
     "fixedsmall": lambda chain, link, estimate, _: step_variances(chain.schedule, link.i, link.j, estimate.x0.dtype)[0],
     "learned": _learned,
     "analytic": _analytic,
@@ -102,7 +110,7 @@ VAR_TYPES = {                                                        # (chain, l
 
 def ddpm_steps(denoiser, x: Tensor, times: Sequence[float], *, var_type: str = "fixedlarge", eps_scaler=None,
                clip_denoised: bool = True, noise_fn=None, callback=None, gradient=None, remedies=(),
-               gamma: Gamma | None = None) -> Tensor:
+               gamma: Gamma | None = None, start: float | None = None) -> Tensor:
     """Ancestral sampling (DDPM, 2006.11239, eq. 7 and 11) on any list of times.
 
     Args:
@@ -115,7 +123,7 @@ def ddpm_steps(denoiser, x: Tensor, times: Sequence[float], *, var_type: str = "
     """
     if var_type not in VAR_TYPES:
         raise ValueError(f"var_type {var_type!r} is unknown; known: {', '.join(sorted(VAR_TYPES))}")
-    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies)
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies, start)
     schedule = chain.schedule
 
     def step(x, link):

@@ -74,14 +74,15 @@ def kid_error(real, fake, *, subsets: int, subset_size: int, seed: int = SEED) -
 
     a U-statistic of n images has the variance 4 var h/n + 2 mean k~^2/(n (n - 1)) (Hoeffding 1948; for this one
     Sutherland et al. 2017, "Generative models and model criticism", section 3). Both are estimated from at most 1,000
-    images of each set. The mean over ``subsets`` subsets of size m uses images and pairs unevenly, which adds
-    (n/m - 1)/subsets and ((n/m)^2 - 1)/subsets of each.
+    fake images, h against all real ones. The mean over ``subsets`` subsets of size m uses images and pairs unevenly,
+    which adds (n/m - 1)/subsets and ((n/m)^2 - 1)/subsets of each.
     """
     random, n = np.random.RandomState(seed), len(fake)
-    y, x = (part[random.permutation(len(part))[:1000]].double() for part in (fake, real))
+    y = fake[random.permutation(n)[:1000]].double()
     count, gram = len(y), _kernel(y, y)
     others = _mean_of_others(gram)                                         # (count,)
-    alone = others - _kernel(y, x).mean(1)
+    across = sum(_kernel(y, part.double()).sum(1) for part in real.split(4096)) / len(real)              # (count,)
+    alone = others - across
     together = gram - others[:, None] - others + others.mean()
     pairs = float(_mean_of_others(together.square()).mean())
     single = max(float(alone.var()) - pairs / (count - 2), 0.0)            # finite sums make h_i noisy by that much

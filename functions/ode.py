@@ -87,7 +87,8 @@ def add_churn(chain: Chain, x: Tensor, link, churn: Churn) -> tuple[Tensor, floa
 
 
 def heun_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_scaler=None, clip_denoised: bool = False,
-               noise_fn=None, callback=None, gradient=None, remedies=(), form=None, corrector: bool = True) -> Tensor:
+               noise_fn=None, callback=None, gradient=None, remedies=(), start=None, form=None,
+               corrector: bool = True) -> Tensor:
     """EDM's second-order sampler (2206.00364, algorithms 1 and 2); 2S - 1 network calls for S steps.
 
     An Euler step is taken, the tangent at its end evaluated, and the step repeated along the mean of both. The last
@@ -105,7 +106,7 @@ def heun_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_s
     The other arguments, the result and the errors are those of ``functions.denoising.generalized_steps``.
     """
     churn = check_churn(churn)
-    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies)
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies, start)
     schedule = chain.schedule
 
     def step(x, link):
@@ -138,19 +139,19 @@ def follow(chain: Chain, form, x: Tensor, e: Tensor, t, link, two: bool) -> Tens
 
 
 def euler_steps(denoiser, x: Tensor, times: Sequence[float], *, churn=None, eps_scaler=None,
-                clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None, remedies=(),
+                clip_denoised: bool = False, noise_fn=None, callback=None, gradient=None, remedies=(), start=None,
                 form=None) -> Tensor:
     """EDM's sampler without the corrector; without churn it is DDIM with eta = 0.
 
     Arguments, result and errors are those of ``heun_steps``.
     """
     return heun_steps(denoiser, x, times, churn=churn, eps_scaler=eps_scaler, clip_denoised=clip_denoised,
-                      noise_fn=noise_fn, callback=callback, gradient=gradient, remedies=remedies, form=form,
-                      corrector=False)
+                      noise_fn=noise_fn, callback=callback, gradient=gradient, remedies=remedies, start=start,
+                      form=form, corrector=False)
 
 
 def dpmpp_2m_steps(denoiser, x: Tensor, times: Sequence[float], *, eps_scaler=None, clip_denoised: bool = False,
-                   noise_fn=None, callback=None, gradient=None, remedies=()) -> Tensor:
+                   noise_fn=None, callback=None, gradient=None, remedies=(), start=None) -> Tensor:
     """DPM-Solver++(2M) (2211.01095, algorithm 2): second order at one network call for each step.
 
     With h = log(level_i / level_j) and h' the same of the step before, the denoiser is extrapolated to half the step,
@@ -161,7 +162,7 @@ def dpmpp_2m_steps(denoiser, x: Tensor, times: Sequence[float], *, eps_scaler=No
 
     Arguments (``noise_fn`` is never called), result and errors are those of ``functions.denoising.generalized_steps``.
     """
-    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies)
+    chain = Chain(denoiser, times, eps_scaler, clip_denoised, noise_fn, callback, gradient, remedies, start)
     schedule, before, h_before = chain.schedule, None, inf
 
     def step(x, link):

@@ -91,7 +91,7 @@ def our_latents(folder, x, noise, **settings):
     diffusion.prompts = TypedPrompts([PROMPT], settings.pop("negative", None), TextEncoders(folder), config.data)
     sampler = diffusion.sampler(SamplerSettings(**settings))
     denoiser = sampler.conditioned(sampler.condition(noise.seeds))
-    return sampler.chain(denoiser, x, sampler.times, noise)
+    return sampler.chain(denoiser, x, noise)
 
 
 @pytest.mark.parametrize("negative", [None, "big grey"])

@@ -12,7 +12,7 @@ from utils.atomic import write_text
 # What a plot shows, and how to read it.
 CAPTIONS = {
     "eps-norm": ("Norm of the predicted noise", "On noised real images (training) and along the chain (sampling). A "
-                 "ratio that leaves 1 is drift; a finite last step bends it, too."),
+                 "ratio that leaves 1 is drift; steps of finite length bend it, too."),
     "exposure": ("Variance of the chain", "Variance of what the network gets along the chain minus that of noised "
                  "images, averaged over pixels, and its root with sign."),
     "gap": ("Gap to the true noise", "Mean of predicted minus true noise along chains that start from noised images; "

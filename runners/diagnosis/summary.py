@@ -6,9 +6,9 @@ from collections.abc import Callable
 Rows = list[dict]
 
 
-def largest(rows: Rows, key: str, error: str, neutral: float = 0.0) -> dict:
-    """The row that deviates most, counted in its standard errors only where they leave a doubt."""
-    sure = [row for row in rows if abs(row[key] - neutral) > 2 * row[error]] or rows
+def largest(rows: Rows, key: str, error: str, neutral: float = 0.0, errors: float = 2.0) -> dict:
+    """The row that deviates most, of those that do so by more than so many standard errors if there are any."""
+    sure = [row for row in rows if abs(row[key] - neutral) > errors * row[error]] or rows
     return max(sure, key=lambda row: abs(row[key] - neutral))
 
 

@@ -75,7 +75,7 @@ class Trajectories:
         def visit(index, t, x, x0, eps):
             nonlocal last
             record(index, t, x, x0, eps)
-            last = x0                                      # the last step of every sampler returns its estimate
+            last = x0                                      # the last step returns its estimate where alpha ends at 1
 
         for _, places in tqdm(diagnosis.share, "sampling", unit="batch", leave=False, disable=distributed.rank() > 0):
             diagnosis.sampler.run(*diagnosis.latent(places), visit)

@@ -240,15 +240,14 @@ class Sampler:
             start: A time of the list at which the chain is entered, instead of the noisiest.
             watch: See ``Denoiser.watched``: sees the further evaluations of a step as well.
         """
-        times = self.times if start is None else self.times[:self.times.index(start) + 1]
         x = x.to(self.denoiser.schedule.state_dtype)
         if start is None:
-            x = x * self.denoiser.schedule.prior_std(times[-1])
+            x = x * self.denoiser.schedule.prior_std(self.times[-1])
         condition = condition or {}
         denoiser = self.conditioned(condition)
         if watch is not None:
             denoiser = denoiser.watched(watch)
-        x = self.chain(denoiser, x, times, noise, callback=callback, **self._gradient(condition.get("labels")))
+        x = self.chain(denoiser, x, noise, callback=callback, start=start, **self._gradient(condition.get("labels")))
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():
             seeds = [seed for seed, is_bad in zip(noise.seeds, bad.tolist(), strict=True) if is_bad]
@@ -263,14 +262,14 @@ class Sampler:
             return {}
         return {"gradient": classifier_gradient(self.classifier, self.denoiser, labels, self.settings.classifier_scale)}
 
-    def chain(self, denoiser: Denoiser, x: Tensor, times: Sequence, noise: SeededNoise, **more) -> Tensor:
+    def chain(self, denoiser: Denoiser, x: Tensor, noise: SeededNoise, **more) -> Tensor:
         """The sampler's own steps from ``x``, or a scheduler's: what is diffused at the end, (B, C, H, W)."""
         options = {"eps_scaler": self.settings.eps_scaler, "clip_denoised": self.settings.clip and self.codec.bounded,
                    **self._options, **more}
         if self.scheduler is not None:
-            return self.scheduler(denoiser, x, times, noise, **options)
-        return SAMPLERS[self.settings.sample_type](denoiser, x, times, noise_fn=lambda index: noise.randn(x.shape),
-                                                   remedies=self.remedies, **options)
+            return self.scheduler(denoiser, x, noise, **options)
+        return SAMPLERS[self.settings.sample_type](denoiser, x, self.times, remedies=self.remedies,
+                                                   noise_fn=lambda index: noise.randn(x.shape), **options)
 
     def conditioned(self, condition: dict[str, Tensor]) -> Denoiser:
         """The denoiser under a condition, with guidance as the settings have it."""

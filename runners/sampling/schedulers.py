@@ -86,16 +86,16 @@ class SchedulerChain:
         return len(self._scheduler().timesteps)
 
     @torch.no_grad()
-    def __call__(self, denoiser, x: Tensor, times, noise, *, eps_scaler=None, clip_denoised: bool = False,
-                 callback=None, eta: float = 0.0) -> Tensor:
-        """The sample from ``x`` at the last of ``times``; ``noise`` (SeededNoise) gives the draws of its steps.
+    def __call__(self, denoiser, x: Tensor, noise, *, eps_scaler=None, clip_denoised: bool = False,
+                 callback=None, start=None, eta: float = 0.0) -> Tensor:
+        """The sample from ``x`` at the highest time; ``noise`` (SeededNoise) gives the draws of its steps.
 
         Epsilon scaling and clipping happen before the scheduler sees the network's output.
         """
-        if list(times) != self.times:
+        if start not in (None, self.times[-1]):
             raise UserError(f"--sample_type {FOREIGN}{self.name}: diffusers' schedulers cannot be entered half-way; "
                             "measure with a sampler of this program")
-        chain = Chain(denoiser, times, eps_scaler, clip_denoised, callback=callback)
+        chain = Chain(denoiser, self.times, eps_scaler, clip_denoised, callback=callback)
         links = {link.i: link for link in chain.links()}
         scheduler, seen = self._scheduler(), set()
         options = {key: value for key, value in (("eta", eta), ("generator", noise.generators))

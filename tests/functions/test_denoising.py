@@ -5,6 +5,7 @@ import torch
 
 from functions.denoiser import Denoiser
 from functions.denoising import SAMPLERS, VAR_TYPES, ddpm_steps, generalized_steps, step_variances
+from functions.schedule import FlowSchedule
 from functions.timesteps import sampling_times
 from tests.functions.gaussian import SCHEDULE, exact
 
@@ -130,6 +131,9 @@ def test_a_classifiers_gradient_moves_the_mean_by_the_variance_and_ddims_eps_by_
     plain = ddpm_steps(net, x, [500], var_type="fixedlarge", clip_denoised=False)
     guided = ddpm_steps(net, x, [500], var_type="fixedlarge", clip_denoised=False, gradient=gradient)
     torch.testing.assert_close(guided - plain, torch.full_like(x, g * step_variances(SCHEDULE, 500, -1)[1]))
+    plain, guided = (ddpm_steps(net, x, [20, 500], clip_denoised=False, gradient=each, noise_fn=lambda index: x)
+                     for each in (None, lambda x, t: torch.full_like(x, g * (t == 20))))        # on the last step alone
+    torch.testing.assert_close(guided - plain, torch.full_like(x, g * step_variances(SCHEDULE, 500, 20)[0]))
     plain, guided = (generalized_steps(net, x, [500], gradient=each) for each in (None, gradient))
     shift = SCHEDULE.sigma(500) ** 2 / SCHEDULE.alpha(500) * g                                # x0' + sigma^2/alpha s g
     torch.testing.assert_close(guided - plain, torch.full_like(x, shift))
@@ -159,3 +163,12 @@ def test_refusals(sampler, change, message):
     steps = change.pop("timesteps", [0, 500])
     with pytest.raises(ValueError, match=message):
         sampler(exact(1.0), normal(0, (1, 1, 2, 2)), steps, **change)
+
+
+@pytest.mark.parametrize("sampler", ["generalized", "heun", "euler", "dpmpp_2m"])
+def test_a_classifier_moves_nothing_where_no_image_follows_from_the_noise(sampler):
+    schedule = FlowSchedule()                                                   # whose list begins at alpha = 0
+    net, x = exact(0.5, schedule, "v_prediction"), torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain, guided = (SAMPLERS[sampler](net, x, [0.3, 0.6, 1.0], gradient=gradient)
+                     for gradient in (None, lambda x, t: torch.zeros_like(x)))
+    torch.testing.assert_close(guided, plain, rtol=0, atol=1e-6)

@@ -11,6 +11,7 @@ from functions.metrics import (
     inception_score_of_blocks,
     kernel_distance,
     kid,
+    kid_error,
     precision_recall,
 )
 from tests.conftest import load_kept
@@ -56,6 +57,12 @@ def test_error_of_kid_is_the_spread_over_fresh_sets(shift, subsets, size):
              for _ in range(60)]
     spread = np.std([each.mean for each in found])
     assert 0.8 < np.mean([each.std_error for each in found]) / spread < 1.25
+
+
+def test_error_of_kid_counts_all_real_features_as_given(sets):
+    real, fake = sets
+    once, often = (kid_error(each, fake, subsets=5, subset_size=50) for each in (real, real.repeat(30, 1)))
+    assert often == pytest.approx(once, rel=1e-9)
 
 
 def test_published_evaluator_on_made_up_features():

@@ -10,7 +10,7 @@ from functions.chain import Chain
 from functions.denoiser import Denoiser
 from functions.denoising import SAMPLERS, ddpm_steps, generalized_steps, network_calls, step_variances
 from functions.ode import euler_steps, heun_steps
-from functions.remedies import DCW, REMEDIES, Restart, TimeShift
+from functions.remedies import DCW, REMEDIES, Remedy, Restart, TimeShift
 from functions.schedule import FlowSchedule, SigmaSchedule
 from functions.timesteps import sampling_times
 from tests.functions.gaussian import SCHEDULE, exact, variance
@@ -301,3 +301,40 @@ def test_refusals(remedy, schedule, message):
     times = [0.01, 0.2, 1.0, 5.0] if schedule is SIGMA else [0, 100, 500]
     with pytest.raises(ValueError, match=message):
         remedy.on(schedule, times)
+
+
+# --------------------------------------------------------------------------------------------- entering in the middle
+
+
+class Seen(Remedy):
+    """What each step led to, by its index."""
+
+    def __init__(self):
+        self.found = {}
+
+    def after(self, chain, x, link):
+        self.found[link.index] = x
+        return x
+
+
+@pytest.mark.parametrize("sampler, options, remedies", [
+    ("heun", {"churn": 8.0}, ()), ("euler", {"eps_scaler": (0.01, 1.0)}, ()), ("generalized", {"eta": 0.7}, ()),
+    ("generalized", {}, (DCW(0.05, 0.02),)), ("generalized", {}, (Restart(((3, 2, 0.2, 1.0, 1.0),)),)),
+    ("ddpm_noisy", {}, (TimeShift(40, 100, "code"),))])
+def test_a_chain_that_is_entered_goes_on_as_the_whole_one(sampler, options, remedies):
+    """Also where a step depends on the length of the list or on its highest time."""
+    times, denoiser, x = sampling_times(SCHEDULE, 10), exact(0.5, SCHEDULE), normal(0)
+    seen, sample = Seen(), SAMPLERS[sampler]
+
+    def noise(index):
+        return normal(1 + index)
+
+    whole = sample(denoiser, x, times, noise_fn=noise, remedies=(*remedies, seen), **options)
+    start = times[6]                                      # where the third of ten steps ends
+    rest = sample(denoiser, seen.found[2], times, noise_fn=noise, remedies=remedies, start=start, **options)
+    torch.testing.assert_close(rest, whole, rtol=0, atol=0)
+
+
+def test_an_entry_is_a_time_of_the_list():
+    with pytest.raises(ValueError, match="not in list"):
+        euler_steps(exact(0.5, SCHEDULE), normal(0), [100, 500], start=300)

@@ -49,6 +49,18 @@ def test_the_five_lines(losses, held_out, step, training, ratios, found):
         assert word in line, line
 
 
+def test_drift_is_more_than_the_worst_of_many_rows_may_be_off():
+    """Of 45 rows one is off by 2.5 standard errors for nothing; a smaller drift that is sure counts before it."""
+    ratios = [1.0] * 50
+    ratios[10] = 1.025
+    drift = verdict(config(), [], 100, True, norms(*ratios, error=0.01))[-1]
+    assert "none that can be told from chance (eps-norm +2.5% at t = 10" in drift
+    rows = norms(*ratios, error=0.01)
+    rows[20].update(ratio=1.02, ratio_error=0.001)
+    drift = verdict(config(), [], 100, True, rows)[-1]
+    assert "finds more noise in its chain than in training (eps-norm +2.0% at t = 20" in drift
+
+
 def test_share_of_the_first_weights_in_an_average():
     def share(**average):
         return first_share(config(ema=[average]).training.ema[0], 100, 10)
