@@ -118,11 +118,10 @@ def work(job, device):
         diffusion.codec.network(device)              # a broken autoencoder is told before anything is sampled
     diffusion.prompts = prompts_of(job, device)
     sampler = diffusion.sampler(job.settings)
-    if job.batch_size == "auto":                                              # the same on all ranks
-        network, share = diffusion.network(), -(-len(job.seeds) // world_size())
-        one = sampler.condition(job.seeds[:1])
-        job.batch_size = on_rank_zero(lambda: fill_device(network, diffusion.codec.shape, share, one))
     share = -(-len(job.seeds) // world_size())
+    if job.batch_size == "auto":                                              # the same on all ranks
+        network, one = diffusion.network(), sampler.told(sampler.condition(job.seeds[:1]))
+        job.batch_size = on_rank_zero(lambda: fill_device(network, diffusion.codec.shape, share, one))
     diffusion.compiled = on_rank_zero(lambda: resolve_sampling_compile(args.compile, diffusion, sampler, share,
                                                                        job.batch_size))
     sampler = diffusion.sampler(job.settings)

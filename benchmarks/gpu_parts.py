@@ -53,6 +53,11 @@ class Figures:
         print(what, f"{value:,.4g} {unit}", "" if ratio is None else f"{ratio:.2f} times the reference", flush=True)
 
 
+def medians(makers: dict, rounds: int, warm_up: int) -> dict[str, float]:
+    """The middle rate of each."""
+    return {key: statistics.median(values) for key, values in alternate_apart(makers, rounds, warm_up=warm_up).items()}
+
+
 def rates_of_the_machine(args, figures: Figures) -> None:
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
         if args.device == "cuda" or name != "fp16":
@@ -66,21 +71,18 @@ def train(args, figures: Figures, steps: int, name: str = "cifar10.yml", size: s
     from benchmarks.workload import make_config, our_training, step_flops, write_pictures
 
     (batch, rounds), overrides = SIZES[args.small][size], SMALL if args.small else {}
-    kinds = ["bf16"] + ["bf16 compiled"] * (compiled and not args.small)
     with tempfile.TemporaryDirectory() as folder:
         pictures = write_pictures(Path(folder) / "pictures", 4 * batch, 64 if size == "64x64" else 32)
         make = partial(make_config, pictures, batch, steps=steps, name=name, **overrides)
-        makers = {"reference": partial(ReferenceTraining, make(), pictures, args.device)}
-        makers |= {kind: partial(our_training, make(precision=kind), Path(folder) / kind, args.device)
-                   for kind in kinds}
-        rates = {key: statistics.median(values)
-                 for key, values in alternate_apart(makers, rounds, warm_up=0 if args.small else 3).items()}
         flops, peak = step_flops(make())[1] * steps, matrix_rate(torch.bfloat16, args.device, rounds=3)
-    for kind in kinds:
-        what = f"{name.removesuffix('.yml')}, K = {steps}, batch {batch}, {kind}"
-        figures.add(f"training step, {what}", rates[kind], "images/s", reference=rates["reference"],
-                    target=targets[0])
-        figures.add(f"share of the bf16 matrix rate, {what}", rates[kind] * flops / peak, "", target=targets[1])
+        makers, reference = {"reference": partial(ReferenceTraining, make(), pictures, args.device)}, None
+        for kind in ["bf16"] + ["bf16 compiled"] * (compiled and not args.small):    # told before minutes of compiling
+            makers[kind] = partial(our_training, make(precision=kind), Path(folder) / kind, args.device)
+            rates = medians(makers, rounds, warm_up=0 if args.small else 3)
+            reference, makers = rates.get("reference", reference), {}
+            what = f"{name.removesuffix('.yml')}, K = {steps}, batch {batch}, {kind}"
+            figures.add(f"training step, {what}", rates[kind], "images/s", reference=reference, target=targets[0])
+            figures.add(f"share of the bf16 matrix rate, {what}", rates[kind] * flops / peak, "", target=targets[1])
 
 
 def family(args, figures: Figures, name: str, part: str) -> None:
@@ -150,19 +152,21 @@ def sample(args, figures: Figures) -> None:
 
     batch, steps, rounds = SIZES[args.small]["sample"]
     config, settings = make_config(Path("."), batch, **(SMALL if args.small else {})), SamplerSettings(timesteps=steps)
-    kinds = ["fp32", "bf16"] + ["bf16 compiled"] * (not args.small)
     with tempfile.TemporaryDirectory() as folder:
-        makers = {"reference": partial(reference_sampling, config, args.device, steps, batch, Path(folder))}
-        makers |= {kind: partial(our_sampling, config, args.device, kind, settings, batch, Path(folder))
-                   for kind in kinds}
-        makers["no files"] = partial(sampling_without_files, config, args.device, steps, batch)
-        rates = {key: statistics.median(values)
-                 for key, values in alternate_apart(makers, rounds, warm_up=0 if args.small else 1).items()}
-    for kind in kinds:
-        figures.add(f"DDIM, {steps} steps, batch {batch}, {kind}", rates[kind], "images/s",
-                    reference=rates["reference"], target=SPEED if kind != "fp32" else None)
-    figures.add("what PNG files cost, of a chain in bf16", 1 - rates["bf16"] / rates["no files"], "", target=0.05,
-                at_most=True)
+        ours = {kind: partial(our_sampling, config, args.device, kind, settings, batch, Path(folder))
+                for kind in ("fp32", "bf16", "bf16 compiled")}
+        compiled = {"bf16 compiled": ours.pop("bf16 compiled")} if not args.small else {}
+        makers = {"reference": partial(reference_sampling, config, args.device, steps, batch, Path(folder)), **ours,
+                  "no files": partial(sampling_without_files, config, args.device, steps, batch)}
+        rates = {}
+        for group in (makers, compiled):                                        # told before minutes of compiling
+            rates |= medians(group, rounds, warm_up=0 if args.small else 1)
+            for kind in group.keys() - {"reference", "no files"}:
+                figures.add(f"DDIM, {steps} steps, batch {batch}, {kind}", rates[kind], "images/s",
+                            reference=rates["reference"], target=SPEED if kind != "fp32" else None)
+            if "no files" in group:
+                figures.add("what PNG files cost, of a chain in bf16", 1 - rates["bf16"] / rates["no files"], "",
+                            target=0.05, at_most=True)
 
 
 def sampling_without_files(config, device: str, steps: int, batch: int):
@@ -191,8 +195,7 @@ def fid(args, figures: Figures) -> None:
         makers = {"pytorch-fid": partial(pass_of_pytorch_fid, [str(p) for p in sorted(pictures.glob("*.png"))],
                                          args.device),
                   "here": partial(pass_here, pictures, args.device)}
-        rates = {key: statistics.median(values)
-                 for key, values in alternate_apart(makers, rounds, warm_up=0 if args.small else 1).items()}
+        rates = medians(makers, rounds, warm_up=0 if args.small else 1)
     figures.add(f"Inception features of {num} PNG files", rates["here"], "images/s", reference=rates["pytorch-fid"],
                 target=2.0)
 

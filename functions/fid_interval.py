@@ -69,7 +69,7 @@ def frechet_interval(features, mu, sigma=None, *, root: Tensor | None = None,
 
 
 def student(probability: float, freedom: float) -> float:
-    """Quantile of Student's t by Fisher & Cornish 1960, to 1% from 4 degrees of freedom on and 95% or less."""
+    """Quantile of Student's t by Fisher & Cornish 1960, to 2% from 4 degrees of freedom on (at 97.5%)."""
     z = NormalDist().inv_cdf(probability)
     return z + (z ** 3 + z) / (4 * freedom) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * freedom ** 2)
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.adm_blocks import GroupNorm, Parts, Stage, full_precision, timestep_embedding, zeroed
+from models.adm_blocks import GroupNorm, Parts, Stage, timestep_embedding, zeroed
+from models.precision import without_autocast
 from models.unet import embed_labels
 
 
@@ -84,7 +85,7 @@ class Encoder(nn.Module):
         if (labels is None) != (self.label_emb is None):
             raise ValueError("labels are needed by a network with classes" if labels is None else
                              "labels were given to a network without classes")
-        with full_precision(t):
+        with without_autocast(t):
             emb = self.time_embed(timestep_embedding(t, self.num_channels).to(self.time_embed[0].weight.dtype))
             return emb if labels is None else emb + embed_labels(self.label_emb, labels)
 
@@ -144,5 +145,5 @@ class ADMUNet(Encoder):
         h, kept = self.encode(x, emb)
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, kept.pop()], dim=1), emb)
-        with full_precision(x):
+        with without_autocast(x):
             return self.out(h.to(x.dtype))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.precision import without_autocast
 from models.unet import Dropout, Upsample
 
 
@@ -53,11 +54,6 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def full_precision(x: Tensor) -> torch.autocast:
-    """Context without autocast: an embedding in bf16 could not tell neighbouring steps apart."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 class ResBlock(nn.Module):
     """skip(x) + f(x, emb), at another resolution where ``resample`` is given. (B, C, H, W) -> (B, C', H', W').
 
@@ -82,7 +78,7 @@ class ResBlock(nn.Module):
         if self.resample:
             h, x = self.resample(h), self.resample(x)                                        # (B, C, H', W')
         h = conv(h)                                                                          # (B, C', H', W')
-        with full_precision(x):
+        with without_autocast(x):
             e = self.emb_layers(emb)[:, :, None, None]                                       # (B, C' or 2C', 1, 1)
         norm, *rest = self.out_layers
         if self.scale_shift:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from models.adm import Encoder
-from models.adm_blocks import GroupNorm, attend, full_precision, pointwise
+from models.adm_blocks import GroupNorm, attend, pointwise
 from models.formats.adm import read_settings
 from models.formats.common import bare_name, is_state
+from models.precision import without_autocast
 from utils.errors import DataError, UserError
 from utils.safe_load import load_torch
 
@@ -49,7 +50,7 @@ class ADMClassifier(Encoder):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Logits, (B, num_outputs), of noisy images (B, in_channels, image_size, image_size) at steps t (B,)."""
         h, _ = self.encode(x, self.embed(t))
-        with full_precision(x):
+        with without_autocast(x):
             return self.out(h.to(x.dtype))
 
 

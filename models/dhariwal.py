@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.edm_blocks import BlockStyle, EDMUNet, geometric_frequencies, group_norm
+from models.precision import without_autocast
 
 HEAD_WIDTH = 64                      # channels of an attention head; blocks with fewer have no attention
 ZERO = ("conv1", "proj", "out_conv", "map_augment")            # layers that start at zero, by the end of their names
@@ -59,7 +60,7 @@ class DhariwalUNet(EDMUNet):
             nn.init.normal_(self.map_label.weight)
 
     def embed(self, t: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):     # half precision has 8 or 11 bits, levels have more
+        with without_autocast(t):
             dtype = self.map_layer0.weight.dtype
             angles = t.float().outer(geometric_frequencies(self.model_channels // 2, False, t.device))
             emb = torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)                   # (B, M)

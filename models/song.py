@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.edm_blocks import BlockStyle, EDMUNet, geometric_frequencies, group_norm
+from models.precision import without_autocast
 from models.resampling import FusedDownConv, Resample
 
 
@@ -110,7 +111,7 @@ class SongUNet(EDMUNet):
                     nn.init.zeros_(module.bias)
 
     def embed(self, t: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):     # half precision has 8 or 11 bits, levels have more
+        with without_autocast(t):
             dtype = self.map_layer0.weight.dtype
             emb = self.map_noise(t).to(dtype)                                                # (B, Q)
             if self.map_label is not None:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.precision import without_autocast
+
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     """sin(t w_i), cos(t w_i) with w_i = 10000^(-i / (dim/2 - 1)), as DDPM: all sines first. Always float32.
@@ -48,7 +50,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor, label_embedding: Tensor | None = None) -> Tensor:
         first, second = self.dense
-        with torch.autocast(t.device.type, enabled=False):     # bf16 has 8 bits: neighbouring steps would be one
+        with without_autocast(t):
             h = second(F.silu(first(sinusoidal_embedding(t, self.ch).to(first.weight.dtype))))
             return F.silu(h if label_embedding is None else h + label_embedding)             # (B, D)
 

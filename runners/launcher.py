@@ -31,6 +31,7 @@ def launch(script: str, argv: list[str], *, processes: int, nodes: int = 1, node
         raise UserError(f"--num_proc_node {nodes} needs --master_address, the host of node 0")
     if several and max_restarts:
         raise UserError("--max_restarts is for one node; on several, start torchrun with its c10d rendezvous")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)            # which LaunchConfig reads
     config = LaunchConfig(
         min_nodes=nodes, max_nodes=nodes, nproc_per_node=processes, max_restarts=max_restarts, run_id="sa-ddim",
         rdzv_backend="static" if several else "c10d",
@@ -38,7 +39,6 @@ def launch(script: str, argv: list[str], *, processes: int, nodes: int = 1, node
         rdzv_configs={"rank": node_rank, "timeout": 900} if several else {},
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
     os.environ[LAUNCHER] = str(os.getpid())
     signal.signal(signal.SIGUSR1, forward)
     try:

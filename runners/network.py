@@ -1,15 +1,19 @@
 """From a bare module to what a training step or a sampler calls: precision, memory layout, compilation, DDP."""
 
 import logging
+import shutil
+import sysconfig
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from math import inf
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.precision import forbid_tf32
 from runners.frozen import cast_once
 from utils.cpu import BF16, bf16_pays, cpu_kind, instruction_sets
 from utils.errors import UserError
@@ -19,6 +23,7 @@ COMPILE_FROM_CALLS = 2000                            # fewer do not earn back th
 WIDE = 128                                           # channels from which channels_last pays on a CPU
 CPU_PIXELS = 64 * 1024                               # of batch_size auto
 GPU_BATCH, GPU_SHARE = 2048, 0.6                     # of batch_size auto: at most, and of the free memory
+GPU_PIXELS = 2**21                                   # likewise: kernels that index by int32 take no more of wide layers
 PROBES = ((4, 12), (1, 2))                           # images of the calls that measure memory; if those fit
 log = logging.getLogger(__name__)
 
@@ -57,14 +62,28 @@ def explain_amp(name: str, device: torch.device) -> str:
 
 
 def resolve_compile(name: str, device: torch.device, calls: int) -> bool:
-    """``auto``: on CUDA, where at least COMPILE_FROM_CALLS network calls follow; not on a CPU, where training gains
-    nothing (sampling: ``runners.compilation``). Says in the log why."""
+    """``auto``: on CUDA, where at least COMPILE_FROM_CALLS network calls follow and Triton has what it needs; not on a
+    CPU, where training gains nothing (sampling: ``runners.compilation``). Says in the log why."""
     if name != "auto":
         return name == "on"
-    worth_it = device.type == "cuda" and calls >= COMPILE_FROM_CALLS
-    reason = "a CPU runs without" if device.type == "cpu" else f"{calls} network calls, {COMPILE_FROM_CALLS} pay for it"
-    log.info("compile auto: %s (%s)", "on" if worth_it else "off", reason)
-    return worth_it
+    hindrances = {"a CPU runs without": device.type == "cpu",
+                  f"{calls} network calls, {COMPILE_FROM_CALLS} pay for it": calls < COMPILE_FROM_CALLS}
+    reason = next((reason for reason, hinders in hindrances.items() if hinders), None) or missing_for_triton()
+    log.info("compile auto: %s (%s)", "off" if reason else "on", reason or f"{calls} network calls")
+    return reason is None
+
+
+def missing_for_triton() -> str | None:
+    """What the compiler of CUDA kernels lacks on this machine."""
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return "no Triton for this GPU"
+    if not any(map(shutil.which, ("gcc", "clang"))):
+        return "no C compiler for Triton: gcc, clang"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "no Python.h for Triton: the headers of Python, python3-dev"
+    return None
 
 
 def fill_device(network: "Network", shape: tuple[int, int, int], share: int, condition: dict | None = None) -> int:
@@ -81,7 +100,7 @@ def fill_device(network: "Network", shape: tuple[int, int, int], share: int, con
     """
     if network.device.type == "cuda":
         each, free = memory_of_an_image(network, shape, condition or {})
-        fitting = min(GPU_BATCH, int(GPU_SHARE * free / each))
+        fitting = min(GPU_BATCH, GPU_PIXELS // (shape[1] * shape[2]), int(GPU_SHARE * free / each))
         reason = f"{each / 2**20:.0f} MiB for each image, {free / 2**30:.1f} GiB free"
     else:
         fitting, reason = CPU_PIXELS // (shape[1] * shape[2]), f"{CPU_PIXELS:,} pixels at a time on a CPU"
@@ -139,7 +158,7 @@ def memory_format(device: torch.device, width: int) -> torch.memory_format:
 
 
 class Network:
-    """The network's output in float32, whatever runs inside; without ``amp`` that is float32 too, not TF32.
+    """The network's output in float32, whatever runs inside; what is no ``amp`` there is float32 too, not TF32.
 
     Args:
         model: The bare module; its weights stay float32, and images get their memory format.
@@ -157,13 +176,13 @@ class Network:
         self.device, self.amp, self.memory_format = device, amp, _memory_format_of(model)
         self.compiled, self.to_be_cast = compiled, frozen and amp is not None
         self.module = torch.compile(model) if compiled and not self.to_be_cast else model
-        if device.type == "cuda" and amp is None:
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        if device.type == "cuda":
+            forbid_tf32()                            # also of what autocast leaves in float32
         if ddp:
             # Of the 1x1 kernels in attention, whose two layouts are the same bytes.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             self.module = DistributedDataParallel(
-                self.module, device_ids=[device.index] if device.type == "cuda" else None,
+                self.module, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
                 gradient_as_bucket_view=True, static_graph=accumulate == 1)           # no_sync must not come first then
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:

@@ -280,3 +280,7 @@ def test_gradients_that_are_not_finite(replace):
     _, skipped = training.update()
     assert bool(skipped) is not replace
     assert model.weight.tolist() == ([[0.0, -1e5, 1e5, -2.0]] if replace else [[0.0] * 4])
+    scaled = TrainingState(model, config, 10, loss_scaling=True)
+    scaled.scaler.scale(torch.ones(()))                         # which makes its scale
+    model.weight.grad = torch.full((1, 4), float("inf"))
+    assert bool(scaled.update()[1]), "skipped by the scaler, and counted"

@@ -16,6 +16,7 @@ from runners.distributed import gather_objects
 
 # What features there are: of FID, of sFID, of the classifier of digits with its class probabilities behind them.
 SPACES = ("pool", "spatial", "digits")
+AT_ONCE = 256                                        # images: Inception takes 9 MiB for each
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,19 @@ class Collector:
         """Add this rank's images, uint8 (B, C, H, W), and their places in the whole set."""
         if not len(images):
             return
-        found, self.image_size = {}, list(images.shape[-2:])
+        self.image_size = list(images.shape[-2:])
+        for start in range(0, len(images), AT_ONCE):
+            self.add(self._features(images[start:start + AT_ONCE]), indices[start:start + AT_ONCE])
+
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        found = {}
         if "spatial" in self.spaces:
             found["pool"], found["spatial"] = self.net.with_spatial(images)
         elif "pool" in self.spaces:
             found["pool"] = self.net(images)
         if self.digits:
             found["digits"] = self.digits(images)
-        self.add(found, indices)
+        return found
 
     def add(self, features: Tensor | dict[str, Tensor], indices: Sequence[int]) -> None:
         """Add features that are there already, (B, D) by space, or FID's alone."""

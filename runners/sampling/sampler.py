@@ -271,10 +271,13 @@ class Sampler:
         return SAMPLERS[self.settings.sample_type](denoiser, x, self.times, remedies=self.remedies,
                                                    noise_fn=lambda index: noise.randn(x.shape), **options)
 
+    def told(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the network itself is told: not the labels that are a classifier's alone."""
+        return {name: rows for name, rows in condition.items() if name != "labels" or self.num_labels}
+
     def conditioned(self, condition: dict[str, Tensor]) -> Denoiser:
         """The denoiser under a condition, with guidance as the settings have it."""
-        told = {name: rows for name, rows in condition.items() if name != "labels" or self.num_labels}
-        given = self.denoiser.given(told)
+        given = self.denoiser.given(self.told(condition))
         if self.settings.guidance is None:
             return given
         if self.guide is None:

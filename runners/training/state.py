@@ -61,7 +61,7 @@ class TrainingState:
             Its norm before clipping, and whether the step was skipped: () float and () bool, on the device.
         """
         self.scaler.unscale_(self.optimizer)
-        if self.config.optim.replace_non_finite:
+        if self.config.optim.replace_non_finite and not self.scaler.is_enabled():     # that skips, and says so
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     torch.nan_to_num_(parameter.grad, 0.0, REPLACED, -REPLACED)

@@ -67,3 +67,20 @@ def test_two_jobs_of_two_ranks_share_a_machine_and_a_data_set(tmp_path):
     assert [job.wait() for job in pair] == [0, 0], [job.text for job in pair]
     assert sum(job.text.count("packed 1797 images") for job in pair) <= 1          # other ranks than 0 log errors only
     assert len(list((tmp_path / "a" / "datasets" / ".packed").glob("*.npy"))) == 1
+
+
+def test_ranks_get_their_time_to_save(monkeypatch):
+    """LaunchConfig reads it from the environment when it is made; torch 2.6 knows no such time."""
+    from torch.distributed.launcher import api
+
+    from runners import launcher
+
+    seen = []
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.setattr(api, "elastic_launch", lambda config, *words: seen.append(config) or (lambda *argv: None))
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert launcher.launch("script.py", [], processes=2) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert getattr(seen[0], "shutdown_timeout", 600) == 600

@@ -92,6 +92,7 @@ def test_a_network_call_can_be_captured_as_a_cuda_graph(network, device):
     called = on(network, device, amp=torch.bfloat16, frozen=True)
     x, t = draws(4, 3, 16, 16).to(device), torch.full((4,), 500.0, device=device)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             expected = called(x, t)

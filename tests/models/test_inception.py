@@ -2,6 +2,8 @@
 
 import importlib.util
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -195,6 +197,36 @@ def test_no_code_from_a_weights_file_runs(tmp_path):
         with pytest.raises(DataError, match="only tensors"):
             load_inception(tmp_path / name)
     assert not marker.exists()
+
+
+CHOICES = {"older": "torch.set_float32_matmul_precision('high')",
+           "flags": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True",
+           "products": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+           "all": "torch.backends.fp32_precision = 'tf32'"}
+PROGRAM = """
+import torch
+from models.precision import SWITCHES, forbid_tf32, full_precision
+{choice}
+def chosen():
+    return [switch.fp32_precision for switch in SWITCHES]
+before = chosen()
+for repeat in range(2):
+    with full_precision(torch.device("cpu")):
+        assert set(chosen()) <= {{"ieee"}}, chosen()
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    assert chosen() == before, chosen()
+    forbid_tf32()                                     # as a network on a GPU does
+    before = chosen()
+assert torch.get_float32_matmul_precision() == "highest" and set(before) <= {{"ieee"}}
+"""
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_float32_is_float32_however_tf32_was_allowed(choice):
+    """torch has two ways to say it, and raises where it finds them at odds. In a process: they are global."""
+    if "fp32_precision" in choice and not hasattr(torch.backends, "fp32_precision"):
+        choice = ""                                   # before torch 2.9
+    subprocess.run([sys.executable, "-c", PROGRAM.format(choice=choice)], check=True, timeout=120)
 
 
 def test_features_do_not_depend_on_what_precision_the_caller_has_chosen():

@@ -75,6 +75,8 @@ def test_an_unconditional_network_takes_its_labels_from_the_classifier(classifie
     diffusion.classifier = Classifier(classifier_file, config.data.shape)
     settings = SamplerSettings(timesteps=3, classes="4", classifier_scale=1.0)
     sampler = diffusion.sampler(settings)
+    one = sampler.condition([0])
+    assert one["labels"].tolist() == [4] and sampler.told(one) == {}, "labels are the classifier's alone"
     assert sampler.labels([0, 1]).tolist() == [4, 4] and sampler([0, 1]).shape == (2, 1, 8, 8)
 
 

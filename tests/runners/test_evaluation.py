@@ -93,6 +93,19 @@ def test_results_do_not_depend_on_ranks_order_or_batches(net, folder, tmp_path):
     np.testing.assert_allclose(first[2], whole.stats.mean, rtol=1e-6)
 
 
+def test_a_large_batch_goes_through_the_network_in_parts(net, monkeypatch):
+    """Inception takes more memory for an image than most networks that are sampled."""
+    sizes, images = [], images_of(pixels(600))
+    monkeypatch.setattr(TinyNet, "__call__", lambda self, part, call=TinyNet.__call__: (
+        sizes.append(len(part)), call(self, part))[1])
+    collector = Collector(net, keep_features=True)
+    collector.update(images, range(600))
+    monkeypatch.undo()
+    found, order = collector.gather()
+    np.testing.assert_allclose(found["pool"].features, net(images).numpy(), rtol=1e-6)
+    assert sizes == [256, 256, 88] and order.tolist() == list(range(600))
+
+
 def test_folder_zip_and_npz_are_the_same_images(net, folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for path in sorted(folder.rglob("*.png")):

@@ -23,10 +23,10 @@ def test_batch_size_auto_on_a_cpu(shape, share, size):
     assert fill_device(Network(torch.nn.Identity(), CPU), shape, share) == size
 
 
-@pytest.mark.parametrize("each, size", [(1e6, 2048), (100e6, 128), (200e9, 1)])
-def test_batch_size_auto_fits_into_the_free_memory_of_a_gpu(each, size, monkeypatch):
+@pytest.mark.parametrize("each, side, size", [(1e6, 32, 2048), (100e6, 32, 128), (200e9, 32, 1), (1e6, 256, 32)])
+def test_batch_size_auto_fits_into_the_free_memory_of_a_gpu(each, side, size, monkeypatch):
     monkeypatch.setattr(network, "memory_of_an_image", lambda *args: (each, 30_000_000_000))
-    assert fill_device(Network(torch.nn.Identity(), CUDA), (3, 32, 32), 50000) == size
+    assert fill_device(Network(torch.nn.Identity(), CUDA), (3, side, side), 50000) == size
 
 
 class FakeGPU:
@@ -77,11 +77,20 @@ def test_images_get_the_memory_format_of_the_weights():
     assert [memory_format(device, 32) for device in (CPU, CUDA)] == [torch.contiguous_format, torch.channels_last]
 
 
-def test_compile_auto_is_for_long_runs_on_a_gpu():
+def test_compile_auto_is_for_long_runs_on_a_gpu_with_what_triton_needs(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(network.shutil, "which", lambda name: name == "gcc")
+    monkeypatch.setattr(network.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in network.missing_for_triton() and not resolve_compile("auto", CUDA, 10**6)
+    (tmp_path / "Python.h").write_text("")
     assert not resolve_compile("auto", CPU, 10**6)
     assert not resolve_compile("auto", CUDA, 100)
     assert resolve_compile("auto", CUDA, 10**6)
     assert resolve_compile("on", CPU, 1)
+    monkeypatch.setattr(network.shutil, "which", lambda name: None)
+    assert "C compiler" in network.missing_for_triton() and not resolve_compile("auto", CUDA, 10**6)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert "no Triton" in network.missing_for_triton()
 
 
 def test_training_continues_in_another_memory_format():
