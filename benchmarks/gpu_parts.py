@@ -155,11 +155,11 @@ def sample(args, figures: Figures) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours = {kind: partial(our_sampling, config, args.device, kind, settings, batch, Path(folder))
                 for kind in ("fp32", "bf16", "bf16 compiled")}
-        compiled = {"bf16 compiled": ours.pop("bf16 compiled")} if not args.small else {}
+        compiled = {"bf16 compiled": ours.pop("bf16 compiled")}
         makers = {"reference": partial(reference_sampling, config, args.device, steps, batch, Path(folder)), **ours,
                   "no files": partial(sampling_without_files, config, args.device, steps, batch)}
         rates = {}
-        for group in (makers, compiled):                                        # told before minutes of compiling
+        for group in [makers] + [compiled] * (not args.small):                  # told before minutes of compiling
             rates |= medians(group, rounds, warm_up=0 if args.small else 1)
             for kind in group.keys() - {"reference", "no files"}:
                 figures.add(f"DDIM, {steps} steps, batch {batch}, {kind}", rates[kind], "images/s",
