@@ -125,7 +125,7 @@ class Job:
 
     def _open(self, name: str):
         """The run's own configuration wins over --config, which must not contradict it."""
-        from runners.sampling.weights import configuration_of
+        from runners.sampling.weights import configuration_of, epoch_of
 
         run = self._run(name)
         config = configuration_of(run, self.args.config, self.args.overrides, self.file)
@@ -133,10 +133,9 @@ class Job:
             if not self.file.exists():
                 raise UserError(f"--weights {self.file}: no such file")
             return config, self.file
-        ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
         if config.model.arch == "diffusers" and not run.path.exists():
             return config, None                                     # the pipeline as it is
-        return config, run.weights(ckpt_id, self.args.model_ema)
+        return config, run.weights(epoch_of(config, self.args.ckpt_id), self.args.model_ema)
 
     def _starts(self) -> list[float | None]:
         """None for pure noise, then the times nearest to --start_t."""

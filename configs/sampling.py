@@ -18,7 +18,7 @@ SHORT = {"generalized": "DDIM", "ddpm_noisy": "ancestral", "heun": "Heun", "eule
 
 
 def read_by(sample_type: str) -> set[str]:
-    """Which of eta, var_type and churn a sampler reads."""
+    """Which keys of SAMPLE_TYPES a sampler reads."""
     return {"eta"} if sample_type.startswith(FOREIGN) else SAMPLE_TYPES[sample_type]
 
 

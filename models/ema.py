@@ -91,6 +91,17 @@ def decay_of(average, batch: int) -> Callable[[int], float]:
     return KINDS[kind](average, batch)
 
 
+def first_share(decay: Callable[[int], float], updates: int, enough: float = 0.0) -> float:
+    """What the weights before the first update still count after ``updates``: prod of beta_n, at most ``enough`` where
+    it is no more than that."""
+    share = 1.0
+    for n in range(1, updates + 1):
+        share *= decay(n)
+        if share <= enough:
+            break
+    return share
+
+
 # ------------------------------------------------------------------------------------- averages chosen after training
 
 

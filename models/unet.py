@@ -164,7 +164,7 @@ class UNet(nn.Module):
 
     Args:
         resolution: Longer side of the images; ``resolution / 2^i`` in ``attn_resolutions`` gives level i attention.
-        Others: As documented in configs/schema.py, section model.
+        Others: As documented in configs/networks.py.
 
     Attributes:
         checkpointing: Set to True to recompute each stage in the backward pass instead of keeping its activations:

@@ -49,7 +49,6 @@ class Parser(argparse.ArgumentParser):
         args.overrides = overrides
         return args
 
-
     def _suggest(self, word: str) -> str:
         """What may have been meant: a flag, a key of the configuration without its section, a configuration."""
         from configs.schema import dotted_keys  # imports pydantic, which only such an error has to await

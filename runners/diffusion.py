@@ -25,7 +25,7 @@ from runners.network import Network, explain_out_of_memory, memory_format
 from runners.sampling.flags import checked_settings
 from runners.sampling.gamma import read_gamma
 from runners.sampling.sampler import Sampler
-from runners.sampling.weights import local_weights, stored_config
+from runners.sampling.weights import epoch_of, local_weights, stored_config
 from runners.signals import Signals
 from runners.training.checkpoint import RunFolder, prepared
 from runners.training.monitor import log_to_file
@@ -101,8 +101,7 @@ class Diffusion:
             raise UserError(f"{run.config} not found; is {folder} the folder of a run? For a folder of another program "
                             "give config=load_config(FILE)")
         diffusion = cls(config or load_config(run.config), device)
-        default = diffusion.config.sampling.ckpt_id
-        diffusion.load(run.weights(default if ckpt_id is None else ckpt_id, ema), ema)
+        diffusion.load(run.weights(epoch_of(diffusion.config, ckpt_id), ema), ema)
         return diffusion
 
     @classmethod
@@ -158,13 +157,13 @@ class Diffusion:
         """Make up the average of relative width ``length`` from the power-function averages that a run has kept.
 
         Args:
-            ckpt_id: Epoch at which it ends; none: the newest.
+            ckpt_id: Epoch at which it ends; none: sampling.ckpt_id, else the newest.
             length: In (0, 0.289).
 
         Raises:
             UserError: The run has kept none, or a length out of range. DataError: A broken file.
         """
-        self.weights = load_profile(self.model, run.profiles(ckpt_id), length)
+        self.weights = load_profile(self.model, run.profiles(epoch_of(self.config, ckpt_id)), length)
         self.averages = []
 
     # ------------------------------------------------------------------------------------------------------- training

@@ -159,6 +159,9 @@ def test_several_averages_resume_exactly_and_any_length_is_made_up_afterwards(tm
     diffusion.load_average(RunFolder(whole), None, 0.05)                     # one that is there comes out as it is
     for name, value in diffusion.model.state_dict().items():
         torch.testing.assert_close(value, stored[name], rtol=1e-4, atol=1e-5)
+    earlier = Diffusion(diffusion.config.replace("sampling.ckpt_id", 2), "cpu")
+    earlier.load_average(RunFolder(whole), None, 0.05)
+    assert earlier.weights.step == 2, "the configuration's epoch"
     images, code = sample(tmp_path / "whole", "--ema_length", "0.07")
     assert code == 0 and len(images) == 6 and diffusion.weights.step == 6
     assert sample(tmp_path / "whole", "--ema_length", "0.4", name="long")[1] == 2

@@ -46,8 +46,8 @@ def _without_hub(name: str, what: str, download: bool, reason: str) -> None:
 
 def needs_package(error: ImportError, what: str) -> UserError:
     """One line about an optional library that is missing."""
-    return UserError(f"{what} needs the package {error.name or 'diffusers'}: pip install "
-                     f"'diffusers>=0.31' 'transformers>=4.44' 'peft>=0.13' (the extra text2image of pyproject.toml)")
+    return UserError(f"{what} needs the package {error.name or 'diffusers'}: pip install 'diffusers>=0.33' "
+                     "'transformers>=4.44' 'peft>=0.15' accelerate (the extra text2image of pyproject.toml)")
 
 
 @contextmanager

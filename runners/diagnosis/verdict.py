@@ -1,9 +1,10 @@
 """Five lines in words about a run: was it trained long enough, and does its chain drift?"""
 
 import statistics
-from math import inf, prod, sqrt
+from math import inf, sqrt
 from statistics import NormalDist
 
+from models.ema import decay_of, first_share
 from runners.diagnosis.summary import first_calls, largest
 
 FEW_STEPS = 50_000                   # published networks take 100,000 steps and more, small data sets somewhat fewer
@@ -44,22 +45,12 @@ def _average(config, step: int | None, ema: bool) -> str:
     if step is None:
         return "Average: unknown, the weights do not say after how many steps they were saved."
     average = config.training.ema[0]
-    share = first_share(average, step, config.training.global_batch_size or config.training.batch_size)
+    decay = decay_of(average, config.training.global_batch_size or config.training.batch_size)
+    share = first_share(decay, step, COLD)
     if share > COLD:
         return (f"Average: still cold, {share:.0%} of it are the first, random weights ({average}, {step:,} steps). "
                 "Train longer, lower the rate, set warmup, or measure with --no-model_ema.")
     return f"Average: warm ({average}, {step:,} steps)."
-
-
-def first_share(average, step: int, batch: int) -> float:
-    """What the weights before the first step still count in an average after ``step`` steps."""
-    if average.length is not None:
-        return 0.0                                          # its profile is 0 at the first step
-    if average.half_life is not None:                       # with a ramp-up the first steps replace all of it
-        return 0.0 if average.ramp_up else 0.5 ** (step * batch / average.half_life)
-    if average.warmup:
-        return prod(min(average.rate, (1 + n) / (10 + n)) for n in range(min(step, 10_000)))
-    return average.rate ** step
 
 
 def _falling(regular: list[dict]) -> str:

@@ -8,6 +8,7 @@ from functions.rng import SeededNoise
 from models import about_weights
 from runners import distributed
 from runners.diffusion import Diffusion
+from runners.network import resolve_amp
 from runners.sampling.prompts import prompts_of
 from utils.table import print_table
 
@@ -17,6 +18,7 @@ def dry_run_sampling(job, device: torch.device) -> None:
     the folder that --export would write."""
     config, weights = job.config, job.weights
     diffusion = Diffusion(config, device)
+    diffusion.amp = distributed.on_rank_zero(lambda: resolve_amp(job.args.amp, device))
     if weights:
         diffusion.load(weights, job.args.model_ema)
     told = {"export": job.args.export} if job.args.export else _call(job, diffusion)

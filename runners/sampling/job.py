@@ -22,7 +22,7 @@ from runners.sampling.gamma import read_gamma
 from runners.sampling.pictures import open_originals
 from runners.sampling.prompts import SEEDS_OF_A_PROMPT, read_prompts
 from runners.sampling.sampler import check_gamma, check_settings
-from runners.sampling.weights import configuration_of, local_weights, stored_config
+from runners.sampling.weights import configuration_of, epoch_of, local_weights, stored_config
 from runners.training.checkpoint import RunFolder
 from utils.errors import UserError
 from utils.hub import local_folder
@@ -92,8 +92,7 @@ class SamplingJob:
         if config.model.arch == "diffusers" and (pipeline or not file and not self.run.path.exists()):
             return self._configure_pipeline(config, pipeline)
         try:
-            ckpt_id = config.sampling.ckpt_id if args.ckpt_id is None else args.ckpt_id
-            weights = file or self.run.weights(ckpt_id, args.model_ema)
+            weights = file or self.run.weights(epoch_of(config, args.ckpt_id), args.model_ema)
             if not weights.exists():
                 raise UserError(f"--weights {weights}: no such file")
         except UserError as error:
@@ -109,8 +108,7 @@ class SamplingJob:
             config = config.replace("model.pretrained", str(pipeline))
         if not self.args.doc:
             return config, None
-        ckpt_id = config.sampling.ckpt_id if self.args.ckpt_id is None else self.args.ckpt_id
-        return config, self.run.weights(ckpt_id, self.args.model_ema)
+        return config, self.run.weights(epoch_of(config, self.args.ckpt_id), self.args.model_ema)
 
     @property
     def weights_name(self) -> str:
@@ -220,7 +218,7 @@ class SamplingJob:
         if args.weights or not args.model_ema:
             raise UserError("--ema_length makes an average out of those that the run has kept: no --weights, no "
                             "--no-model_ema")
-        self.run.profiles(args.ckpt_id)
+        self.run.profiles(epoch_of(self.config, args.ckpt_id))
 
     def _check_reconstruction(self) -> None:
         args = self.args

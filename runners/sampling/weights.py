@@ -39,6 +39,11 @@ def local_weights(text: str) -> Path:
     return target
 
 
+def epoch_of(config: Config, given: int | None) -> int | None:
+    """--ckpt_id, else the configuration's; None: the newest."""
+    return config.sampling.ckpt_id if given is None else given
+
+
 def stored_config(path: Path, overrides: Sequence[str] = ()) -> Config | None:
     """The configuration that a file of weights brings itself, or None.
 

@@ -39,15 +39,14 @@ CPU_OVERHEAD = {False: 1.35, True: 2.2}
 TRIED = 100                                          # images that are decoded
 
 
-def check_training(config: Config, args) -> int:
-    """Refuse what cannot work with the number of processes and the device; returns the number of processes."""
+def check_training(config: Config, args) -> None:
+    """Refuse what cannot work with the number of processes and the device."""
     world = distributed.detect()
     processes = world.size if world else args.num_process_per_node * args.num_proc_node
     split_batch(config.training, processes)
     _check_sheets(config)
     check_loggers(config.training.loggers)
     resolve_amp(config.training.amp, distributed.pick_device(args.device, distributed.World()))
-    return processes
 
 
 def _check_sheets(config: Config) -> None:

@@ -13,21 +13,12 @@ from torch import Tensor
 
 from datasets.latents import choose_variant
 from functions.pixels import to_uint8
+from models.ema import first_share
 from utils.captions import captioned
 from utils.png import GAP, columns_of, tile
 
 COLD = 0.05                                          # share of the first weights that makes an average cold
 ETAS = (0.0, 1.0)
-
-
-def is_cold(average) -> bool:
-    """Whether more than COLD of an EMA is still the weights that it began with: prod of beta_n over all updates."""
-    share = 1.0
-    for n in range(1, average.updates + 1):
-        share *= average.decay(n)
-        if share <= COLD:
-            return False
-    return True
 
 
 @torch.no_grad()
@@ -42,7 +33,7 @@ def training_sheet(diffusion, images) -> Tensor:
     num, columns = training.sample_num, columns_of(training.sample_num)
     num -= num % columns                                           # full rows only
     kinds = {"EMA": averages} if averages else {"raw": []}
-    if averages and is_cold(averages[0]):
+    if averages and first_share(averages[0].decay, averages[0].updates, COLD) > COLD:
         kinds["raw weights (the EMA is still cold)"] = []
     rows = []
     try:

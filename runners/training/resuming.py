@@ -140,7 +140,7 @@ def inherit(path: Path, model: nn.Module, config: Config) -> dict:
     """The full state with which a new run begins at step 0: weights, average and moments of another run.
 
     Args:
-        path: A full state of this program, SA-DPM or DDIM, or the folder of a run.
+        path: A full state of this program, SA-DPM or DDIM.
 
     Raises:
         UserError: No full state there. DataError: A broken one, or one of another network or optimizer.

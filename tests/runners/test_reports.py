@@ -255,17 +255,6 @@ def test_a_sheet_has_real_images_and_both_etas(tmp_path, monkeypatch):
     assert len(np.unique(picture[HEIGHT:HEIGHT + side])) > 10, "real images on top"
 
 
-def test_raw_weights_are_shown_only_while_the_average_is_cold(tmp_path):
-    from runners.training.grids import is_cold
-
-    class Average:
-        def __init__(self, updates, rate):
-            self.updates, self.decay = updates, lambda n: rate
-
-    assert is_cold(Average(0, 0.9)) and is_cold(Average(28, 0.9)) and not is_cold(Average(29, 0.9))     # 0.9^29 < 0.05
-    assert is_cold(Average(1000, 0.9999)) and not is_cold(Average(1, 0.0))
-
-
 def test_the_first_sheet_comes_after_the_first_minutes(tmp_path, capsys):
     flags = ["--training.max_steps", "4", "--training.first_grid_minutes", "1e-9"]
     assert train(tmp_path, *flags, level="info") == 0 and capsys.readouterr().err.count("drawing samples/000000") == 2

@@ -4,8 +4,9 @@ import pytest
 
 from configs.schema import Config
 from functions.schedule import FlowSchedule, SigmaSchedule
+from models.ema import decay_of, first_share
 from runners.diagnosis.trajectories import inverted, nearby_times
-from runners.diagnosis.verdict import first_share, verdict
+from runners.diagnosis.verdict import verdict
 from runners.training.metrics_file import read_metrics
 from tests.functions.gaussian import SCHEDULE
 
@@ -62,12 +63,14 @@ def test_drift_is_more_than_the_worst_of_many_rows_may_be_off():
 
 
 def test_share_of_the_first_weights_in_an_average():
-    def share(**average):
-        return first_share(config(ema=[average]).training.ema[0], 100, 10)
+    def share(updates=100, enough=0.0, **average):
+        return first_share(decay_of(config(ema=[average]).training.ema[0], 10), updates, enough)
 
-    assert share(rate=0.99) == pytest.approx(0.99**100)
+    assert share(rate=0.99) == pytest.approx(0.99**100) and share(updates=0, rate=0.99) == 1
+    assert share(updates=2, rate=0.9999, warmup=True) == pytest.approx(2 / 11 * 3 / 12), "as the average itself has it"
+    assert share(updates=10**9, enough=0.05, rate=0.9) == pytest.approx(0.9**29), "does not go on"
     assert share(rate=0.9999, warmup=True) < 1e-6 and share(length=0.1) == 0
-    assert share(half_life=1000, ramp_up=0) == 0.5 and share(half_life=1000) == 0
+    assert share(half_life=1000, ramp_up=0) == pytest.approx(0.5) and share(half_life=1000) == 0
 
 
 def test_half_a_line_is_passed_over(tmp_path):
