@@ -5,6 +5,7 @@
 
 import json
 import re
+from os.path import isfile
 from pathlib import Path
 
 from utils.errors import ConfigError, DataError
@@ -27,10 +28,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def is_pipeline(path: Path) -> bool:
-    try:
-        return (path / INDEX).is_file()
-    except (OSError, ValueError):                            # a name that is too long, or holds a null byte
-        return False
+    return isfile(path / INDEX)
 
 
 def diffusion_keys(folder: Path) -> dict:

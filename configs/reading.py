@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import re
+from os.path import isfile
 from pathlib import Path
 
 import yaml
@@ -111,7 +112,7 @@ def find_config(name: str | Path) -> Path:
     # "./cifar10.yml" is a path, "cifar10.yml" and "edm/ffhq64.yml" may be names.
     is_bare = not path.is_absolute() and os.path.normpath(name) == str(name) and ".." not in path.parts
     candidates = [path, CONFIG_FOLDER / path, CONFIG_FOLDER / f"{path}.yml"] if is_bare else [path]
-    found = [candidate for candidate in candidates if _is_file(candidate)]
+    found = [candidate for candidate in candidates if isfile(candidate)]
     if found and is_bare and len({candidate.resolve() for candidate in found}) > 1:
         log.info("reading %s of this folder, not %s", path, found[1])
     elif found and is_bare and (found[0] != path or path.parent == Path()):     # no run's own config.yml
@@ -123,13 +124,6 @@ def find_config(name: str | Path) -> Path:
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
     hint = f"did you mean {close[0]}?" if close else f"give a path, or one of configs/: {', '.join(known)}"
     raise ConfigError(f"configuration {str(name)!r} not found; {hint}")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):                            # a name that is too long, or holds a null byte
-        return False
 
 
 def read_config_file(path: Path) -> dict:

@@ -140,10 +140,8 @@ class SamplerSettings(Section):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self):
-        defaults = {"eta": 0.0, "var_type": "fixedlarge", "churn": None, "ode_time": "linear", "ode_scale": "none",
-                    "alpha": 1.0, "classifier_scale": None, "restart": None}
-        for key in sorted(defaults.keys() - read_by(self.sample_type)):
-            if getattr(self, key) != defaults[key]:
+        for key in sorted(set().union(*SAMPLE_TYPES.values()) - read_by(self.sample_type)):
+            if getattr(self, key) != type(self).model_fields[key].default:
                 readers = " and ".join(name for name, keys in SAMPLE_TYPES.items() if key in keys)
                 raise ValueError(f"{key} is for {readers}, not for {self.sample_type}")
         if self.sample_type == "generalized" and self.var_type not in ("fixedlarge", "analytic"):

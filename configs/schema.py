@@ -24,12 +24,7 @@ from utils.hub import local_folder
 AUGMENT_DIM = 9                              # numbers that tell of data.augment
 
 
-def _tagged(*members):
-    """A union told apart by ``arch``; of one member: that member."""
-    return members[0] if len(members) == 1 else Annotated[Union[members], Field(discriminator="arch")]  # noqa: UP007
-
-
-AnyNetwork = _tagged(*NETWORKS.values())
+AnyNetwork = Annotated[Union[tuple(NETWORKS.values())], Field(discriminator="arch")]  # noqa: UP007
 
 
 class Config(Section):

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from datasets.image_dataset import ImageDataset, Subset, held_out, limited
-from datasets.specs import DATASETS, DatasetSpec, label_rule
+from datasets.specs import DATASETS, DatasetSpec
 from utils.errors import DataError, UserError, choose
 
 __all__ = ["DATASETS", "DEFAULT_ROOT", "DatasetSpec", "build_dataset", "check_held_out", "find_dataset", "open_dataset"]
@@ -82,12 +82,11 @@ def open_dataset(config, root=None, split: str = "train") -> ImageDataset:
         reader = Subset(reader, partial(held_out, fraction, split))
     elif split == "test":
         check_held_out(config, root)
-    max_size = getattr(data, "max_size", None)
-    if max_size:
-        reader = Subset(reader, partial(limited, max_size))
+    if data.max_size:
+        reader = Subset(reader, partial(limited, data.max_size))
     return ImageDataset(data.dataset.lower() + SPLITS[split], reader, spec.transform, data.shape,
-                        (str(folder), data.category, split, fraction, label_rule(data), max_size),
-                        labelled=label_rule(data) != "none")
+                        (str(folder), data.category, split, fraction, data.labels, data.max_size),
+                        labelled=data.labels != "none")
 
 
 def check_held_out(config, root=None) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from datasets import DATASETS, DEFAULT_ROOT, open_dataset
 from datasets.items import DecodedBatches
 from datasets.labels import class_labels, no_labels
-from datasets.packing import TooLarge, open_pack
+from datasets.packing import TooLarge, check_bad, open_pack
 from utils.errors import DataError
 from utils.processes import kill_workers, leave_signals_to_the_trainer
 
@@ -122,9 +122,7 @@ class DecodingStore(ImageStore):
             if i not in self.bad:
                 self.bad[i] = reason
                 log.warning("replaced by the next image: %s", reason)
-        if len(self.bad) > self.skip_bad:
-            raise DataError(f"{next(iter(self.bad.values()))} ({len(self.bad)} unreadable so far, "
-                            f"data.skip_bad allows {self.skip_bad})")
+        check_bad([*self.bad.values()], self.skip_bad)
 
 
 class RepeatedStore(HostStore):

@@ -50,14 +50,9 @@ class DatasetSpec:
         return self.usual_sizes.get(data.category, self.usual_sizes[None])
 
 
-def label_rule(data: Data) -> str:
-    """``data.labels``: auto, folders, filenames or none."""
-    return getattr(data, "labels", "auto")
-
-
 def read_any(path: Path, data: Data, split: str, strict: bool = False, auto: str = "auto") -> Reader:
     """A folder, zip, npz, npy, LMDB or CIFAR-10 archive, by what it looks like. ``auto``: what it means for labels."""
-    rule = label_rule(data)
+    rule = data.labels
     return open_any(path, data.channels, strict, auto if rule == "auto" else rule)
 
 

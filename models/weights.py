@@ -6,7 +6,7 @@ DDIM's names, without the ``module.`` and ``_orig_mod.`` that wrappers put in fr
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models.ema import combination, combine
-from models.formats import FORMATS, SETTINGS, bare_name, is_snapshot
+from models.formats import FORMATS, bare_name, is_snapshot
+from models.formats.adm import read_settings
 from models.formats.common import State, is_state, read_safetensors
 from models.formats.edm import read_snapshot
 from models.formats.edm_settings import about, settings_of
@@ -67,7 +68,7 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = True) -> Wei
     for name, (recognises, read) in FORMATS.items():
         if recognises(path, content):
             weights = read(path, content, ema)
-            _copy_into(model, weights.state, f"{path} ({name})", SETTINGS.get(name))
+            _copy_into(model, weights.state, f"{path} ({name})")
             return WeightsInfo(name, weights.kind, weights.step, weights.epoch, weights_fingerprint(weights.state))
     raise DataError(f"{path}: holds no weights in a known form; known: {', '.join(FORMATS)}")
 
@@ -166,14 +167,14 @@ def _check_digest(content, path: Path) -> None:
                             "copy it again")
 
 
-def _copy_into(model: nn.Module, state: State, where: str, read_settings: Callable | None = None) -> None:
-    own = check_fits(model, state, where, read_settings)
+def _copy_into(model: nn.Module, state: State, where: str) -> None:
+    own = check_fits(model, state, where)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
 
-def check_fits(model: nn.Module, state: State, where: str, read_settings: Callable | None = None) -> State:
+def check_fits(model: nn.Module, state: State, where: str) -> State:
     """The tensors of ``model`` that ``state`` would replace. DataError: they are of another network."""
     own = {bare_name(name): tensor for name, tensor in trained(model).items()}
     problems = {
@@ -186,18 +187,16 @@ def check_fits(model: nn.Module, state: State, where: str, read_settings: Callab
     }
     found = [f"{len(names)} {what}: {_shorten(names)}" for what, names in problems.items() if names]
     if found:
-        found = _contradictions(own, state, read_settings) or found
+        found = _contradictions(own, state) or found
         raise DataError(f"{where}: weights of another network: {'; '.join(found)}")
     return own
 
 
-def _contradictions(own: State, state: State, read_settings: Callable | None) -> list[str]:
-    """The settings in which the two differ, as far as the tensors of both tell them."""
-    if read_settings is None:
-        return []
+def _contradictions(own: State, state: State) -> list[str]:
+    """The settings in which the two differ, as far as the tensors of both tell them: of ADM's networks alone."""
     try:
         theirs, ours = read_settings(state), read_settings(own)
-    except DataError:                                          # ours is a network of another family
+    except DataError:                                          # one is a network of another family
         return []
     return [f"{key} is {value} in the file, {ours[key]} in the configuration"
             for key, value in theirs.items() if key in ours and ours[key] != value]
@@ -207,5 +206,5 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def _shorten(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

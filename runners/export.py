@@ -77,23 +77,18 @@ def export(job, diffusion, folder: str) -> None:
     print(f"export  {target}")
 
 
-def _weights(diffusion):
-    model = diffusion.averages[0].module if diffusion.averages else diffusion.model
-    return model, model.state_dict()
-
-
 def _export_unet(diffusion, made: Path, target: Path) -> str:
     from diffusers import DDIMPipeline
 
     config = diffusion.config
-    unet = to_diffusers(config, _weights(diffusion)[1])
+    unet = to_diffusers(config, diffusion.model.state_dict())
     DDIMPipeline(unet, ddim_scheduler(config.diffusion)).save_pretrained(made)
     return _ddim_usage(target)
 
 
 def _export_pretrained(diffusion, made: Path, target: Path) -> str:
     config = diffusion.config
-    model, state = _weights(diffusion)
+    model = diffusion.model
     base, settings = config.model.pretrained, unet_settings(local_folder(config.model.pretrained))
     if config.model.lora_rank is not None:
         from safetensors.torch import save_file
@@ -101,7 +96,7 @@ def _export_pretrained(diffusion, made: Path, target: Path) -> str:
         adapters = {name: tensor.detach().cpu() for name, tensor in trained(model).items()}
         save_file(lora_to_file(adapters, model.lora_scale), made / LORA_FILE, metadata={"format": "pt"})
         return _lora_usage(target, base, settings)
-    plain = plain_unet(model, state)
+    plain = plain_unet(model, model.state_dict())
     if not takes_text(settings) and not hasattr(diffusion.codec, "moments"):
         from diffusers import DDIMPipeline
 
@@ -112,7 +107,7 @@ def _export_pretrained(diffusion, made: Path, target: Path) -> str:
 
 
 def _export_plain(diffusion, made: Path, target: Path) -> str:
-    write_plain(diffusion.config, _weights(diffusion)[1], made)
+    write_plain(diffusion.config, diffusion.model.state_dict(), made)
     return usage(arguments_of(diffusion.config), target)
 
 

@@ -42,7 +42,7 @@ class Signals:
         return decided
 
     @contextmanager
-    def listening(self, signals=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
+    def listening(self):
         """Note the first signal; the second ends the process at once."""
         def handle(signum, frame):
             if self.signum:
@@ -54,7 +54,7 @@ class Signals:
             if self._leaves:
                 raise Abandoned
 
-        before = {s: signal.signal(s, handle) for s in signals}
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield self
             if self._pending:                        # the vote of the last step

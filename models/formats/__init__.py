@@ -7,7 +7,7 @@ lengths tell the formats apart, for bare state dicts the name.
 
 from collections.abc import Callable
 
-from models.formats.adm import is_adm, read_adm, read_settings
+from models.formats.adm import is_adm, read_adm
 from models.formats.common import StoredWeights, bare_name, is_state
 from models.formats.ddim import is_ddim, is_sa_dpm, read_ddim, read_sa_dpm
 from models.formats.diffusers import diffusers_folder, read_diffusers
@@ -15,7 +15,7 @@ from models.formats.edm import is_snapshot, read_edm
 from models.formats.ours import EMA_FILE, is_ours, read_bare, read_ema_file, read_ours
 from models.formats.plain import is_edm_state, read_edm_state
 
-__all__ = ["FORMATS", "SETTINGS", "StoredWeights", "bare_name", "is_snapshot"]
+__all__ = ["FORMATS", "StoredWeights", "bare_name", "is_snapshot"]
 
 FORMATS: dict[str, tuple[Callable, Callable]] = {
     "edm": (
@@ -40,6 +40,3 @@ FORMATS: dict[str, tuple[Callable, Callable]] = {
     "state-dict": (
         lambda path, content: is_state(content), read_bare),
 }
-
-# Readers of the settings that tensors tell: ``(state) -> {setting: value}``, or DataError.
-SETTINGS: dict[str, Callable] = {"adm": read_settings}

@@ -74,9 +74,8 @@ class Collector:
             found["digits"] = self.digits(images)
         return found
 
-    def add(self, features: Tensor | dict[str, Tensor], indices: Sequence[int]) -> None:
-        """Add features that are there already, (B, D) by space, or FID's alone."""
-        found = features if isinstance(features, dict) else {"pool": features}
+    def add(self, found: dict[str, Tensor], indices: Sequence[int]) -> None:
+        """Add features that are there already, (B, D) by space."""
         for space in self.spaces:
             if len(found[space]) != len(indices):
                 raise ValueError(f"{len(found[space])} images, but {len(indices)} indices")
@@ -91,15 +90,15 @@ class Collector:
 
     def gather(self) -> tuple[dict[str, Measured], np.ndarray]:
         """By space, what all ranks have seen, and indices (N,) ascending; the same on every rank. Collective."""
-        shares = gather_objects(self.indices)
-        order = np.argsort(np.concatenate([np.asarray(share, np.int64) for share in shares]), kind="stable")
+        indices = np.concatenate([np.asarray(share, np.int64) for share in gather_objects(self.indices)])
+        order = np.argsort(indices, kind="stable")
         measured = {}
         for space in self.spaces:
             whole = FeatureStats(self.sums[space].dim)
             whole.count = sum(gather_objects(self.sums[space].count))
             whole.total, whole.outer = _sum_over_ranks(self.sums[space].total), _sum_over_ranks(self.sums[space].outer)
             measured[space] = Measured(whole, self._gather_features(space)[order] if self.keeps(space) else None)
-        return measured, np.sort(np.concatenate([np.asarray(share, np.int64) for share in shares]))
+        return measured, indices[order]
 
     def _gather_features(self, space: str) -> np.ndarray:
         own = self.features[space]

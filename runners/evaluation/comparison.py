@@ -136,14 +136,12 @@ def plot(found: Sequence[Row], path: str | Path) -> None:
 
     Numbers that must not be compared (another number of images, reference or resize) get a panel of their own.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = defaultdict(list)
     for row in found:
         panels[row.axis].append(row)
     figure = Figure(figsize=(7, 4.5 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, group in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.values(), strict=True):
         _draw(axes, group, len(panels) > 1)
     with atomic_path(path) as temporary:

@@ -17,6 +17,7 @@ from torch import Tensor
 from configs.schema import Config
 from datasets.arrays import npz_array, npz_keys
 from datasets.files import ImageFiles
+from datasets.image_dataset import limited
 from datasets.images import image_size
 from datasets.specs import open_any
 from runners.distributed import on_rank_zero, rank, world_size
@@ -153,14 +154,8 @@ def choose_subset(total: int, num: int | None, seed: int, name: str, rule: str =
     return np.sort(draw(total, num, seed))
 
 
-def _shuffled(total: int, num: int, seed: int) -> np.ndarray:
-    order = np.arange(total)
-    np.random.RandomState(seed % 2 ** 31).shuffle(order)
-    return order[:num]
-
-
 SUBSET_RULES = {"default": lambda total, num, seed: np.random.default_rng(seed).choice(total, num, replace=False),
-                "edm": _shuffled}
+                "edm": lambda total, num, seed: limited(num, total, seed % 2**31)}
 
 
 def evaluate_images(images, evaluation, batch_size: int = 64, *, indices: Sequence[int] | None = None,

@@ -141,7 +141,6 @@ class Evaluation:
         reference: From ``find_reference``.
         net: From ``load_inception``; its preprocessing and weights must be the reference's.
         metrics: Names in ``METRICS``.
-        keep_features: Keep all features although no metric needs them.
         interval: Give FID a 95% interval: of the expectation of the FID of so many images, see
             ``functions.fid_interval``.
 
@@ -151,16 +150,16 @@ class Evaluation:
     """
 
     def __init__(self, reference: Reference, net: FeatureNet, metrics: Sequence[str] = ("fid",),
-                 keep_features: bool = False, interval: bool = False):
+                 interval: bool = False):
         chosen = [choose(METRICS, name, "metric") for name in metrics]
         reference.require(preprocess=net.preprocess, weights=net.fingerprint)
         for metric in chosen:
             metric.require(reference, net)
         self.reference, self.net, self.metrics = reference, net, tuple(metrics)
         self.interval = interval and "fid" in metrics
-        keep = keep_features or self.interval or any(metric.features for metric in chosen)
+        keep = self.interval or any(metric.features for metric in chosen)
         self.collector = Collector(net, keep, {space for metric in chosen for space in metric.spaces})
-        self.update, self.add = self.collector.update, self.collector.add
+        self.update = self.collector.update
 
     def results(self) -> dict:
         """All numbers and what they are, the same on every rank; every rank must call it.

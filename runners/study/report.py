@@ -164,13 +164,11 @@ def cells_part(findings: Findings) -> list:
 
 def draw(findings: Findings, panels: list, path: Path) -> None:
     """One panel for each (title, x label, [(key, x), ...]), three in a row, one line for each run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(len(panels), 3)
     rows = ceil(len(panels) / columns)
     figure = Figure(figsize=(6 * columns, 4.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     for place, (title, xlabel, points) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, place)
         for number, run in enumerate(findings.runs):

@@ -34,13 +34,12 @@ class StudyRunner:
     Args:
         job: The request. ``work`` wants the folders of its runs to be locked by the caller.
         device: Where to compute.
-        net: Feature network; default: Inception.
         inception_weights: See ``load_inception``.
     """
 
-    def __init__(self, job: StudyJob, device, net=None, inception_weights=None):
-        self.job, self.device, self.net, self.inception_weights = job, device, net, inception_weights
-        self.reference = self.signals = None
+    def __init__(self, job: StudyJob, device, inception_weights=None):
+        self.job, self.device, self.inception_weights = job, device, inception_weights
+        self.net = self.reference = self.signals = None
 
     def work(self) -> None:
         """Train what is not trained, then measure what is not measured.
@@ -116,7 +115,7 @@ class StudyRunner:
     def _open_metrics(self) -> None:
         """Feature network and reference, which is made when the study names none; signals end the process meanwhile."""
         job, study = self.job, self.job.study
-        self.net = self.net or load_inception(self.inception_weights, self.device)
+        self.net = load_inception(self.inception_weights, self.device)
         if distributed.on_rank_zero(lambda: job.reference() is None):
             log.info("making %s", job.folder / "reference.npz")
             make_reference(job.any_config, self.net, job.folder / "reference.npz", root=job.datasets,
