@@ -130,6 +130,8 @@ class Job:
         run = self._run(name)
         config = configuration_of(run, self.args.config, self.args.overrides, self.file)
         if self.file:
+            if self.args.ckpt_id is not None:
+                raise UserError(f"--ckpt_id {self.args.ckpt_id} is of a run, --weights names a file; give one of them")
             if not self.file.exists():
                 raise UserError(f"--weights {self.file}: no such file")
             return config, self.file
@@ -188,6 +190,8 @@ class Job:
         if self.args.fid_check:
             for name in self.runs:
                 self.reference(name)
+        elif self.args.fid_stats or self.args.inception_weights:
+            raise UserError("--fid_stats and --inception_weights are for --fid_check; add it")
 
     def reference(self, name: str):
         from runners.evaluation.references import find_reference, source_words

@@ -69,6 +69,8 @@ def check(args):
     if args.overrides and not getattr(args, "config", None):
         raise UserError(f"{args.overrides[0]}: {args.command} reads no configuration"
                         + (" without --config" if args.command == "ref" else ""))
+    if getattr(args, "num", 1) is None and (args.seed or args.subset_rule != "default"):
+        raise UserError("--seed and --subset_rule are of the draw of --num images; give --num N")
     return CHECKS[args.command](args)
 
 
@@ -105,6 +107,10 @@ def check_calc(args):
     inputs = [args.images, args.ref, *filter(None, [args.inception_weights])]
     if args.fid_log:
         check_log(args.fid_log, inputs)
+    elif args.comment:
+        raise UserError("--comment is kept in a log; give --fid_log FILE")
+    if args.overwrite and not args.cache_features:
+        raise UserError("--overwrite is for the file of --cache_features; add it")
     if args.cache_features:
         check_output(cache_of(args), "--cache_features:", inputs=inputs, ours=is_cache, overwrite=args.overwrite)
     reference = open_reference(args)

@@ -22,6 +22,8 @@ def parse(argv):
     args = parser.parse(argv)
     if args.dry_run and args.report_only:
         raise UserError("--dry_run and --report_only exclude each other")
+    if args.report_only and (args.only or args.inception_weights):
+        raise UserError("--report_only reports on all that is measured; leave out --only and --inception_weights")
     return args
 
 

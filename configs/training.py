@@ -74,6 +74,9 @@ class Loss(Section):
                              "nothing; use one of them")
         if self.variational != "none" and self.reduce != "mean":
             raise ValueError(f"variational {self.variational} is a mean over pixels; set loss.reduce to mean")
+        if "kl" in self.variational and self.weight != "none":
+            raise ValueError(f"variational {self.variational} takes the place of the loss that weight {self.weight} "
+                             "weighs; set loss.weight to none, or use hybrid")
         if "kl" in self.variational and self.lamda > 0:
             raise ValueError(f"variational {self.variational} has no other terms, lamda {self.lamda} is given; set "
                              "loss.lamda to 0, or use hybrid")
@@ -191,6 +194,13 @@ class Training(Section):
     def limit(self) -> str:
         """The key that says how long the run is."""
         return "total_images" if self.total_images else "n_epochs"
+
+    @model_validator(mode="after")
+    def _retention_has_a_number(self):
+        if self.keep_every and not self.keep_last:
+            raise ValueError(f"keep_every {self.keep_every} says which snapshots stay beside the last ones; give "
+                             "keep_last as well")
+        return self
 
     @model_validator(mode="after")
     def _averages_have_names(self):

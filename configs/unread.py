@@ -12,15 +12,21 @@ class Readers(NamedTuple):
 
 
 READERS = (
-    Readers("diffusion.schedule", ("discrete",), ("diffusion.timestep_respacing",)),
+    Readers("diffusion.schedule", ("discrete",), (
+        "diffusion.timestep_respacing", "diffusion.beta_schedule", "diffusion.beta_start", "diffusion.beta_end",
+        "diffusion.num_diffusion_timesteps", "diffusion.betas", "diffusion.zero_terminal_snr",
+        "diffusion.set_alpha_to_one", "diffusion.steps_offset", "diffusion.rescale_timesteps")),
     Readers("diffusion.schedule", ("sigma",), ("diffusion.rho",)),
     Readers("diffusion.schedule", ("sigma", "flow"), ("diffusion.rungs",)),
     Readers("diffusion.schedule", ("flow",), ("diffusion.shift",)),
     Readers("diffusion.prediction", ("edm",), ("diffusion.sigma_data",)),
     Readers("diffusion.prediction", ("vp",), ("diffusion.beta_d", "diffusion.beta_min")),
     Readers("training.time_sampler", ("lognormal", "logit_normal"), ("training.time_mean", "training.time_std")),
-    Readers("optim.optimizer", ("Adam", "AdamW"), ("optim.amsgrad",)),
-    Readers("model.arch", ("diffusers",), ("data.random_crop", "data.variants")),
+    Readers("optim.optimizer", ("Adam", "AdamW"), ("optim.amsgrad", "optim.beta2")),
+    Readers("optim.optimizer", ("Adam", "AdamW", "SGD"), ("optim.beta1",)),
+    Readers("optim.optimizer", ("Adam", "AdamW", "RMSProp"), ("optim.eps",)),
+    Readers("model.arch", ("diffusers",), ("data.random_crop", "data.variants", "data.latent_dtype")),
+    Readers("data.dataset", ("LSUN",), ("data.category",)),
 )
 
 

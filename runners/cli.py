@@ -227,7 +227,7 @@ def run_script(script: str, argv: Sequence[str] | None, parse: Callable, check: 
             raise UserError(f"--node_rank {args.node_rank} must be below --num_proc_node {args.num_proc_node}")
         with quiet() if distributed.launched() else nullcontext():        # our launcher has said all that there is
             request = check(args)
-        if world is None and args.num_process_per_node * args.num_proc_node > 1:
+        if world is None and (args.num_process_per_node * args.num_proc_node > 1 or args.max_restarts):
             if args.device != "cpu" and distributed.pick_device(args.device, distributed.World()).type == "cuda":
                 distributed.check_gpus(args.num_process_per_node)
             from runners.launcher import launch

@@ -180,6 +180,7 @@ def test_chains_are_those_of_generate(exp):
     ("gamma", ["--guidance", "2"], "no --guidance"),
     ("eps-norm", ["--sample_type", "diffusers:HeunDiscreteScheduler"], "needs one network call for each step"),
     ("fit-eps-scaler", ["--fid_check", "10", "--fid_stats", "absent.npz"], "not found"),
+    ("fit-eps-scaler", ["--fid_stats", "absent.npz"], "are for --fid_check; add it"),
 ])
 def test_refusals_are_one_line_and_write_nothing(exp, capsys, measure, flags, message):
     assert run(exp, measure, *flags) == 2

@@ -72,6 +72,9 @@ def test_a_contradicting_config_is_refused(exp, capsys):
     (["--ema_length", "0"], "no power-function averages"),
     (["--ema_length", "0.1", "--no-model_ema"], "no --weights, no --no-model_ema"),
     (["--sampling.batch_sizes", "3"], "sampling.batch_size"),
+    (["--weights", "nowhere.pth", "--config", "digits.yml", "--ckpt_id", "1"], "--weights names a file; give one"),
+    (["--subdirs", "--save", "npz"], "--subdirs sorts PNG files, of which --save npz writes none"),
+    (["--interval", "--metrics", "kid"], "--interval is FID's; add fid to --metrics"),
 ])
 def test_bad_requests_get_one_line_and_exit_2(exp, capsys, flags, message):
     fid = "--fid" in flags

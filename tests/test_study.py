@@ -206,6 +206,7 @@ def test_what_would_mix_results_is_refused(start, capsys):
         error = capsys.readouterr().err
         assert message in error and "--name" in error and error.count("\n") == 1
     assert (start.folder / "study.yml").read_text() == before
+    assert start("--report_only", "--only", "base", **small) == 2 and "leave out --only" in capsys.readouterr().err
     assert start("--only", "SA", **small) == 2 and "runs: base" in capsys.readouterr().err
     assert start("--data.image_sizes", "4", **small) == 2 and "data.image_size" in capsys.readouterr().err
 

@@ -66,6 +66,19 @@ class SamplingJob:
         if not args.export:
             self._check_sampler()
         self._check_outputs()
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        """UserError for a flag that others leave without effect."""
+        args, unguided = self.args, self.args.guidance in (None, 1) or self.args.guide_weights
+        problems = {"--interval is FID's; add fid to --metrics": args.interval and "fid" not in self.metrics,
+                    f"--subdirs sorts PNG files, of which --save {args.save} writes none": args.subdirs
+                    and args.save != "png",
+                    "--negative_prompt is what --guidance leads away from; give --guidance above 1, and no "
+                    "--guide_weights": args.negative_prompt is not None and unguided}
+        for problem, found in problems.items():
+            if found:
+                raise UserError(problem)
 
     def _check_outputs(self) -> None:
         if self.args.export:
@@ -91,6 +104,8 @@ class SamplingJob:
             config = configuration_of(self.run, args.config, args.overrides, file)
         if config.model.arch == "diffusers" and (pipeline or not file and not self.run.path.exists()):
             return self._configure_pipeline(config, pipeline)
+        if file and args.ckpt_id is not None:
+            raise UserError(f"--ckpt_id {args.ckpt_id} is of a run, --weights names a file; give one of them")
         try:
             weights = file or self.run.weights(epoch_of(config, args.ckpt_id), args.model_ema)
             if not weights.exists():

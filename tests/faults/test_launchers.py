@@ -35,6 +35,15 @@ def test_a_killed_rank_is_brought_back_and_changes_nothing(tmp_path):
     assert jobs.metrics(whole) == jobs.metrics(broken)
 
 
+def test_a_single_process_is_brought_back_too(tmp_path):
+    job = jobs.train(tmp_path, *STEPS, "--max_restarts", "1", "--verbose", "info")
+    jobs.wait_until(lambda: (tmp_path / "logs" / "digits" / "ckpt.pth").exists())
+    rank, = jobs.children(job.process.pid)
+    os.kill(rank, signal.SIGKILL)
+    assert job.wait() == 0, job.text
+    assert "resumed from" in job.text and jobs.state(tmp_path)["step"] == 40
+
+
 def test_without_restarts_the_job_ends_soon_and_leaves_nobody(tmp_path):
     job = jobs.train(tmp_path, *STEPS, *TWO, "--training.max_steps", "100000", env={"OMP_NUM_THREADS": "1"})
     ranks = kill_a_rank(job, tmp_path)
