@@ -1,73 +1,12 @@
 """The ``model`` section: one class for each ``arch``, with the keys of the program that the network comes from."""
 
-from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from configs.base import AsTuple, Count, Counts, Fraction, Natural, Positive, Section
-
-MOST_BLOCKS, WIDEST = 1000, 65536                # of a network in any of its numbers; published ones have 6 and 1,536
-
-
-class Network(Section, ABC):
-    """What the rest of the program asks of a ``model`` section, whatever its arch."""
-
-    NOT_THE_NETWORK: ClassVar[set[str]] = {"dropout"}
-    """Keys that may change between training and use: the weights fit either way."""
-
-    arch: str
-
-    @model_validator(mode="after")
-    def _is_no_larger_than_any(self):
-        """A stranger's file must not make a network that fills the memory layer by layer."""
-        for key, value in self:
-            limit = MOST_BLOCKS if "block" in key else WIDEST
-            if isinstance(value, tuple) and len(value) > MOST_BLOCKS:
-                raise ValueError(f"model.{key} has {len(value)} entries, at most {MOST_BLOCKS} are possible")
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and number > limit:
-                    raise ValueError(f"model.{key} {number} is beyond {limit}")
-        return self
-
-    @property
-    @abstractmethod
-    def num_labels(self) -> int:
-        """Size of the label set; 0: not conditioned on labels."""
-
-    @property
-    def conditional(self) -> bool:
-        """Whether it may be conditioned on anything, so that conditions can be dropped."""
-        return self.num_labels > 0
-
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the output has a second half that says how large the variance of a step is."""
-        return False
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """Channels at the highest resolution, by which the memory format is chosen."""
-
-    @abstractmethod
-    def check(self, data) -> None:
-        """ValueError where the network cannot work on images of the ``data`` section."""
-
-    def essence(self) -> dict:
-        """The keys that decide which weights fit and what they compute."""
-        return {key: value for key, value in self if key not in self.NOT_THE_NETWORK}
-
-
-def check_halvings(data, levels: int, key: str) -> None:
-    """ValueError unless both sides of the images can be halved ``levels`` - 1 times."""
-    factor = 2 ** (levels - 1)
-    for side in (data.height, data.width):
-        if side % factor:
-            below = side // factor * factor
-            nearest = f"{below} and {below + factor}" if below else f"{factor}"
-            raise ValueError(f"data.image_size {side} cannot be halved {levels - 1} times for {key}; nearest valid: "
-                             f"{nearest}")
+from configs.base import AsTuple, Count, Counts, Fraction, Natural, Positive
+from configs.network import Network, check_channels, check_halvings
+from configs.networks_edm import DhariwalUNetModel, SongUNetModel
 
 
 class UNetModel(Network):
@@ -107,9 +46,7 @@ class UNetModel(Network):
         return self.ch
 
     def check(self, data):
-        for key, given in (("model.in_channels", self.in_channels), ("model.out_ch", self.out_ch)):
-            if given != data.channels:
-                raise ValueError(f"{key} {given} must equal data.channels {data.channels}")
+        check_channels(data, in_channels=self.in_channels, out_ch=self.out_ch)
         for mult in self.ch_mult:
             if self.ch * mult % 32:
                 raise ValueError(f"model.ch {self.ch} * {mult} (model.ch_mult) must be a multiple of 32")
@@ -212,8 +149,7 @@ class ADMModel(Network):
         return self.channel_mult or CHANNEL_MULT[size]
 
     def check(self, data):
-        if self.in_channels != data.channels:
-            raise ValueError(f"model.in_channels {self.in_channels} must equal data.channels {data.channels}")
+        check_channels(data, in_channels=self.in_channels)
         mults = self.multipliers(data)
         widths = [int(mult * self.num_channels) for mult in mults]
         for mult, width in zip(mults, widths, strict=True):
@@ -229,86 +165,6 @@ class ADMModel(Network):
                     raise ValueError(f"model.{key} {getattr(self, key)} does not divide the {width} channels of an "
                                      "attention")
         check_halvings(data, len(mults), "model.channel_mult")
-
-
-class EDMNetwork(Network):
-    """What EDM's two networks have in common; the keys are its constructor arguments."""
-
-    in_channels: Count = 3
-    """Channels of x_t; equal to data.channels. Those of the output follow: twice as many for prediction iddpm."""
-    label_dim: Natural = 0
-    """Size of the label set, for class-conditional networks; 0: unconditional."""
-    augment_dim: Natural = 0
-    """Numbers that say how an image was augmented; 9 for data.augment, 0: the network is not told."""
-    channel_mult_emb: Count = 4
-    """Width of the embedding in units of model_channels."""
-
-    @property
-    def num_labels(self):
-        return self.label_dim
-
-    @property
-    def width(self):
-        return self.model_channels
-
-    def check(self, data):
-        if self.in_channels != data.channels:
-            raise ValueError(f"model.in_channels {self.in_channels} must equal data.channels {data.channels}")
-        if self.model_channels % 4:
-            raise ValueError(f"model.model_channels {self.model_channels} must be a multiple of 4, and of 32 where "
-                             "widths reach 128 (group normalisation)")
-        check_halvings(data, len(self.channel_mult), "model.channel_mult")
-
-
-class SongUNetModel(EDMNetwork):
-    """DDPM++ and NCSN++, as EDM has them."""
-
-    arch: Literal["songunet"] = "songunet"
-    """Which network: songunet (DDPM++ and NCSN++)."""
-    model_channels: Count = 128
-    """Base width."""
-    channel_mult: Annotated[Counts, Field(min_length=1)] = (1, 2, 2, 2)
-    """Width of each resolution in units of model_channels, highest resolution first."""
-    num_blocks: Count = 4
-    """Residual blocks for each resolution."""
-    attn_resolutions: Counts = (16,)
-    """Resolutions with self-attention; on non-square images the longer side decides."""
-    dropout: Fraction = 0.10
-    """Dropout probability inside the residual blocks."""
-    embedding_type: Literal["positional", "fourier"] = "positional"
-    """Of the noise level: positional for DDPM++, fourier for NCSN++."""
-    channel_mult_noise: Count = 1
-    """Width of the noise embedding in units of model_channels: 1 for DDPM++, 2 for NCSN++."""
-    encoder_type: Literal["standard", "skip", "residual"] = "standard"
-    """standard for DDPM++, residual for NCSN++: how the image enters at lower resolutions."""
-    decoder_type: Literal["standard", "skip"] = "standard"
-    """skip: every resolution adds to the output."""
-    resample_filter: Annotated[Counts, Field(min_length=2)] = (1, 1)
-    """Weights of the resampling filter: [1, 1] for DDPM++, [1, 3, 3, 1] for NCSN++."""
-
-    @model_validator(mode="after")
-    def _filter_is_even(self):
-        if len(self.resample_filter) % 2:
-            raise ValueError(f"model.resample_filter has {len(self.resample_filter)} weights; it must be an even "
-                             "number, such as [1, 1] or [1, 3, 3, 1]")
-        return self
-
-
-class DhariwalUNetModel(EDMNetwork):
-    """ADM's network as EDM has it; other names and weights than arch adm."""
-
-    arch: Literal["dhariwal"] = "dhariwal"
-    """Which network: dhariwal (ADM as EDM has it)."""
-    model_channels: Count = 192
-    """Base width."""
-    channel_mult: Annotated[Counts, Field(min_length=1)] = (1, 2, 3, 4)
-    """Width of each resolution in units of model_channels, highest resolution first."""
-    num_blocks: Count = 3
-    """Residual blocks for each resolution."""
-    attn_resolutions: Counts = (32, 16, 8)
-    """Resolutions with self-attention, in blocks of at least 64 channels."""
-    dropout: Fraction = 0.10
-    """Dropout probability inside the residual blocks."""
 
 
 NETWORKS: dict[str, type[Network]] = {"unet": UNetModel, "adm": ADMModel, "songunet": SongUNetModel,

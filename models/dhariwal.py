@@ -21,7 +21,7 @@ class DhariwalUNet(EDMUNet):
     Args:
         img_resolution: Side of the images; the longer one where they are not square.
         attn_resolutions: Resolutions with attention, in every block of both sides that has at least 64 channels.
-        Others: As documented in configs/networks.py.
+        Others: As documented in configs/networks_edm.py.
 
     Raises:
         ValueError: A width that cannot be normalised, or divided into heads.

@@ -54,7 +54,7 @@ class SongUNet(EDMUNet):
     Args:
         img_resolution: Side of the images; the longer one where they are not square.
         attn_resolutions: Resolutions with attention: all blocks of the encoder, the last of the decoder.
-        Others: As documented in configs/networks.py.
+        Others: As documented in configs/networks_edm.py.
 
     Raises:
         ValueError: A width that cannot be normalised.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from configs.networks import Network
+from configs.network import Network
 from configs.schema import Config, load_config, save_config
 from runners import distributed
 from runners.training.adopting import is_ours, take_over
