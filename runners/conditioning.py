@@ -6,13 +6,15 @@ prompt p, so that its noise is that of seed s.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from datasets.packed import to_device
 from functions.rng import Seeds
+from utils.errors import UserError
 
 PROMPT_STRIDE = 2**32                                # seeds are smaller
 
@@ -103,3 +105,23 @@ def hide(condition: dict[str, Tensor], hidden: Tensor | None, prompts: Prompts |
         chosen = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if hidden is None else hidden
         result[name] = torch.where(chosen.view(-1, *[1] * (rows.ndim - 1)), empty, rows)
     return result
+
+
+def conditions_of(images, num_labels: int, device) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Image indices (B,) -> the condition of these images of an ImageStore, on the device; {} where there is none.
+
+    Args:
+        num_labels: Size of the network's label set.
+
+    Raises:
+        UserError: The images have no labels, or more classes than the network.
+    """
+    if hasattr(images, "condition"):
+        return images.condition
+    if not num_labels:
+        return lambda indices: {}
+    labels = torch.as_tensor(images.labels, device=device)                                      # long (N,)
+    if labels.min() < 0 or labels.max() >= num_labels:
+        raise UserError(f"{images.name} has labels {int(labels.min())} to {int(labels.max())} (-1: none); the "
+                        f"network takes 0 to {num_labels - 1}")
+    return lambda indices: {"labels": labels[to_device(indices, device)]}

@@ -13,13 +13,13 @@ from torch import Tensor
 from configs.pipelines import SCHEDULER, contradictions
 from configs.sampling import SamplerSettings
 from configs.schema import Config, load_config
-from datasets.packed import open_images, to_device
+from datasets.packed import open_images
 from functions.denoiser import Denoiser
 from functions.rng import check_seeds, seeded, shard_generator
 from functions.schedule import make_schedule
 from models import WeightsInfo, build_model, load_profile, load_weights, make_codec, weights_fingerprint
 from runners import distributed
-from runners.conditioning import PROMPT_STRIDE, StoredPrompts
+from runners.conditioning import PROMPT_STRIDE, StoredPrompts, conditions_of
 from runners.latents import open_latent_images
 from runners.network import Network, explain_out_of_memory, memory_format
 from runners.sampling.flags import checked_settings
@@ -238,33 +238,12 @@ class Diffusion:
         return images
 
     def conditions_of(self, images) -> Callable[[Tensor], dict[str, Tensor]]:
-        """Image indices (B,) -> the condition of these images of a store, on the device.
-
-        Raises:
-            UserError: As ``labels_of``.
-        """
-        if hasattr(images, "condition"):
-            return images.condition
-        labels = self.labels_of(images)
-        return lambda indices: {} if labels is None else {"labels": labels[to_device(indices, self.device)]}
+        """See ``runners.conditioning.conditions_of``."""
+        return conditions_of(images, self.config.model.num_labels, self.device)
 
     def judge(self, run: RunFolder, force: bool = False) -> Judge:
         """What a full state must be for this network to go on from it with the images of ``run``."""
         return Judge(self.model, self.config, self.open_training_images(run), force)
-
-    def labels_of(self, images) -> Tensor | None:
-        """Labels of an ImageStore on the device, long (N,); None where the network takes none.
-
-        Raises:
-            UserError: The images have no labels, or more classes than the network.
-        """
-        if not self.config.model.num_labels:
-            return None
-        labels = torch.as_tensor(images.labels, device=self.device)
-        if labels.min() < 0 or labels.max() >= self.config.model.num_labels:
-            raise UserError(f"{images.name} has labels {int(labels.min())} to {int(labels.max())} (-1: none); the "
-                            f"network takes 0 to {self.config.model.num_labels - 1}")
-        return labels
 
     def train_step(self, session: Session) -> None:
         """One optimizer step on this rank's shards of the global batch."""
