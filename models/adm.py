@@ -16,14 +16,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.adm_blocks import GroupNorm, Parts, Stage, timestep_embedding, zeroed
 from models.precision import without_autocast
+from models.recompute import Recomputing
 from models.unet import embed_labels
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputing):
     """What the U-Net and the noisy classifier have in common: embedding, way down and middle.
 
     The arguments are guided-diffusion's flags (its ``script_util``), but for:
@@ -35,10 +35,6 @@ class Encoder(nn.Module):
         num_heads: Heads of every attention, unless ``num_head_channels``, the width of a head, is not -1.
         num_classes: Rows of the label embedding; 0 for a network without classes.
 
-    Attributes:
-        checkpointing: Set to True to recompute each stage in the backward pass instead of keeping its activations:
-            the same gradients in less memory, for about a third more time.
-
     Raises:
         ValueError: A width is no multiple of 32, or does not divide into heads.
     """
@@ -49,7 +45,6 @@ class Encoder(nn.Module):
                  use_new_attention_order: bool = False, conv_resample: bool = True, dropout: float = 0.0,
                  num_classes: int = 0):
         super().__init__()
-        self.checkpointing = False
         self.in_channels, self.num_channels, emb_width = in_channels, num_channels, 4 * num_channels
         self.widths = [int(mult * num_channels) for mult in channel_mult]
         factors = {image_size // side for side in attention_resolutions}
@@ -93,14 +88,9 @@ class Encoder(nn.Module):
         """The state after the middle, and the states that the way up takes."""
         kept = []
         for stage in self.input_blocks:
-            x = self._run(stage, x, emb)
+            x = self.run(stage, x, emb)
             kept.append(x)
-        return self._run(self.middle_block, x, emb), kept
-
-    def _run(self, stage: Stage, x: Tensor, emb: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, x, emb, use_reentrant=False)
-        return stage(x, emb)
+        return self.run(self.middle_block, x, emb), kept
 
 
 class ADMUNet(Encoder):
@@ -144,6 +134,6 @@ class ADMUNet(Encoder):
         emb = self.embed(t, labels)                                                          # (B, D)
         h, kept = self.encode(x, emb)
         for stage in self.output_blocks:
-            h = self._run(stage, torch.cat([h, kept.pop()], dim=1), emb)
+            h = self.run(stage, torch.cat([h, kept.pop()], dim=1), emb)
         with without_autocast(x):
             return self.out(h.to(x.dtype))

@@ -32,7 +32,7 @@ class DhariwalUNet(EDMUNet):
                  channel_mult_emb: int = 4, num_blocks: int = 3, attn_resolutions: tuple[int, ...] = (32, 16, 8),
                  dropout: float = 0.10):
         super().__init__(
-            img_resolution=img_resolution, in_channels=in_channels, label_dim=label_dim, augment_dim=augment_dim,
+            img_resolution=img_resolution, in_channels=in_channels, label_dim=label_dim,
             model_channels=model_channels, channel_mult=channel_mult, channel_mult_emb=channel_mult_emb,
             num_blocks=num_blocks, attn_resolutions=attn_resolutions, dropout=dropout,
             style=BlockStyle(norm_eps=1e-5, residual_scale=1.0, adaptive_scale=True, head_width=HEAD_WIDTH,

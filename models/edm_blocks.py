@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from models.recompute import Recomputing
 from models.resampling import Resample, ResampledConv
 from models.unet import Dropout
 
@@ -128,24 +128,18 @@ def _convolution(width_in: int, width_out: int, size: int, style: BlockStyle, re
 # ------------------------------------------------------------------------------------------------------------- network
 
 
-class EDMUNet(nn.Module, ABC):
+class EDMUNet(Recomputing, ABC):
     """Encoder and decoder of both networks. A subclass adds its embedding, its way in and its way out.
 
     ``enc`` and ``dec`` are named by the resolution of each stage for square images of side ``img_resolution``, such as
     ``enc.16x16_block0``; other shapes are possible, and keep these names.
-
-    Attributes:
-        checkpointing: Set to True to recompute each block in the backward pass instead of keeping its activations:
-            the same gradients in less memory, for about a third more time.
     """
 
-    def __init__(self, *, img_resolution: int, in_channels: int, label_dim: int, augment_dim: int, model_channels: int,
+    def __init__(self, *, img_resolution: int, in_channels: int, label_dim: int, model_channels: int,
                  channel_mult: tuple[int, ...], channel_mult_emb: int, num_blocks: int,
                  attn_resolutions: tuple[int, ...], dropout: float, style: BlockStyle):
         super().__init__()
-        self.checkpointing = False
-        self.in_channels, self.label_dim, self.augment_dim, self.num_blocks = (
-            in_channels, label_dim, augment_dim, num_blocks)
+        self.in_channels, self.label_dim, self.num_blocks = in_channels, label_dim, num_blocks
         self.widths = [model_channels * mult for mult in channel_mult]
         self.resolutions = [img_resolution >> level for level in range(len(channel_mult))]
         self.emb_width = model_channels * channel_mult_emb
@@ -247,11 +241,6 @@ class EDMUNet(nn.Module, ABC):
         for i in range(self.num_blocks + 1):
             h = self.run(self.dec[f"{name}_block{i}"], torch.cat([h, kept.pop()], dim=1), emb)
         return h
-
-    def run(self, block: UNetBlock, h: Tensor, emb: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, emb, use_reentrant=False)
-        return block(h, emb)
 
 
 def geometric_frequencies(count: int, endpoint: bool, device) -> Tensor:

@@ -67,7 +67,7 @@ class SongUNet(EDMUNet):
                  encoder_type: str = "standard", decoder_type: str = "standard",
                  resample_filter: tuple[int, ...] = (1, 1)):
         super().__init__(
-            img_resolution=img_resolution, in_channels=in_channels, label_dim=label_dim, augment_dim=augment_dim,
+            img_resolution=img_resolution, in_channels=in_channels, label_dim=label_dim,
             model_channels=model_channels, channel_mult=channel_mult, channel_mult_emb=channel_mult_emb,
             num_blocks=num_blocks, attn_resolutions=attn_resolutions, dropout=dropout,
             style=BlockStyle(norm_eps=1e-6, residual_scale=sqrt(0.5), adaptive_scale=False, head_width=None,

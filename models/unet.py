@@ -10,9 +10,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.precision import without_autocast
+from models.recompute import Recomputing
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -159,23 +159,18 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(h, temb)), temb)
 
 
-class UNet(nn.Module):
+class UNet(Recomputing):
     """A network for x_t, whose output means what ``functions.prediction`` is told.
 
     Args:
         resolution: Longer side of the images; ``resolution / 2^i`` in ``attn_resolutions`` gives level i attention.
         Others: As documented in configs/networks.py.
-
-    Attributes:
-        checkpointing: Set to True to recompute each stage in the backward pass instead of keeping its activations:
-            the same gradients in less memory, for about a third more time.
     """
 
     def __init__(self, *, in_channels: int, out_ch: int, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int,
                  attn_resolutions: tuple[int, ...], resolution: int, dropout: float, resamp_with_conv: bool,
                  num_classes: int = 0):
         super().__init__()
-        self.checkpointing = False
         temb_width, last = 4 * ch, len(ch_mult) - 1
         has_attention = [resolution // 2**i in attn_resolutions for i in range(len(ch_mult))]
         self.temb = TimeEmbedding(ch)
@@ -228,22 +223,17 @@ class UNet(nn.Module):
         skips = [h]
         for level in self.down:
             for i in range(len(level.block)):
-                h = self._run(level.stage, i, h, temb)
+                h = self.run(level.stage, i, h, temb)
                 skips.append(h)
             if level is not self.down[-1]:
                 h = level.downsample(h)                                                      # (B, C_i, H/2, W/2)
                 skips.append(h)
 
-        h = self._run(self.mid, h, temb)
+        h = self.run(self.mid, h, temb)
 
         for level in reversed(self.up):
             for i in range(len(level.block)):
-                h = self._run(level.stage, i, torch.cat([h, skips.pop()], dim=1), temb)
+                h = self.run(level.stage, i, torch.cat([h, skips.pop()], dim=1), temb)
             if level is not self.up[0]:
                 h = level.upsample(h)                                                        # (B, C_i, 2H, 2W)
         return self.conv_out(F.silu(self.norm_out(h)))                                       # (B, out_ch, H, W)
-
-    def _run(self, stage, *args) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, *args, use_reentrant=False)
-        return stage(*args)
