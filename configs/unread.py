@@ -12,10 +12,8 @@ class Readers(NamedTuple):
 
 
 READERS = (
-    Readers("diffusion.schedule", ("discrete",), (
-        "diffusion.timestep_respacing", "diffusion.beta_schedule", "diffusion.beta_start", "diffusion.beta_end",
-        "diffusion.num_diffusion_timesteps", "diffusion.betas", "diffusion.zero_terminal_snr",
-        "diffusion.set_alpha_to_one", "diffusion.steps_offset", "diffusion.rescale_timesteps")),
+    Readers("diffusion.schedule", ("discrete",), (                      # but what a file says of its betas may stay
+        "diffusion.timestep_respacing", "diffusion.zero_terminal_snr", "diffusion.rescale_timesteps")),
     Readers("diffusion.schedule", ("sigma",), ("diffusion.rho",)),
     Readers("diffusion.schedule", ("sigma", "flow"), ("diffusion.rungs",)),
     Readers("diffusion.schedule", ("flow",), ("diffusion.shift",)),

@@ -182,7 +182,7 @@ class Network:
             # Of the 1x1 kernels in attention, whose two layouts are the same bytes.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             self.module = DistributedDataParallel(
-                self.module, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+                self.module, device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True, static_graph=accumulate == 1)           # no_sync must not come first then
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def test_an_ended_conversion_leaves_neither_workers_nor_files(tmp_path, name, si
     """Nothing but the program itself cleans up."""
     (tmp_path / "source").mkdir()
     content = encoded(NOISE[0].repeat(8, 0).repeat(8, 1))
-    for i in range(600):
+    for i in range(3000):                                      # seconds of work: a busy machine is late
         (tmp_path / f"source/{i}.png").write_bytes(content)
     (tmp_path / "made").mkdir()
     job = jobs.Job("dataset_tool", ["convert", "--source", str(tmp_path / "source"), "--dest",

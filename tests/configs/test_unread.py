@@ -14,11 +14,8 @@ OTHERS = {"diffusion.schedule": {"discrete": "sigma", "sigma": "discrete", "flow
           "optim.optimizer": {"Adam": "Adafactor"}, "model.arch": {"diffusers": "unet"},
           "data.dataset": {"LSUN": "ZIP"}}
 GIVEN = {"diffusion.timestep_respacing": "50", "data.random_crop": True, "optim.amsgrad": True, "data.variants": 2,
-         "diffusion.rungs": 50, "diffusion.beta_schedule": "cosine", "diffusion.beta_start": 0.001,
-         "diffusion.beta_end": 0.01, "diffusion.num_diffusion_timesteps": 50, "diffusion.betas": (0.1, 0.2),
-         "diffusion.zero_terminal_snr": True, "diffusion.set_alpha_to_one": False, "diffusion.steps_offset": 1,
-         "diffusion.rescale_timesteps": True, "optim.beta1": 0.5, "optim.beta2": 0.5, "data.category": "bedroom",
-         "data.latent_dtype": "bfloat16"}
+         "diffusion.rungs": 50, "diffusion.zero_terminal_snr": True, "diffusion.rescale_timesteps": True,
+         "optim.beta1": 0.5, "optim.beta2": 0.5, "data.category": "bedroom", "data.latent_dtype": "bfloat16"}
 CASES = [(readers, key) for readers in READERS for key in readers.keys]
 
 
@@ -31,8 +28,6 @@ def config(decides, value, key, given):
         raw["diffusion"]["prediction"] = "flow"
     if key == "diffusion.zero_terminal_snr":
         raw["diffusion"]["prediction"] = "v_prediction"
-    if key in ("diffusion.betas", "diffusion.num_diffusion_timesteps"):
-        raw |= {"loss": {"lamda": 0, "num_consecutive_steps": 0}, "training": {"sample_timesteps": 2}}
     for dotted, setting in ((decides, value), (key, given)):
         section, name = dotted.split(".")
         raw[section][name] = setting

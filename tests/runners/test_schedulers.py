@@ -29,7 +29,7 @@ def sample(denoiser, name, seeds=(0, 1), **settings):
         times = sampling_times(denoiser.schedule, wanted.timesteps, wanted.skip_type)
         return SAMPLERS[name](denoiser, x, times, noise_fn=lambda index: noise.randn(x.shape), **options), times
     chain = SchedulerChain(wanted, denoiser.schedule, denoiser.prediction)
-    return chain(denoiser, x, chain.times, noise, **options), chain.times
+    return chain(denoiser, x, noise, **options), chain.times
 
 
 def close(a, b):
