@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runners.cli import Parser, add_common, guarded, natural, setup_logging, terminable
+from runners.cli import Parser, add_common, ended_by_signals, guarded, natural, setup_logging
 from utils.errors import UserError
 
 # As in the tables of datasets/, whose modules take numpy to import.
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from datasets import tool  # imports numpy and the like, which --help and a wrong flag need not await
 
         setup_logging(args.verbose)
-        with terminable():
+        with ended_by_signals(__file__):
             getattr(tool, args.command)(args)
 
     return guarded(__file__, job)
