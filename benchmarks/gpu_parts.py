@@ -161,7 +161,7 @@ def sample(args, figures: Figures) -> None:
         rates = {}
         for group in [makers] + [compiled] * (not args.small):                  # told before minutes of compiling
             rates |= medians(group, rounds, warm_up=0 if args.small else 1)
-            for kind in group.keys() - {"reference", "no files"}:
+            for kind in [each for each in group if each not in ("reference", "no files")]:
                 figures.add(f"DDIM, {steps} steps, batch {batch}, {kind}", rates[kind], "images/s",
                             reference=rates["reference"], target=SPEED if kind != "fp32" else None)
             if "no files" in group:

@@ -173,7 +173,7 @@ class Training(Section):
     keep_last: Count | None = None
     """Keep ckpt_{epoch}.pth and model_{epoch}_ema.pth of so many snapshots; none: of all."""
     keep_every: Count | None = None
-    """Keep those of every so many epochs in any case."""
+    """Beside keep_last: keep those of every so many epochs in any case."""
     max_bad_steps: Count = 20
     """Steps without a finite gradient are skipped; so many in a row end the run."""
     fid_freq: Natural = 0
@@ -188,7 +188,8 @@ class Training(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same gradients."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the network; auto: on CUDA for runs of 2,000 steps or more."""
+    """torch.compile of the network; auto: on CUDA for runs of 2,000 network calls or more, where Triton has what it
+    needs."""
 
     @property
     def limit(self) -> str:

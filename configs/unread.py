@@ -1,43 +1,37 @@
 """Keys that only some settings read. Where nothing would read them they are refused instead of ignored."""
 
 import json
-from collections.abc import Iterable
-from typing import NamedTuple
 
+DISCRETE, CONTINUOUS = {"diffusion.schedule": ("discrete",)}, {"diffusion.schedule": ("sigma", "flow")}
+DRAWN = {"training.time_sampler": ("lognormal", "logit_normal")}
 
-class Readers(NamedTuple):
-    key: str                 # of which one of ...
-    values: Iterable[str]    # ... these reads ...
-    keys: Iterable[str]      # ... these keys
-
-
-READERS = (
-    Readers("diffusion.schedule", ("discrete",), (                      # but what a file says of its betas may stay
-        "diffusion.timestep_respacing", "diffusion.zero_terminal_snr", "diffusion.rescale_timesteps")),
-    Readers("diffusion.schedule", ("sigma",), ("diffusion.rho",)),
-    Readers("diffusion.schedule", ("sigma", "flow"), ("diffusion.rungs",)),
-    Readers("diffusion.schedule", ("flow",), ("diffusion.shift",)),
-    Readers("diffusion.prediction", ("edm",), ("diffusion.sigma_data",)),
-    Readers("diffusion.prediction", ("vp",), ("diffusion.beta_d", "diffusion.beta_min")),
-    Readers("training.time_sampler", ("lognormal", "logit_normal"), ("training.time_mean", "training.time_std")),
-    Readers("optim.optimizer", ("Adam", "AdamW"), ("optim.amsgrad", "optim.beta2")),
-    Readers("optim.optimizer", ("Adam", "AdamW", "SGD"), ("optim.beta1",)),
-    Readers("optim.optimizer", ("Adam", "AdamW", "RMSProp"), ("optim.eps",)),
-    Readers("model.arch", ("diffusers",), ("data.random_crop", "data.variants", "data.latent_dtype")),
-    Readers("data.dataset", ("LSUN",), ("data.category",)),
+# (key -> values of it with which one of them is enough, keys that are read then)
+READERS: tuple[tuple[dict[str, tuple[str, ...]], tuple[str, ...]], ...] = (
+    (DISCRETE, ("diffusion.timestep_respacing", "diffusion.zero_terminal_snr", "diffusion.rescale_timesteps")),
+    (CONTINUOUS, ("diffusion.rungs",)),
+    ({"diffusion.schedule": ("sigma",)}, ("diffusion.rho",)),
+    ({"diffusion.schedule": ("flow",)}, ("diffusion.shift",)),
+    ({"diffusion.prediction": ("edm",)}, ("diffusion.sigma_data",)),
+    ({"diffusion.prediction": ("vp",), "training.time_sampler": ("vp",)}, ("diffusion.beta_d", "diffusion.beta_min")),
+    (DRAWN, ("training.time_mean", "training.time_std")),
+    ({"optim.optimizer": ("Adam", "AdamW")}, ("optim.amsgrad", "optim.beta2")),
+    ({"optim.optimizer": ("Adam", "AdamW", "SGD")}, ("optim.beta1",)),
+    ({"optim.optimizer": ("Adam", "AdamW", "RMSProp")}, ("optim.eps",)),
+    ({"model.arch": ("diffusers",)}, ("data.random_crop", "data.variants", "data.latent_dtype")),
 )
 
 
 def check_all_are_read(config) -> None:
     """ValueError naming the first key with another value than its default that no part of the program would read."""
-    for readers in READERS:
-        if _value(config, readers.key)[0] in readers.values:
+    for readers, keys in READERS:
+        if any(_value(config, key)[0] in values for key, values in readers.items()):
             continue
-        for key in readers.keys:
+        for key in keys:
             given, default = _value(config, key)
             if given != default:
-                raise ValueError(f"{key} {given} is for {readers.key} {' or '.join(readers.values)}, not for "
-                                 f"{_value(config, readers.key)[0]}; leave it at {json.dumps(default)}")
+                wanted = " or ".join(f"{reader} {' or '.join(values)}" for reader, values in readers.items())
+                found = " and ".join(_value(config, reader)[0] for reader in readers)
+                raise ValueError(f"{key} {given} is for {wanted}, not for {found}; leave it at {json.dumps(default)}")
 
 
 def _value(config, key: str) -> tuple:

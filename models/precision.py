@@ -21,14 +21,16 @@ def forbid_tf32() -> None:
 
 @contextmanager
 def full_precision(device: torch.device):
-    """fp32 inside: no autocast and no TF32."""
+    """fp32 inside: no autocast, no TF32, and kernels that do not depend on what is fastest today."""
     products, convolutions = _flag(torch.get_float32_matmul_precision), _flag(lambda: torch.backends.cudnn.allow_tf32)
-    before = [switch.fp32_precision for switch in SWITCHES]
+    before, benchmark = [switch.fp32_precision for switch in SWITCHES], torch.backends.cudnn.benchmark
     forbid_tf32()
+    torch.backends.cudnn.benchmark = False
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
+        torch.backends.cudnn.benchmark = benchmark
         if products is not None:
             torch.set_float32_matmul_precision(products)
         if convolutions is not None:

@@ -80,8 +80,8 @@ def missing_for_triton() -> str | None:
     if not has_triton():
         return "no Triton for this GPU"
     if not any(map(shutil.which, ("gcc", "clang"))):
-        return "no C compiler for Triton: gcc, clang"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "no gcc or clang for Triton; with another one set compile on"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
         return "no Python.h for Triton: the headers of Python, python3-dev"
     return None
 

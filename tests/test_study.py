@@ -193,6 +193,17 @@ def test_every_training_seed_has_images_of_its_own(start, monkeypatch, key, seed
     assert made == seeds == [entry["seeds"] for entry in read_cells(start.folder / "cells").values()]
 
 
+def test_an_older_study_goes_on_with_the_images_it_has(start, capsys):
+    """Its file says nothing of their seeds; its cells do."""
+    small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2]}], "images_seen": [8]}
+    assert start(**small, image_seeds="shared") == 0
+    file, _ = start.folder / "study.yml", capsys.readouterr()
+    file.write_text(file.read_text().replace("image_seeds: shared\n", ""))
+    assert start(**small) == 2
+    error = capsys.readouterr().err
+    assert "have the seeds 0-11, not 12288-12299; image_seeds: shared goes on" in error and error.count("\n") == 1
+
+
 def test_what_would_mix_results_is_refused(start, capsys):
     small = {"runs": {"base": {"loss.lamda": 0}}, "samplers": [{"timesteps": [2]}], "images_seen": [8]}
     assert start("--report_only", **small) == 2 and "no measured cell" in capsys.readouterr().err

@@ -61,8 +61,7 @@ def write_panel(panel: Panel, path: Path, log_time: bool = False) -> None:
 def _figure(width: float, height: float):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure, path: Path, dpi: int) -> None:

@@ -24,7 +24,7 @@ from utils.names import safe_name
 
 # What the study itself decides about its runs: snapshots at ``images_seen`` and no others, no pictures meanwhile.
 OWN_KEYS = {"training.snapshot_unit": "steps", "training.snapshot_freq": 10**9, "training.sample_num": 0,
-            "training.fid_freq": 0, "training.keep_last": None}
+            "training.fid_freq": 0, "training.keep_last": None, "training.keep_every": None}
 # Cells with different values of these do not belong into one table.
 KEPT = ("num_images", "image_seeds", "metrics", "interval", "fid_stats", "reference_images", "fit_images", "grid")
 DECIDE_A_RUN = {**dict.fromkeys(("model", "diffusion", "loss", "optim")),
@@ -124,12 +124,21 @@ class StudyJob:
                        if getattr(stored, key) != getattr(self.study, key)]
             changed += [f"run {run} was {old}, is {self.study.runs[run]}" for run, old in stored.runs.items()
                         if self.study.runs.get(run, old) != old]
+        for entry in list(self.read_cells().values())[:1]:           # an older file does not say what they were
+            given, seeds = entry.get("seeds"), seeds_text(self.image_seeds(entry["study"]["seed"]))
+            if not changed and given not in (None, seeds):
+                changed.append(f"the images of its cells have the seeds {given}, not {seeds}; image_seeds: shared goes "
+                               "on from 0")
         for doc, config in self.configs.items():
             if self.run(doc).config.exists():
                 changed += [f"run {doc}: {line}" for line in
                             differences(load_config(self.run(doc).config), config, DECIDE_A_RUN)]
         if changed:
             raise UserError(f"{self.folder} holds another study ({'; '.join(changed)}); choose another --name")
+
+
+def seeds_text(seeds: range) -> str:
+    return f"{seeds[0]}-{seeds[-1]}"
 
 
 def with_overrides(study: Study, overrides) -> Study:

@@ -19,7 +19,7 @@ from runners.sampling.generation import generate_and_measure, write_grid
 from runners.sampling.sampler import Sampler
 from runners.signals import Signals
 from runners.study.grid import Cell, prepare_cells
-from runners.study.job import StudyJob
+from runners.study.job import StudyJob, seeds_text
 from runners.training.checkpoint import RunFolder
 from runners.training.plan import Plan
 from utils.atomic import write_text
@@ -152,7 +152,7 @@ class StudyRunner:
             "weights_kind": weights.kind, "step": self.job.step(cell.images_seen),
             "sampler": {**sampler.settings.model_dump(mode="json"), **gamma_fingerprint(sampler.settings)}, "fit": fit,
             "network_calls": self.job.calls[cell.key],
-            "seeds": f"{seeds[0]}-{seeds[-1]}", "batch_size": batch_size, "amp": "off",
+            "seeds": seeds_text(seeds), "batch_size": batch_size, "amp": "off",
             "device": str(diffusion.device), "sampling_seconds": round(made.seconds, 2),
             "seconds": round(time.perf_counter() - started, 2)}
         distributed.on_rank_zero(

@@ -57,7 +57,7 @@ class Session:
             amp = self._keep_precision(amp, stored)
         self.state = TrainingState(diffusion.model, diffusion.config, plan.total_steps, plan.global_batch,
                                    loss_scaling=amp is torch.float16)
-        self.network = self._make_network(amp, plan.last_step - stored.get("step", 0))
+        self.network = self._make_network(amp)
         if begin := stored or diffusion.inherited:
             self.state.load_state_dict(begin)
         diffusion.averages = self.state.averages
@@ -98,9 +98,10 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------------- beginning
 
-    def _make_network(self, amp: torch.dtype | None, steps: int) -> Network:
+    def _make_network(self, amp: torch.dtype | None) -> Network:
         diffusion, training, plan = self.diffusion, self.training, self.plan
-        compiled = resolve_compile(training.compile, diffusion.device, steps * plan.accumulate)
+        compiled = distributed.on_rank_zero(lambda: resolve_compile(training.compile, diffusion.device,
+                                                                    plan.last_step * plan.accumulate))
         usual = amp is resolve_amp(training.amp, diffusion.device)
         precision = explain_amp(training.amp, diffusion.device) if usual else f"auto: {amp_name(amp)}, as the run began"
         log.info("%d images, %d steps in an epoch, %d in this run; batch %d = %d processes x %d calls x %d images; "

@@ -85,7 +85,8 @@ def test_ranks_get_their_time_to_save(monkeypatch):
     from runners import launcher
 
     seen = []
-    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")              # so that it is taken back afterwards
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     monkeypatch.setattr(api, "elastic_launch", lambda config, *words: seen.append(config) or (lambda *argv: None))
     before = signal.getsignal(signal.SIGUSR1)
     try:

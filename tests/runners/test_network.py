@@ -80,7 +80,7 @@ def test_images_get_the_memory_format_of_the_weights():
 def test_compile_auto_is_for_long_runs_on_a_gpu_with_what_triton_needs(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
     monkeypatch.setattr(network.shutil, "which", lambda name: name == "gcc")
-    monkeypatch.setattr(network.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(network.sysconfig, "get_path", lambda *names: str(tmp_path))
     assert "Python.h" in network.missing_for_triton() and not resolve_compile("auto", CUDA, 10**6)
     (tmp_path / "Python.h").write_text("")
     assert not resolve_compile("auto", CPU, 10**6)
@@ -88,7 +88,7 @@ def test_compile_auto_is_for_long_runs_on_a_gpu_with_what_triton_needs(monkeypat
     assert resolve_compile("auto", CUDA, 10**6)
     assert resolve_compile("on", CPU, 1)
     monkeypatch.setattr(network.shutil, "which", lambda name: None)
-    assert "C compiler" in network.missing_for_triton() and not resolve_compile("auto", CUDA, 10**6)
+    assert "gcc or clang" in network.missing_for_triton() and not resolve_compile("auto", CUDA, 10**6)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     assert "no Triton" in network.missing_for_triton()
 
