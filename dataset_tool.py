@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runners.cli import Parser, add_common, ended_by_signals, guarded, natural, setup_logging
+from runners.cli import Parser, add_common, guarded, natural, setup_logging
 from utils.errors import UserError
+from utils.interrupts import ended_by_signals
 
 # As in the tables of datasets/, whose modules take numpy to import.
 FORMATS = ("folder", "lmdb", "npy", "zip")

@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from utils.errors import Interrupted, UserError
+from utils.interrupts import Terminated, terminable
 from utils.memory import keep_freed_memory
 from utils.names import safe_name
 from utils.text import LineFormatter, escape_control
@@ -144,48 +144,6 @@ def run_folder(args) -> Path:
     if args.doc is None and not args.config:
         raise UserError("--doc is required, the name of a run under exp/logs/; or --config NAME.yml")
     return Path(args.exp) / "logs" / safe_name("--doc", Path(args.config).stem if args.doc is None else args.doc)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a script as Ctrl-C does."""
-
-
-@contextmanager
-def terminable():
-    """In this block the first SIGTERM raises Terminated; the second ends the process. Nothing changes in a thread."""
-    def stop(signum, frame):
-        signal.signal(signum, signal.SIG_DFL)
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-@contextmanager
-def ended_by_signals(script: str):
-    """In this block SIGINT and SIGTERM end the process at once, with a line, as SIGKILL would: for what cleans up after
-    that anyway. An exception could come while a pool starts its workers, who would wait for one another. Nothing
-    changes in a thread."""
-    def end(signum, frame):
-        line = f"{Path(script).name}: stopped by {signal.Signals(signum).name}\n"
-        os.write(2, ("\n" * sys.stderr.isatty() + line).encode())                 # below a bar
-        os._exit(128 + signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.signal(signum, end) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)
 
 
 def guarded(script: str, job: Callable, is_told: Callable = lambda error: False) -> int:

@@ -17,6 +17,7 @@ from runners import cli, distributed
 from runners.sampling.flags import add_sampler_flags
 from tests.conftest import REPOSITORY
 from utils.errors import Interrupted, UserError
+from utils.interrupts import Terminated, terminable
 
 ARGS = Namespace(verbose="critical", node_rank=0, num_proc_node=1, num_process_per_node=1, device="cpu",
                  master_address=None, master_port=None, dist_timeout=1, max_restarts=0)
@@ -122,7 +123,7 @@ def test_help_tells_every_default_also_zero(capsys):
 
 def test_sigterm_is_heard_once_and_only_meanwhile():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(cli.Terminated), cli.terminable():
+    with pytest.raises(Terminated), terminable():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
@@ -134,7 +135,7 @@ def test_a_script_may_be_called_in_a_thread():
     told = []
 
     def script():
-        with cli.terminable():
+        with terminable():
             told.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=script)
