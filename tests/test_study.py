@@ -10,6 +10,7 @@ import yaml
 
 import runners.study.runner
 import study
+from configs.schema import load_config, save_config
 from runners.diffusion import Diffusion
 from runners.evaluation import references
 from runners.study.grid import read_cells
@@ -191,6 +192,12 @@ def test_every_training_seed_has_images_of_its_own(start, monkeypatch, key, seed
     assert start(runs={"base": {"loss.lamda": 0}}, samplers=[{"timesteps": [2]}], images_seen=[8], seeds=[3, 5],
                  image_seeds=key) == 0
     assert made == seeds == [entry["seeds"] for entry in read_cells(start.folder / "cells").values()]
+
+
+def test_a_configuration_with_retention_is_fine_for_a_study(start, tmp_path):
+    """Whose runs keep what is measured, and nothing else."""
+    save_config(load_config("digits.yml", ["training.keep_last=3", "training.keep_every=10"]), tmp_path / "kept.yml")
+    assert start("--dry_run", config=str(tmp_path / "kept.yml")) == 0
 
 
 def test_an_older_study_goes_on_with_the_images_it_has(start, capsys):
