@@ -2,18 +2,16 @@
 
 import json
 
-DISCRETE, CONTINUOUS = {"diffusion.schedule": ("discrete",)}, {"diffusion.schedule": ("sigma", "flow")}
-DRAWN = {"training.time_sampler": ("lognormal", "logit_normal")}
-
 # (key -> values of it with which one of them is enough, keys that are read then)
 READERS: tuple[tuple[dict[str, tuple[str, ...]], tuple[str, ...]], ...] = (
-    (DISCRETE, ("diffusion.timestep_respacing", "diffusion.zero_terminal_snr", "diffusion.rescale_timesteps")),
-    (CONTINUOUS, ("diffusion.rungs",)),
+    ({"diffusion.schedule": ("discrete",)}, (
+        "diffusion.timestep_respacing", "diffusion.zero_terminal_snr", "diffusion.rescale_timesteps")),
+    ({"diffusion.schedule": ("sigma", "flow")}, ("diffusion.rungs",)),
     ({"diffusion.schedule": ("sigma",)}, ("diffusion.rho",)),
     ({"diffusion.schedule": ("flow",)}, ("diffusion.shift",)),
     ({"diffusion.prediction": ("edm",)}, ("diffusion.sigma_data",)),
     ({"diffusion.prediction": ("vp",), "training.time_sampler": ("vp",)}, ("diffusion.beta_d", "diffusion.beta_min")),
-    (DRAWN, ("training.time_mean", "training.time_std")),
+    ({"training.time_sampler": ("lognormal", "logit_normal")}, ("training.time_mean", "training.time_std")),
     ({"optim.optimizer": ("Adam", "AdamW")}, ("optim.amsgrad", "optim.beta2")),
     ({"optim.optimizer": ("Adam", "AdamW", "SGD")}, ("optim.beta1",)),
     ({"optim.optimizer": ("Adam", "AdamW", "RMSProp")}, ("optim.eps",)),

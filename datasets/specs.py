@@ -52,8 +52,7 @@ class DatasetSpec:
 
 def read_any(path: Path, data: Data, split: str, strict: bool = False, auto: str = "auto") -> Reader:
     """A folder, zip, npz, npy, LMDB or CIFAR-10 archive, by what it looks like. ``auto``: what it means for labels."""
-    rule = data.labels
-    return open_any(path, data.channels, strict, auto if rule == "auto" else rule)
+    return open_any(path, data.channels, strict, auto if data.labels == "auto" else data.labels)
 
 
 def open_any(path: Path, channels: int, strict: bool = False, labels: str = "auto") -> Reader:
