@@ -81,6 +81,9 @@ def test_numbers_of_images_are_read_with_their_units():
     ({"training": {"total_images": "1.5"}}, "given '1.5'"),
     ({"training": {"ema": [{"length": 0.1, "warmup": True}]}}, "warmup is for rate, not for length; leave it out"),
     ({"training": {"ema": [{"rate": 0.9, "ramp_up": 0.1}]}}, "ramp_up is for half_life, not for rate; leave it out"),
+    ({"training": {"keep_every": 5}}, "give keep_last as well"),
+    ({"loss": {"variational": "kl", "reduce": "mean", "lamda": 0, "num_consecutive_steps": 0, "weight": "min_snr"}},
+     "takes the place of the loss that weight min_snr weighs"),
     ({"optim": {"warmup_steps": 5, "warmup_images": 5}}, "give one of them"),
 ])
 def test_impossible_settings_are_lines(sections, message):

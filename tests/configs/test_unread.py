@@ -43,3 +43,9 @@ def test_a_key_is_refused_where_nothing_reads_it_and_taken_where_something_does(
     told = str(refusal.value)
     assert f"{key} {given} is for " in told and f"{decides} {' or '.join(values)}" in told and other in told
     config(decides, other, key, dotted_keys()[key][1])                          # its default is no wish
+
+
+def test_draws_of_vp_read_its_constants_whatever_the_network_predicts():
+    raw = {"data": {"dataset": "ZIP", "image_size": 32}, "model": {"arch": "unet"},
+           "diffusion": {"schedule": "sigma", "prediction": "edm", "beta_d": 5.0}, "training": {"time_sampler": "vp"}}
+    assert validate(raw, "C").diffusion.beta_d == 5.0
