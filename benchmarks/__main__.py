@@ -1,12 +1,12 @@
 """The benchmarks of speed and memory one after the other, and their tables into docs/performance.md: ``make bench``.
 
-    python -m benchmarks                                    # CPU, twenty minutes on two cores that do nothing else
+    python -m benchmarks                                    # CPU, 20 to 50 minutes on two cores that do nothing else
     python -m benchmarks --device cuda                      # the same on a GPU, with its batch sizes; not data
     python -m benchmarks --only train startup               # the others' tables stay
 
 Each kind of CPU (by its instruction sets: avx2, avx512f, avx512_bf16, amx_bf16) and CUDA have tables of their own;
-those of another kind stay, and a kind's first table goes below them. The text outside the markers of
-docs/performance.md is written by hand.
+those of another kind stay, and the first table of a kind of CPU goes below those of others. The text outside the
+markers of docs/performance.md is written by hand.
 Left out are ``benchmarks.precision``, which needs real images, ``benchmarks.soak``, which measures no speed, and on a
 CPU the growth with the number of images, ``benchmarks.sample --parts growth``, a quarter of an hour by itself.
 """
@@ -72,10 +72,10 @@ def check_markers(page: str, names: list[str]) -> None:
 
 
 def put(page: str, name: str, kind: str, text: str) -> str:
-    """The page with ``text`` in the place of this script and kind, which is made below those of other kinds."""
+    """The page with ``text`` in the place of this script and kind, which is made below those of other CPUs."""
     marker = f"{name} {kind}"
     if not section(marker).search(page):
-        last = [*re.finditer(rf"<!-- end {name} \S+ -->\n", page)][-1].end()
+        last = [*re.finditer(rf"<!-- end {name} (?!cuda)\S+ -->\n", page)][-1].end()       # a GPU's lie further below
         page = f"{page[:last]}\n<!-- {marker} -->\n<!-- end {marker} -->\n{page[last:]}"
     return section(marker).sub(lambda match: f"{match[1]}{text}\n{match[2]}", page)
 

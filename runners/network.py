@@ -175,7 +175,7 @@ class Network:
                  compiled: bool = False, ddp: bool = False, accumulate: int = 1, frozen: bool = False):
         self.device, self.amp, self.memory_format = device, amp, _memory_format_of(model)
         self.compiled, self.to_be_cast = compiled, frozen and amp is not None
-        self.module = torch.compile(model) if compiled and not self.to_be_cast else model
+        self.module = self._compile(model) if compiled and not self.to_be_cast else model
         if device.type == "cuda":
             forbid_tf32()                            # also of what autocast leaves in float32
         if ddp:
@@ -190,9 +190,13 @@ class Network:
         x = x.float().contiguous(memory_format=self.memory_format)
         if self.to_be_cast:
             module, self.to_be_cast = cast_once(self.module, self.amp, x, t, condition), False
-            self.module = torch.compile(module) if self.compiled else module
+            self.module = self._compile(module) if self.compiled else module
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             return self.module(x, t, **condition).float()
+
+    def _compile(self, module: nn.Module) -> nn.Module:
+        """On a CPU random numbers stay torch's: the compiler's are scalar there, and others than without compiling."""
+        return torch.compile(module, options={"fallback_random": True} if self.device.type == "cpu" else None)
 
     def alone(self) -> "Network":
         """The same without DDP, for calls that are not differentiated: those must not count among its passes."""

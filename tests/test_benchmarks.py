@@ -100,7 +100,7 @@ def test_tables_of_another_kind_of_cpu_stay_and_a_new_kind_goes_below():
     again = put(page, "train", "avx2", "new")
     assert again == page.replace("old", "new")
     added = put(again, "train", "amx_bf16", "other")
-    assert added == again.replace("\nc\n", "\n\n<!-- train amx_bf16 -->\nother\n<!-- end train amx_bf16 -->\nc\n")
+    assert added == again.replace("b\n", "\n<!-- train amx_bf16 -->\nother\n<!-- end train amx_bf16 -->\nb\n")
     with pytest.raises(SystemExit, match="lacks tables of fid"):
         check_markers(page, ["train", "fid"])
 

@@ -2,6 +2,7 @@
 
 import re
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -127,6 +128,40 @@ def test_two_ranks_find_what_one_finds(start, tmp_path):
     assert [rank.wait() for rank in ranks] == [0, 0], [rank.text for rank in ranks]
     alone = read_cells(start.folder.with_name("alone") / "cells")
     assert fids(start) == pytest.approx({key: entry["fid"] for key, entry in alone.items()}, rel=1e-4)
+
+
+def make_it_slowly(folder) -> None:
+    """In a job: the reference is being made until another has come for it, too."""
+    tiny_metrics()
+    make = runners.study.runner.make_reference
+
+    def make_reference(*args, **keywords):
+        (folder / "making").touch()
+        jobs.wait_until((folder / "coming").exists)
+        make(*args, **keywords)
+
+    runners.study.runner.make_reference = make_reference
+
+
+def come_for_it(folder) -> None:
+    tiny_metrics()
+    hold = runners.study.runner.exclusive
+
+    def exclusive(*args):
+        (folder / "coming").touch()
+        return hold(*args)
+
+    runners.study.runner.exclusive, runners.study.runner.make_reference = exclusive, None
+
+
+def test_jobs_that_share_a_study_make_its_reference_once(start, tmp_path):
+    start("--dry_run", samplers=[{"timesteps": [2]}])                                 # writes its file
+    argv = ["--study", str(tmp_path / "tiny.yml"), "--exp", str(tmp_path / "exp"), "--device", "cpu", "--only"]
+    first = jobs.Job("study", [*argv, "base"], [partial(make_it_slowly, tmp_path)])
+    jobs.wait_until((tmp_path / "making").exists)
+    second = jobs.Job("study", [*argv, "SA+IP"], [partial(come_for_it, tmp_path)])
+    assert (first.wait(), second.wait()) == (0, 0), first.text + second.text
+    assert len(fids(start)) == 2
 
 
 @pytest.mark.parametrize(("target", "name", "moment"), [

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from runners.training.checkpoint import RunFolder
 from runners.training.plan import Plan
 from utils.atomic import write_text
 from utils.errors import Interrupted, UserError
+from utils.locks import exclusive
 
 log = logging.getLogger(__name__)
 
@@ -52,19 +54,44 @@ class StudyRunner:
         done = distributed.on_rank_zero(job.read_cells)
         todo = [cell for cell in job.cells if cell.key not in done]
         log.info("%d of %d cells are measured already", len(job.cells) - len(todo), len(job.cells))
-        if todo:
-            self._open_metrics()                                   # first: a wrong reference must not cost a training
-            distributed.on_rank_zero(lambda: self._refuse_other_reference(done))
+        if todo:                                                   # first: what does not fit must not cost a training
+            self.net = load_inception(self.inception_weights, self.device)
+            self._open_reference(done)
         with Signals().listening() as self.signals:
             for run, seed in job.runs:
                 self.train(f"{run}-{seed}")
-            self._measure_all(todo)
+        if todo:
+            self._make_reference(done)
+            with Signals().listening() as self.signals:
+                self._measure_all(todo)
 
-    def _refuse_other_reference(self, done: dict[str, dict]) -> None:
-        used = {entry["reference_fingerprint"] for entry in done.values()} - {self.reference.fingerprint}
-        if used:
-            raise UserError(f"cells in {self.job.folder} were measured against another reference than "
-                            f"{self.reference.name}; choose another --name")
+    def _make_reference(self, done: dict[str, dict]) -> None:
+        """When the study names none and no other process has made it; a signal ends the process meanwhile."""
+        job, study, target = self.job, self.job.study, self.job.folder / "reference.npz"
+        with ExitStack() as held:
+            distributed.on_rank_zero(lambda: held.enter_context(
+                exclusive(job.folder / ".reference.lock", f"making {target}")))
+            self._open_reference(done)
+            if self.reference is None:
+                log.info("making %s", target)
+                make_reference(job.any_config, self.net, target, root=job.datasets, num=study.reference_images,
+                               keep_features=True, spatial="sfid" in study.metrics)
+                self._open_reference(done)
+
+    def _open_reference(self, done: dict[str, dict]) -> None:
+        """The reference, if it is there. UserError: It fits not the metrics, or cells were measured with another."""
+        def check() -> bool:
+            reference = self.job.reference()
+            if reference is None:
+                return False
+            Evaluation(reference, self.net, self.job.study.metrics)
+            if {entry["reference_fingerprint"] for entry in done.values()} - {reference.fingerprint}:
+                raise UserError(f"cells in {self.job.folder} were measured against another reference than "
+                                f"{reference.name}; choose another --name")
+            return True
+
+        if distributed.on_rank_zero(check):
+            self.reference = self.job.reference()
 
     def _prepare_folder(self) -> None:
         write_text(self.job.folder / "study.yml", study_yaml(self.job.study))
@@ -111,17 +138,6 @@ class StudyRunner:
         distributed.on_rank_zero(refuse_missing)
 
     # ------------------------------------------------------------------------------------------------------ measuring
-
-    def _open_metrics(self) -> None:
-        """Feature network and reference, which is made when the study names none; signals end the process meanwhile."""
-        job, study = self.job, self.job.study
-        self.net = load_inception(self.inception_weights, self.device)
-        if distributed.on_rank_zero(lambda: job.reference() is None):
-            log.info("making %s", job.folder / "reference.npz")
-            make_reference(job.any_config, self.net, job.folder / "reference.npz", root=job.datasets,
-                           num=study.reference_images, keep_features=True, spatial="sfid" in study.metrics)
-        self.reference = job.reference()
-        Evaluation(self.reference, self.net, study.metrics)        # refuses what does not fit
 
     def _measure_all(self, cells: list[Cell]) -> None:
         started, diffusion, loaded = time.monotonic(), None, None
