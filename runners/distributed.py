@@ -104,7 +104,7 @@ def check_gpus(processes: int) -> None:
 @contextmanager
 def process_group(world: World | None, device: torch.device, address: str | None = None, port: int | None = None,
                   timeout_minutes: float = 30):
-    """Join the other ranks for the duration of a ``with`` block; nothing happens without a launcher."""
+    """Join the other ranks for a ``with`` block, after which a rank must ``leave``; nothing without a launcher."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world is None or world.size == 1:
@@ -131,14 +131,14 @@ def process_group(world: World | None, device: torch.device, address: str | None
         yield
     except UserError as error:
         if error.on_all_ranks:
-            _leave_together()
+            barrier()
         raise                                            # else the others may still wait in a collective: just leave
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
         log.debug("", exc_info=True)
         raise LostRank(f"rank {world.rank} has lost another rank: {first_sentence(error)[-120:]}") from None
-    _leave_together()
+    barrier()                                            # nobody ends while another still waits for something from it
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
@@ -152,14 +152,9 @@ def first_sentence(error: Exception) -> str:
     return re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0].partition(". ")[0])
 
 
-def _leave_together() -> None:
-    """Nobody ends while another still waits for something from it."""
-    barrier()
-    dist.destroy_process_group()
-
-
 def leave(code: int) -> None:
-    """End this rank now: tearing Python down beside the threads that DDP leaves behind was seen to abort (code 134)."""
+    """End this rank now. Tearing Python down beside the threads that DDP leaves behind was seen to abort (code 134), to
+    destroy the process group to hang (torch 2.6): it waits for a thread of gloo, which waits for Python's lock."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
