@@ -79,7 +79,7 @@ class StudyRunner:
                 self._open_reference(done)
 
     def _open_reference(self, done: dict[str, dict]) -> None:
-        """The reference, if it is there. UserError: It fits not the metrics, or cells were measured with another."""
+        """The reference, if there. UserError: It does not fit the metrics, or cells were measured with another."""
         def check() -> bool:
             reference = self.job.reference()
             if reference is None:
