@@ -90,7 +90,7 @@ class StudyJob:
         return next((file for file in files if file.exists()), None)
 
     def reference(self):
-        """The checked reference, or None: it is to be made first."""
+        """The checked reference, or None: it is still to be made."""
         own = self.folder / "reference.npz"
         if self.study.fid_stats is None and not own.exists():
             return None

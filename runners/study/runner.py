@@ -61,12 +61,13 @@ class StudyRunner:
             for run, seed in job.runs:
                 self.train(f"{run}-{seed}")
         if todo:
-            self._make_reference(done)
+            if self.reference is None:
+                self._make_reference(done)
             with Signals().listening() as self.signals:
                 self._measure_all(todo)
 
     def _make_reference(self, done: dict[str, dict]) -> None:
-        """When the study names none and no other process has made it; a signal ends the process meanwhile."""
+        """Or wait for another process that is making it. A signal ends the process meanwhile."""
         job, study, target = self.job, self.job.study, self.job.folder / "reference.npz"
         with ExitStack() as held:
             distributed.on_rank_zero(lambda: held.enter_context(
@@ -79,19 +80,17 @@ class StudyRunner:
                 self._open_reference(done)
 
     def _open_reference(self, done: dict[str, dict]) -> None:
-        """The reference, if there. UserError: It does not fit the metrics, or cells were measured with another."""
-        def check() -> bool:
-            reference = self.job.reference()
-            if reference is None:
-                return False
+        self.reference = distributed.on_rank_zero(lambda: self._checked_reference(done))
+
+    def _checked_reference(self, done: dict[str, dict]):
+        """None if there is none yet. UserError: It does not fit the metrics, or cells were measured with another."""
+        reference = self.job.reference()
+        if reference is not None:
             Evaluation(reference, self.net, self.job.study.metrics)
             if {entry["reference_fingerprint"] for entry in done.values()} - {reference.fingerprint}:
                 raise UserError(f"cells in {self.job.folder} were measured against another reference than "
                                 f"{reference.name}; choose another --name")
-            return True
-
-        if distributed.on_rank_zero(check):
-            self.reference = self.job.reference()
+        return reference
 
     def _prepare_folder(self) -> None:
         write_text(self.job.folder / "study.yml", study_yaml(self.job.study))
