@@ -64,8 +64,8 @@ class DhariwalUNet(EDMUNet):
             dtype = self.map_layer0.weight.dtype
             angles = t.float().outer(geometric_frequencies(self.model_channels // 2, False, t.device))
             emb = torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)                   # (B, M)
-            if self.map_augment is not None and augment is not None:
-                emb = emb + self.map_augment(augment.to(dtype))
+            if self.map_augment is not None:
+                emb = emb + self.map_augment(self.augment_vector(augment, len(t)).to(dtype))
             emb = self.map_layer1(F.silu(self.map_layer0(emb)))
             if self.map_label is not None:
                 emb = emb + self.map_label(self.label_vector(labels, len(t)).to(dtype))

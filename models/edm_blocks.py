@@ -214,6 +214,12 @@ class EDMUNet(Recomputing, ABC):
             return labels.float()
         return (labels[:, None] == torch.arange(self.label_dim, device=labels.device)).float()
 
+    def augment_vector(self, augment: Tensor | None, count: int) -> Tensor:
+        """(B, augment_dim). None is zeros: a weight without a gradient has no moments to resume, and DDP waits for it."""
+        if augment is None:
+            return torch.zeros(count, self.map_augment.in_features, device=self.map_augment.weight.device)
+        return augment
+
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """The states to keep, the last one being the lowest."""
         kept, image = [], x

@@ -117,8 +117,8 @@ class SongUNet(EDMUNet):
             if self.map_label is not None:
                 vector = self.label_vector(labels, len(t)).to(dtype)
                 emb = emb + self.map_label(vector * sqrt(self.label_dim))
-            if self.map_augment is not None and augment is not None:
-                emb = emb + self.map_augment(augment.to(dtype))
+            if self.map_augment is not None:
+                emb = emb + self.map_augment(self.augment_vector(augment, len(t)).to(dtype))
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))                     # (B, E)
 
     def join_image(self, name: str, h: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:

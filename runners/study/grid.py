@@ -133,6 +133,7 @@ def prepare_cells(path: Path) -> None:
     for file in (path, path.with_suffix(".txt")):
         if file.is_symlink():
             raise DataError(f"{file}: is a link, cells are added to a file of its own only; remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         lines = read_lines(path)
         whole = [line for line in lines if line.endswith("\n") and json_object(line) is not None]

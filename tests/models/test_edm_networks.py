@@ -90,6 +90,16 @@ def test_labels_are_numbers_or_vectors_and_minus_one_is_none(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_without_augmentation_every_weight_has_a_gradient(kind):
+    """One without has no moments, and such a state cannot be gone on from."""
+    network = alive(kind).eval()
+    x, t, labels, augment = inputs()
+    network(x, t, labels).square().mean().backward()
+    assert network.map_augment and all(weight.grad is not None for weight in network.parameters())
+    assert torch.equal(network(x, t, labels), network(x, t, labels, torch.zeros_like(augment)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_memory_format_and_checkpointing_change_nothing(kind):
     model, (x, t, labels, augment) = alive(kind, dropout=0.0), inputs()
     results, calls = [], []
