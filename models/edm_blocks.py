@@ -215,7 +215,7 @@ class EDMUNet(Recomputing, ABC):
         return (labels[:, None] == torch.arange(self.label_dim, device=labels.device)).float()
 
     def augment_vector(self, augment: Tensor | None, count: int) -> Tensor:
-        """(B, augment_dim). None is zeros: a weight without a gradient has no moments to resume, and DDP waits for it."""
+        """(B, augment_dim); None is zeros, so that its weights have a gradient: DDP and resuming count on one."""
         if augment is None:
             return torch.zeros(count, self.map_augment.in_features, device=self.map_augment.weight.device)
         return augment

@@ -67,6 +67,10 @@ def _counts(value) -> bool:
     return isinstance(value, list) and all(map(_count, value))
 
 
+def _texts(value) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
 # What is no tensor: key -> (test, whether it may be absent or None).
 PLAIN: dict[str, tuple[Callable, bool]] = {
     "step": (_count, False), "epoch": (_count, False), "ema_updates": (_count, False), "bad_run": (_count, False),
@@ -74,7 +78,7 @@ PLAIN: dict[str, tuple[Callable, bool]] = {
     "metric_sums": (_sums, True), "snapshots": (_counts, True), "config": (_sections, True),
     "amp": (lambda value: isinstance(value, str) and value in AMP, True), "data_fingerprint": (_text, True),
     "data_content": (_text, True), "frozen": (_text, True), "global_batch": (_count, True),
-    "digests": (lambda value: isinstance(value, dict), True),
+    "digests": (lambda value: isinstance(value, dict), True), "averages": (_texts, True),
 }
 
 

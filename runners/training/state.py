@@ -110,6 +110,7 @@ class TrainingState:
         return {
             "model": trained(self.model),
             "ema": first.state_dict() if first else None, "ema_updates": first.updates if first else 0,
+            "averages": [str(kind) for kind in self.kinds],
             "more_averages": {str(kind): average.state_dict()
                               for kind, average in zip(self.kinds[1:], more, strict=True)},
             "times": self.times.state_dict(),
@@ -131,11 +132,10 @@ class TrainingState:
         What comes from a file has passed ``runners.training.resuming.Judge``.
         """
         load_trained(self.model, state["model"])
-        kept = state.get("more_averages", {})
-        for kind, average in zip(self.kinds, self.averages, strict=True):
-            stored = state.get("ema") if average is self.averages[0] else kept.get(str(kind))
+        names = [str(kind) for kind in self.kinds]
+        for index, (kind, average) in enumerate(zip(self.kinds, self.averages, strict=True)):
             updates = state["step"] if kind.length else state["ema_updates"]        # a profile is over this run's time
-            average.load_state_dict(stored or state["model"], updates)                     # one that is new starts here
+            average.load_state_dict(stored_average(state, index, names) or state["model"], updates)
         self.times.load_state_dict(state.get("times", {}))
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
@@ -153,3 +153,12 @@ class TrainingState:
                                                           "_last_lr": rates})
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+def stored_average(state: dict, index: int, names: list[str]) -> dict | None:
+    """The weights in a full state that the average ``names[index]`` of a run goes on from; None: it is new, and begins
+    with the run's weights as they are now. The run's first takes the state's first where no other average claims it."""
+    first = next(iter(state.get("averages") or names))                      # an older file does not say
+    if index == 0 and (names[0] == first or first not in names and names[0] not in state.get("more_averages", {})):
+        return state.get("ema")
+    return {first: state.get("ema"), **state.get("more_averages", {})}.get(names[index])

@@ -12,6 +12,7 @@ from PIL import Image
 
 import train_ddp
 from runners.diffusion import Diffusion
+from runners.training.state import stored_average
 from tests.conftest import TINY
 
 TWO_AVERAGES = "[{rate: 0.9}, {half_life: 100}]"
@@ -240,3 +241,22 @@ def test_the_averages_file_of_a_run_has_one(tmp_path):
     content = torch.load(tmp_path / "logs" / "digits" / "model_1_ema.pth", weights_only=True)
     assert len(content._metadata[""]["digest"]) == 16
     assert all(isinstance(value, torch.Tensor) for value in content.values())
+
+
+@pytest.mark.parametrize("wanted, found", [
+    ("rate 0.9, half_life 50, length 0.05", ["first", "second", "third"]),
+    ("length 0.05, rate 0.9", ["third", "first"]), ("half_life 50", ["second"]),
+    ("rate 0.8, length 0.05", ["first", "third"]), ("rate 0.8, rate 0.9", [None, "first"]),
+    ("length 0.1, rate 0.8", ["first", None]),
+])
+def test_an_average_is_found_by_what_it_is(wanted, found):
+    """Wherever it stands in the list. The first takes the state's first, unless another one is that."""
+    stored = {"averages": ["rate 0.9", "half_life 50", "length 0.05"], "ema": "first",
+              "more_averages": {"half_life 50": "second", "length 0.05": "third"}}
+    names = wanted.split(", ")
+    assert [stored_average(stored, index, names) for index in range(len(names))] == found
+
+
+def test_in_an_older_file_the_first_average_is_the_first():
+    assert stored_average({"ema": "first"}, 0, ["rate 0.8"]) == "first"
+    assert stored_average({"ema": "first", "more_averages": {"rate 0.9": 2}}, 1, ["rate 0.8", "rate 0.9"]) == 2
