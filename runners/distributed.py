@@ -8,8 +8,10 @@ import os
 import re
 import signal
 import sys
+import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,6 +24,8 @@ from utils.processes import signal_when_orphaned
 
 log = logging.getLogger(__name__)
 DEFAULT_PORT = 29500
+BEAT = 10                                            # seconds between two signs of life of a rank that works alone
+WORKING = "working"
 LAUNCHER = "SA_DDIM_LAUNCHER"                        # in a rank's environment: the process that started it
 
 # Variables of (global rank, world size, rank on this node), by launcher, in the order in which they are tried.
@@ -45,14 +49,27 @@ class World:
 def detect(env: Mapping[str, str] = os.environ) -> World | None:
     """The world that a launcher put into ``env``; None when there is no launcher.
 
-    A batch script run by sbatch itself (no srun step) also carries SLURM_PROCID; it is not a rank.
+    A batch script run by sbatch itself (no srun step) also carries SLURM_PROCID, and so does a shell that srun has
+    started on its own; neither is a rank.
     """
     for name, (rank, size, local_rank) in LAUNCHERS.items():
-        if name == "srun" and "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env:
+        if name == "srun" and _is_a_single_process(env):
             continue
         if rank in env and size in env:
             return World(int(env[rank]), int(env[size]), int(env.get(local_rank, 0)))
     return None
+
+
+def _is_a_single_process(env: Mapping[str, str]) -> bool:
+    """Of Slurm's: SLURM_NTASKS of an interactive step may be that of the whole allocation."""
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS"))
+    return tasks == "1" or ("SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env)
+
+
+def default_port(env: Mapping[str, str]) -> int:
+    """The same on all ranks of a job that srun or Open MPI has started, and hardly that of another job beside it."""
+    job = env.get("PMIX_NAMESPACE") or " ".join(env[key] for key in ("SLURM_JOB_ID", "SLURM_STEP_ID") if key in env)
+    return DEFAULT_PORT + zlib.crc32(job.encode()) % 1000
 
 
 def master_address(env: Mapping[str, str], given: str | None) -> str:
@@ -107,18 +124,17 @@ def process_group(world: World | None, device: torch.device, address: str | None
     """Join the other ranks for a ``with`` block, after which a rank must ``leave``; nothing without a launcher."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    follow_launcher()
     if world is None or world.size == 1:
         yield
         return
-    follow_launcher()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:        # share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // processes_on_this_node(world.size)))
     if "MASTER_PORT" in os.environ and "MASTER_ADDR" in os.environ:
         init_method = "env://"
         os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     else:
-        port = port or DEFAULT_PORT + int(os.environ.get("SLURM_JOB_ID", 0)) % 1000     # jobs that share a node
-        init_method = f"tcp://{master_address(os.environ, address)}:{port}"
+        init_method = f"tcp://{master_address(os.environ, address)}:{port or default_port(os.environ)}"
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         timeout = timedelta(minutes=timeout_minutes)
@@ -211,24 +227,61 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def on_rank_zero(function: Callable):
-    """Call ``function()`` on rank 0 alone and return its result on every rank; its UserErrors are raised on all."""
-    outcome = None
+    """Call ``function()`` on rank 0 alone and return its result on every rank; its UserErrors are raised on all.
+
+    It may take longer than ranks wait for one another, but has no collectives: the others hear that it works.
+    """
     if rank() == 0:
-        try:
-            outcome = (function(), None)
-        except UserError as error:
-            outcome = (None, error)
-        except OSError as error:
-            outcome = (None, DataError(f"{error.filename or 'a file'}: {error.strerror}"))
-    if dist.is_initialized():
-        box = [outcome]
-        dist.broadcast_object_list(box)
-        outcome = box[0]
+        with _signs_of_life():
+            outcome = _outcome(function)
+        _broadcast(outcome)
+    else:
+        while (outcome := _broadcast(None)) == WORKING:
+            pass
     result, error = outcome
     if error:
         error.on_all_ranks = True                    # so that one rank prints it, not all
         raise error
     return result
+
+
+def _outcome(function: Callable) -> tuple:
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
+    except OSError as error:
+        return None, DataError(f"{error.filename or 'a file'}: {error.strerror}")
+
+
+def _broadcast(value):
+    """Rank 0's ``value`` on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+@contextmanager
+def _signs_of_life():
+    """Broadcast WORKING every BEAT seconds of the block."""
+    if not dist.is_initialized():
+        yield
+        return
+    ended = threading.Event()
+
+    def beat():
+        with suppress(RuntimeError):                 # a rank is gone: the next collective says so
+            while not ended.wait(BEAT):
+                _broadcast(WORKING)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def deal(seeds: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:

@@ -169,10 +169,11 @@ class Session:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Plain loss of the averaged weights on held-out images, with the same noise at every call. Rank 0."""
-        if self.held_out and not self.step % self.training.validation_freq:
+        """Plain loss of the averaged weights on held-out images, with the same noise at every call. Rank 0 alone."""
+        if self.training.validation_freq and not self.step % self.training.validation_freq:
             with self.monitor.paused():
-                self.monitor.scalar("validation_loss", self._held_out_loss(), self.step)
+                distributed.on_rank_zero(
+                    lambda: self.monitor.scalar("validation_loss", self._held_out_loss(), self.step))
 
     def _held_out_loss(self) -> float:
         diffusion, config = self.diffusion, self.diffusion.config
@@ -203,6 +204,9 @@ class Session:
         except Abandoned:
             log.warning("no FID at step %d: a signal came; generate.py computes that of a snapshot", self.step)
             return
+        except DivergedError as error:                       # on all ranks; training may be well
+            log.warning("no FID at step %d: %s", self.step, error)
+            return
         if self.best is None or results["fid"] < self.best["fid"]:
             self.best = {"fid": results["fid"], "snapshot": self.snapshot, "step": self.step}
         if distributed.rank() == 0:
@@ -226,11 +230,14 @@ class Session:
         if self.event or snapshot is not None or last:
             sums = self.monitor.state()                      # of all ranks; the rest of the state is the same on each
             distributed.on_rank_zero(lambda: self.writer.save(self.full_state(sums), snapshot))
-        if self.event <= self.signals.SAVE and (snapshot is not None or last or self._first_grid_now()):
-            self.draw_grid()
+        if self.event <= self.signals.SAVE:
+            if snapshot is not None or last:
+                distributed.on_rank_zero(self.draw_grid)
+            elif distributed.rank() == 0 and self._first_grid_now():
+                self.draw_grid()
 
     def _first_grid_now(self) -> bool:
-        """Once, when the first minutes of a run are over and nothing has been drawn yet. Rank 0 alone draws."""
+        """Once, when the first minutes of a run are over and nothing has been drawn yet."""
         return self.first_grid_due and time.monotonic() - self.began > 60 * self.training.first_grid_minutes
 
     def full_state(self, metric_sums: list) -> dict:
@@ -252,7 +259,7 @@ class Session:
         A chain that diverges leaves it out: training may be well, and no other rank draws.
         """
         self.first_grid_due = False
-        if self.training.sample_num and distributed.rank() == 0:
+        if self.training.sample_num:
             with self.monitor.paused():
                 log.info("drawing samples/%07d.png", self.step)             # may take minutes on a CPU
                 try:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.faults import jobs
+from utils.errors import DivergedError
 
 
 def poison(where: str, steps: list[int]) -> None:
@@ -62,6 +63,43 @@ def test_one_bad_rank_stops_all_with_4(tmp_path):
     assert "2 steps in a row" in ranks[0].text and ranks[1].text == ""
     assert [line["skipped_steps"] for line in jobs.metrics(tmp_path)] == [0, 1, 0, 0, 1, 1]
     assert finite(tmp_path) and jobs.state(tmp_path)["step"] == 4
+
+
+def measure_simply(breaks: bool) -> None:
+    """An FID without Inception; where it ``breaks``, this rank's images are not finite."""
+    from runners.distributed import barrier
+    from runners.evaluation import references
+    from runners.sampling.sampler import Sampler
+    from runners.training import periodic_fid
+
+    class Evaluation:
+        def __init__(self, *given):
+            pass
+
+        def update(self, images, positions):
+            pass
+
+        def results(self):
+            barrier()
+            return {"fid": 1.0, "name": "FID-4"}
+
+    def diverge(self, seeds):
+        raise DivergedError(f"seeds {seeds}")
+
+    references.find_reference = periodic_fid.find_reference = lambda *given, **more: None
+    periodic_fid.load_inception, periodic_fid.Evaluation = (lambda **given: None), Evaluation
+    if breaks:
+        Sampler.__call__ = diverge
+
+
+def test_an_fid_of_a_chain_that_diverges_on_one_rank_is_left_out_and_training_goes_on(tmp_path):
+    flags = ["--training.batch_size", "256", "--training.n_epochs", "2", "--training.snapshot_freq", "1",
+             "--training.fid_freq", "1", "--training.fid_num", "4", "--sampling.batch_size", "2", "--verbose", "warning"]
+    ranks = jobs.train_ranks(tmp_path, 2, *flags,
+                             faults={rank: [partial(measure_simply, rank == 1)] for rank in range(2)})
+    assert [job.wait() for job in ranks] == [0, 0], [job.text for job in ranks]
+    assert "no FID at step 3: seeds [2, 3]" in ranks[0].text and "no FID at step 6" in ranks[0].text
+    assert jobs.state(tmp_path)["step"] == 6 and jobs.state(tmp_path)["best_fid"] is None
 
 
 def overflow() -> None:

@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from tests.faults import jobs
 
 STEPS = ["--training.max_steps", "40", "--training.snapshot_unit", "steps", "--training.snapshot_freq", "4"]
@@ -54,8 +56,9 @@ def test_without_restarts_the_job_ends_soon_and_leaves_nobody(tmp_path):
     assert not any(jobs.alive(pid) for pid in ranks)
 
 
-def test_a_killed_launcher_takes_its_ranks_along_and_they_save(tmp_path):
-    job = jobs.train(tmp_path, *STEPS, *TWO, "--training.max_steps", "100000", "--verbose", "warning",
+@pytest.mark.parametrize("processes", [TWO, ["--max_restarts", "1"]], ids=["two", "one"])
+def test_a_killed_launcher_takes_its_ranks_along_and_they_save(tmp_path, processes):
+    job = jobs.train(tmp_path, *STEPS, *processes, "--training.max_steps", "100000", "--verbose", "warning",
                      env={"OMP_NUM_THREADS": "1"})
     run = tmp_path / "logs" / "digits"
     jobs.wait_until(lambda: (run / "ckpt.pth").exists())

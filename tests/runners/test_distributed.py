@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,6 +25,9 @@ from utils.errors import LostRank, UserError
     ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"},
      World(5, 8, 1)),
     ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, None),  # in a batch script
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),  # srun --pty bash
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_NTASKS": "4",
+      "SLURM_STEP_NUM_TASKS": "1"}, None),                                                     # a shell of salloc -n 4
     ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, World(2, 4, 2)),
     ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, World(1, 2, 1)),                # MPICH, Intel MPI
     ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World(0, 2, 0)),
@@ -38,6 +42,31 @@ def test_detect(env, world):
 ])
 def test_master_address(env, given, address):
     assert master_address(env, given) == address
+
+
+def test_jobs_of_a_launcher_that_gives_no_port_have_ports_of_their_own():
+    jobs_of_one_allocation = [{"SLURM_JOB_ID": "7", "SLURM_STEP_ID": step, "SLURM_PROCID": "3"} for step in "01"]
+    of_one_machine = [{"PMIX_NAMESPACE": f"prterun-node-{pid}@1", "OMPI_COMM_WORLD_RANK": "1"} for pid in (5, 6)]
+    ports = [distributed.default_port(env) for env in [*jobs_of_one_allocation, *of_one_machine]]
+    assert len({*ports}) == 4 and all(29500 <= port < 30500 for port in ports)
+    assert distributed.default_port({**of_one_machine[0], "OMPI_COMM_WORLD_RANK": "0"}) == ports[2]
+    assert distributed.default_port({}) == 29500
+
+
+def count_messages(rank: int, port: int) -> int:
+    """How many messages of rank 0 there are while it works alone for a moment."""
+    distributed.BEAT, broadcast, seen = 0.05, distributed._broadcast, []
+    distributed._broadcast = lambda value: seen.append(broadcast(value)) or seen[-1]
+    with distributed.process_group(World(rank, 2, rank), torch.device("cpu"), port=port):
+        assert on_rank_zero(lambda: time.sleep(1) or "done") == "done"
+    return len(seen)
+
+
+def test_who_waits_for_rank_zero_hears_that_it_works():
+    """A group's timeout is for one message, so that what rank 0 does alone may take longer."""
+    port = jobs.free_port()
+    counts = [job.wait() for job in [jobs.Job(count_messages, [rank, port]) for rank in range(2)]]
+    assert counts[0] == counts[1] > 3
 
 
 def test_on_rank_zero_returns_and_raises():
