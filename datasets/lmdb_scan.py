@@ -16,7 +16,8 @@ import numpy as np
 from utils.errors import DataError
 
 SMALLEST_ENTRY = 10         # bytes of the file that an entry takes at least
-PATIENCE = 600              # seconds, for 50 GB of LSUN
+PATIENCE = 600              # seconds
+AT_ONCE = 1000              # entries that are followed in that time: a slow disk is not a damaged file
 
 
 def scan(path: Path, file: Path, prepare: Callable = lambda: None) -> tuple[list[bytes], bytes | None]:
@@ -62,7 +63,6 @@ def _child(writing: int, reading: int, path: Path, file: Path, prepare: Callable
         os.close(reading)
         for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGALRM, signal.SIGFPE, signal.SIGABRT):
             signal.signal(number, signal.SIG_DFL)          # die quietly, without a report of faulthandler
-        signal.alarm(PATIENCE)
         prepare()
         problem, keys, length = _walk(path, file)
         head = {"problem": problem, "count": len(keys), "length": None if length is None else length.hex()}
@@ -77,6 +77,7 @@ def _walk(path: Path, file: Path) -> tuple[str | None, list[bytes], bytes | None
     import lmdb
 
     size, keys = os.path.getsize(file), []
+    signal.alarm(PATIENCE)
     try:
         with lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False) as environment:
             if (environment.info()["last_pgno"] + 1) * environment.stat()["psize"] > size:
@@ -93,6 +94,8 @@ def _walk(path: Path, file: Path) -> tuple[str | None, list[bytes], bytes | None
                     for part in (value, found):
                         part[:1].tobytes() + part[-1:].tobytes()   # both ends within the file: so is all between them
                     keys.append(bytes(key))
+                    if len(keys) % AT_ONCE == 0:
+                        signal.alarm(PATIENCE)
                 length = transaction.get(b"length")
                 return None, keys, None if length is None else bytes(length[:100])
     except lmdb.Error as error:

@@ -15,6 +15,7 @@ from configs.schema import load_config, save_config
 from runners.diffusion import Diffusion
 from runners.evaluation import references
 from runners.study.grid import read_cells
+from runners.study.runner import StudyRunner
 from tests.faults import jobs
 
 TINY = {
@@ -289,6 +290,14 @@ def test_a_path_that_yaml_takes_for_a_date(start, capsys):
     assert start("--data.root", "2020-01-01", overrides=overrides) == 3
     error = capsys.readouterr().err
     assert "2020-01-01" in error and error.count("\n") == 1
+
+
+def test_weights_that_vanish_are_not_measured_as_others(start, monkeypatch, capsys):
+    make_reference = StudyRunner._make_reference
+    monkeypatch.setattr(StudyRunner, "_make_reference", lambda self, done: (
+        make_reference(self, done), (start.logs / "base-1024").rename(start.logs / "moved")))
+    assert start(runs={"base": {"loss.lamda": 0}}, samplers=[{"timesteps": [2]}], images_seen=[192]) == 2
+    assert "the weights after 192 images are gone" in capsys.readouterr().err and not fids(start)
 
 
 def test_a_run_that_has_passed_a_place_cannot_be_measured_there(start, capsys):

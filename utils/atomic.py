@@ -47,8 +47,9 @@ def write_json(path: str | Path, value) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of killed processes below ``folder``, which the caller has locked."""
-    for path in folder.rglob(".*.tmp"):
+    """Delete the temporary files of killed processes in ``folder``, which the caller has locked, and not below: runs
+    of a study may lie there."""
+    for path in folder.glob(".*.tmp"):
         if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
             path.unlink(missing_ok=True)
 

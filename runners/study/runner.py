@@ -141,7 +141,7 @@ class StudyRunner:
     def _measure_all(self, cells: list[Cell]) -> None:
         started, diffusion, loaded = time.monotonic(), None, None
         for number, cell in enumerate(cells):
-            path = distributed.on_rank_zero(lambda cell=cell: self.job.weights(cell.doc, cell.images_seen))
+            path = distributed.on_rank_zero(lambda cell=cell: self._trained_weights(cell))
             if path != loaded:
                 diffusion, loaded = Diffusion(self.job.configs[cell.doc], self.device), path
                 diffusion.load(path)
@@ -151,6 +151,13 @@ class StudyRunner:
             headline = self.job.study.metrics[0]
             log.info("%s: %s %.4g; %.0f s; %d cells and about %.0f min left", cell, headline, entry[headline],
                      entry["seconds"], len(cells) - number - 1, left / 60)
+
+    def _trained_weights(self, cell: Cell) -> Path:
+        path = self.job.weights(cell.doc, cell.images_seen)
+        if path is None:
+            raise UserError(f"{self.job.run(cell.doc).path}: the weights after {cell.images_seen} images are gone; the "
+                            "same command trains them anew")
+        return path
 
     def measure(self, cell: Cell, diffusion: Diffusion, path: Path) -> dict:
         """Sample, compare with the reference, append the line of ``cell``; returns its numbers."""

@@ -109,6 +109,7 @@ class RunFolder:
             log.info("%s holds no checkpoint yet: starting fresh", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
+        remove_leftovers(self.path / "samples")
         if found and "adopted" in found[0]:
             take_over(self.path, found[0])
         save_config(config, self.config)
@@ -121,6 +122,10 @@ class RunFolder:
             raise UserError(f"{self.path} already holds checkpoints; continue with --resume_training, or start anew "
                             "with --overwrite (the old folder is kept under another name); in Python resume=True and "
                             "overwrite=True")
+        inner = sorted(self.path.glob("*/config.yml"))
+        if overwrite and inner and (self.full_states() or self.averages()):
+            raise UserError(f"{self.path} also holds runs of a study, such as {inner[0].parent.name}, which "
+                            "--overwrite would move away; choose another --doc")
         if resume and self.averages() and not self.full_states():
             raise UserError(f"{self.path} holds weights but no full state to resume from; start another --doc with "
                             f"--init_from {self.averages()[0]}")
@@ -172,6 +177,7 @@ def prepared(run: RunFolder, config: Config, *, resume: bool, overwrite: bool,
         UserError: Another job holds it, or see ``RunFolder.prepare``.
     """
     with ExitStack() as held:
+        distributed.barrier()                        # others may still read weights in a folder that is moved aside
         distributed.on_rank_zero(lambda: held.enter_context(lock_folder(run.path)))
         distributed.on_rank_zero(lambda: run.prepare(config, resume=resume, overwrite=overwrite, judge=judge))
         yield run

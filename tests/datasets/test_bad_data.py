@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import build_dataset, find_dataset
+from datasets import build_dataset, find_dataset, lmdb_scan
 from datasets.files import ImageFiles
 from datasets.packed import open_images
 from utils.errors import DataError, UserError
@@ -149,6 +149,15 @@ def test_wrong_lmdb_record_length(make_config, refused, noise, write_lmdb):
     refused(make_config("CELEBAHQ", 8), "train.lmdb, key 1", "wrong record length: 5 bytes, the others have 192")
     write_lmdb({"0": b"seven b"}, "celebahq/validation.lmdb")
     refused(make_config("CELEBAHQ", 8), "validation.lmdb, key 0", "(7 bytes)", split="test")
+
+
+def test_a_slow_disk_is_not_a_damaged_lmdb(monkeypatch, write_lmdb):
+    """The time that may pass is that of some entries, however many there are."""
+    path, alarms = write_lmdb({f"{i:02}": b"x" for i in range(25)}, "l"), []
+    monkeypatch.setattr(lmdb_scan, "AT_ONCE", 10)
+    monkeypatch.setattr(lmdb_scan.signal, "alarm", alarms.append)
+    assert len(lmdb_scan._walk(path, path / "data.mdb")[1]) == 25
+    assert alarms == [lmdb_scan.PATIENCE] * 3
 
 
 def test_lmdb_with_gaps_or_truncated(make_config, refused, noise, png, write_lmdb):

@@ -94,7 +94,8 @@ def measure_simply(breaks: bool) -> None:
 
 def test_an_fid_of_a_chain_that_diverges_on_one_rank_is_left_out_and_training_goes_on(tmp_path):
     flags = ["--training.batch_size", "256", "--training.n_epochs", "2", "--training.snapshot_freq", "1",
-             "--training.fid_freq", "1", "--training.fid_num", "4", "--sampling.batch_size", "2", "--verbose", "warning"]
+             "--training.fid_freq", "1", "--training.fid_num", "4", "--sampling.batch_size", "2", "--verbose",
+             "warning"]
     ranks = jobs.train_ranks(tmp_path, 2, *flags,
                              faults={rank: [partial(measure_simply, rank == 1)] for rank in range(2)})
     assert [job.wait() for job in ranks] == [0, 0], [job.text for job in ranks]

@@ -142,6 +142,20 @@ def test_an_existing_run_is_never_lost(tmp_path, capsys):
     assert (tmp_path / "logs" / "digits" / "ckpt.pth").read_bytes() != before
 
 
+def test_runs_of_a_study_below_a_run_of_its_name_are_left_alone(tmp_path, capsys):
+    """README's quickstart trains exp/logs/digits, the study digits.yml exp/logs/digits/plain-11."""
+    assert train(tmp_path, "--max_steps", "1") == 0
+    run = tmp_path / "logs" / "digits"
+    for path in (own := run / ".ckpt.pth.0123abcd.tmp", inner := run / "plain-11" / own.name):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (run / "plain-11" / "config.yml").touch()
+    assert train(tmp_path, "--max_steps", "1", "--overwrite") == 2
+    assert "holds runs of a study, such as plain-11" in capsys.readouterr().err and (run / "ckpt.pth").exists()
+    assert train(tmp_path, "--max_steps", "2", "--resume_training") == 0
+    assert inner.exists() and not own.exists()
+
+
 def test_resuming_with_another_network_is_refused(tmp_path, capsys):
     assert train(tmp_path, "--max_steps", "1") == 0
     assert train(tmp_path, "--resume_training", "--model.ch", "64") == 2
