@@ -12,7 +12,7 @@ from functions.denoiser import Denoiser
 from functions.denoising import SAMPLERS, network_calls
 from functions.flow_forms import FlowForm
 from functions.guidance import classifier_gradient
-from functions.levels import LEVELS
+from functions.levels import LEVELS, RANGES
 from functions.ode import check_churn
 from functions.prediction import make_prediction
 from functions.remedies import REMEDIES, Remedy
@@ -105,8 +105,8 @@ def form_of(settings: SamplerSettings, schedule, prediction, times: list) -> Flo
     if spacing in LEVELS:
         levels = chain_range(schedule, spacing, prediction, settings.sigma_min, settings.sigma_max)
     else:
-        known = [level for level in map(schedule.level, times) if level < inf]       # noise alone is a step of its own
-        levels = known[0], known[-1]
+        known = [level for level in map(schedule.level, times) if level < inf]       # noise alone is a step of its own,
+        levels = (known[0], known[-1]) if known else RANGES["vp"]                    # which needs no form
     return FlowForm.of(settings.ode_time, settings.ode_scale, settings.alpha, levels)
 
 
