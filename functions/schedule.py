@@ -44,8 +44,8 @@ class DiscreteSchedule(Schedule):
         self.start = self.num_timesteps - 1
         abar = torch.cumprod(1 - betas, 0)
         if ((abar == 0) & (betas < 1)).any():
-            raise ValueError(f"betas up to {betas.max():.3g} leave nothing of an image after {int((abar > 0).sum())} of "
-                             f"{len(betas)} steps; give smaller ones, or fewer steps")
+            raise ValueError(f"betas up to {betas.max():.3g} leave nothing of an image after {int((abar > 0).sum())} "
+                             f"of {len(betas)} steps; give smaller ones, or fewer steps")
         first = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else abar[:1]
         abar = torch.cat([first, abar])                                     # (T + 1,), index t + 1
         self._numbers = {"alpha": abar.sqrt().tolist(), "sigma": (1 - abar).sqrt().tolist()}

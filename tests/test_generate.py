@@ -19,7 +19,7 @@ from runners.conditioning import PROMPT_STRIDE, numbered
 from runners.diffusion import Diffusion
 from runners.evaluation import references
 from runners.evaluation.statistics_files import read_statistics
-from runners.sampling.sampler import form_of
+from runners.sampling.steps import form_of
 from tests.conftest import TINY
 from tests.faults import jobs
 
