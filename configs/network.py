@@ -41,6 +41,11 @@ class Network(Section, ABC):
         return self.num_labels > 0
 
     @property
+    def prompted(self) -> bool:
+        """Whether it is told prompts."""
+        return False
+
+    @property
     def learns_variance(self) -> bool:
         """Whether the output has a second half that says how large the variance of a step is."""
         return False

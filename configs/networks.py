@@ -7,6 +7,8 @@ from pydantic import Field
 from configs.base import AsTuple, Count, Counts, Fraction, Natural, Positive
 from configs.network import Network, check_channels, check_halvings
 from configs.networks_edm import DhariwalUNetModel, SongUNetModel
+from configs.pipelines import takes_text, unet_settings
+from utils.hub import local_folder
 
 
 class UNetModel(Network):
@@ -74,6 +76,11 @@ class DiffusersModel(Network):
     @property
     def conditional(self):
         return True
+
+    @property
+    def prompted(self):
+        """Raises UserError, DataError: no such folder, or no U-Net in it."""
+        return takes_text(unet_settings(local_folder(self.pretrained)))
 
     @property
     def width(self):

@@ -14,7 +14,7 @@ from configs.messages import describe
 from configs.networks import NETWORKS
 from configs.pipelines import fill_in, is_pipeline, pipeline_configuration
 from configs.reading import OLD_AVERAGE, convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
-from configs.sections import Data, DiffusionSection, Sampling
+from configs.sections import PRECONDITIONED, Data, DiffusionSection, Sampling
 from configs.training import Loss, Optim, Training
 from configs.unread import check_all_are_read
 from utils.atomic import write_text
@@ -96,6 +96,12 @@ class Config(Section):
                              "model.learn_sigma to true")
         if self.diffusion.schedule != "discrete":
             raise ValueError(f"loss.variational {kind} needs diffusion.schedule discrete")
+        if not self.diffusion.set_alpha_to_one:
+            raise ValueError(f"loss.variational {kind} needs a chain that ends at the image; set "
+                             "diffusion.set_alpha_to_one to true")
+        if learned and self.diffusion.prediction in PRECONDITIONED:
+            raise ValueError(f"model.learn_sigma: diffusion.prediction {self.diffusion.prediction} reads no variances; "
+                             "use epsilon, v_prediction or sample")
         if not data.rescaled or data.uniform_dequantization or data.gaussian_dequantization:
             raise ValueError(f"loss.variational {kind} measures the 256 levels of pixels in [-1, 1]; it needs "
                              "data.rescaled, and no dequantization")

@@ -142,6 +142,9 @@ class DiffusionSection(Section):
         low, high = self.sigma_min or 0.002, self.sigma_max or 80.0
         if low >= high:
             raise ValueError(f"diffusion.sigma_min {low} must be below diffusion.sigma_max {high}")
+        if self.beta_schedule == "adm_linear" and self.num_diffusion_timesteps <= 20 and not self.betas:
+            raise ValueError(f"diffusion.num_diffusion_timesteps {self.num_diffusion_timesteps}: the last beta of "
+                             "adm_linear is 20 / T, which must stay below 1; give at least 21")
         if self.prediction in NO_PURE_NOISE and (self.zero_terminal_snr or self.schedule == "flow"):
             cause = "schedule flow" if self.schedule == "flow" else "zero_terminal_snr"
             raise ValueError(f"diffusion.prediction {self.prediction} gives no image from pure noise, where a chain of "

@@ -27,7 +27,6 @@ class Link(NamedTuple):
     i: float | Tensor        # from this time; (B,) where a remedy gives each image its own
     j: float | Tensor        # to this one
     scale: float             # lambda_i
-    above: float | None      # the time before i, None at the first step
     below: float             # lambda_j, for a second evaluation there
     last: bool               # whether j is the schedule's end
 
@@ -70,10 +69,9 @@ class Chain:
 
     def links(self):
         """Each step in the order of execution."""
-        lower, lower_scales, upper = [self.schedule.end, *self.times], [1.0, *self.scales], [*self.times[1:], None]
+        lower, lower_scales = [self.schedule.end, *self.times], [1.0, *self.scales]
         for n in reversed(range(self.entered)):
-            yield Link(len(self.times) - 1 - n, self.times[n], lower[n], self.scales[n], upper[n], lower_scales[n],
-                       n == 0)
+            yield Link(len(self.times) - 1 - n, self.times[n], lower[n], self.scales[n], lower_scales[n], n == 0)
 
     def run(self, x: Tensor, step: Callable) -> Tensor:
         """The sample: ``step(x, link) -> x at time j`` for each link."""

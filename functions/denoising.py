@@ -73,22 +73,30 @@ def step_variances(schedule, i, j, dtype: torch.dtype = torch.float32) -> tuple:
     return small, large
 
 
+def _small_before_last(chain: Chain) -> float:
+    """The smallest variance of the list's step before its last one, wherever a remedy has moved that; of a list of one
+    step, the largest of that."""
+    if len(chain) == 1:
+        return step_variances(chain.schedule, chain.times[0], chain.schedule.end)[1]
+    return step_variances(chain.schedule, chain.times[1], chain.times[0])[0]
+
+
 def _large(chain: Chain, link, estimate, gamma):
     """On the last step, where only a classifier's gradient asks for it, guided-diffusion's: the smallest of the step
     before."""
-    if link.last and link.above is not None:
-        return step_variances(chain.schedule, link.above, link.i, estimate.x0.dtype)[0]
+    if link.last:
+        return _small_before_last(chain)
     return step_variances(chain.schedule, link.i, link.j, estimate.x0.dtype)[1]
 
 
 def _learned(chain: Chain, link, estimate, gamma):
-    """Between both on a logarithmic scale (2102.09672, eq. 15); where the smaller is 0, that of the step before."""
+    """Between both on a logarithmic scale (2102.09672, eq. 15); the smaller of the last step is that of the step
+    before."""
     if estimate.variance is None:
         raise ValueError("var_type learned: this network gives no variances; use fixedlarge or fixedsmall")
-    dtype = estimate.x0.dtype
-    small, large = step_variances(chain.schedule, link.i, link.j, dtype)
-    if not isinstance(link.j, Tensor) and chain.schedule.sigma(link.j) == 0:
-        small = large if link.above is None else step_variances(chain.schedule, link.above, link.i, dtype)[0]
+    small, large = step_variances(chain.schedule, link.i, link.j, estimate.x0.dtype)
+    if link.last:
+        small = _small_before_last(chain)
     small, large = logarithm(small), logarithm(large)
     return torch.exp(estimate.variance * large + (1 - estimate.variance) * small)
 

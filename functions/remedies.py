@@ -55,7 +55,9 @@ class DCW(Remedy):
         w = sigma_i / sigma_start
 
     x0' is that of the step's last network call. The ll band of a difference is its mean over blocks of 2x2 pixels, so
-    that no transform is needed. On the last step x_j is x0', and nothing changes.
+    that no transform is needed. Every step is corrected, the last one too; where it ends in x0', as it mostly does,
+    nothing changes. It ends elsewhere with ``set_alpha_to_one`` false, in other forms of the flow, and where a
+    classifier moves an ancestral mean.
 
     Args:
         low, high: Of the low band and of the three others.

@@ -28,7 +28,7 @@ class DiscreteSchedule(Schedule):
         steps_offset: Added to every step of the spacing ``leading``, likewise.
 
     Raises:
-        ValueError: Not 1-D, empty, or a beta outside its range.
+        ValueError: Not 1-D, empty, a beta outside its range, or so large ones that float64 holds no abar.
     """
 
     end = -1
@@ -43,6 +43,9 @@ class DiscreteSchedule(Schedule):
         self.num_timesteps, self.steps_offset, self.betas = len(betas), steps_offset, betas.tolist()
         self.start = self.num_timesteps - 1
         abar = torch.cumprod(1 - betas, 0)
+        if ((abar == 0) & (betas < 1)).any():
+            raise ValueError(f"betas up to {betas.max():.3g} leave nothing of an image after {int((abar > 0).sum())} "
+                             f"of {len(betas)} steps; give smaller ones, or fewer steps")
         first = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else abar[:1]
         abar = torch.cat([first, abar])                                     # (T + 1,), index t + 1
         self._numbers = {"alpha": abar.sqrt().tolist(), "sigma": (1 - abar).sqrt().tolist()}

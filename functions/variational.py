@@ -25,7 +25,7 @@ class Transitions:
     """c1, c2, log small and log large of every step of a chain, in float64.
 
     Args:
-        schedule: Schedule.
+        schedule: Schedule that ends at the image (``set_alpha_to_one``), else the last variances are 0.
         times: Of the chain, ascending. All steps of a discrete schedule: ``range(T)``.
     """
 

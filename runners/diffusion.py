@@ -305,7 +305,7 @@ class Diffusion:
             raise UserError(f"--gamma {settings.gamma} was measured on other weights ({gamma.weights}, these are "
                             f"{self.weights.fingerprint}); run diagnose.py gamma with these")
         return Sampler(self.denoiser(), self.codec, settings, self.config, self.device,
-                       guide and guide.denoiser(self.schedule), bool(guide and guide.config.model.num_labels),
+                       guide and guide.denoiser(self.schedule), guide.config.model.num_labels if guide else 0,
                        classifier=self.classifier, gamma=gamma, prompts=self.prompts)
 
     def denoiser(self, schedule=None) -> Denoiser:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from PIL import Image
 import generate
 import train_ddp
 from configs.sampling import SamplerSettings
+from configs.schema import Config
 from runners.diffusion import Diffusion
 from runners.sampling.generation import tile_by_class
 from tests.conftest import REPOSITORY, TINY
 from tests.runners.test_training import assert_same
+from utils.errors import UserError
 
 CLASSES = ["--model.num_classes", "10", "--training.label_dropout", "0.3"]
 
@@ -80,6 +83,44 @@ def test_autoguidance_takes_its_configuration_from_beside_the_weights(conditiona
     diffusion.guide = Diffusion.from_run(conditional / "logs" / "digits", device="cpu")      # by itself: no change
     image, = diffusion.sample([0], timesteps=3, guidance=2.0)
     assert np.abs(image.images[0, 0].numpy() * 255 - plain["000000.png"]).max() <= 1
+
+
+@pytest.mark.parametrize("keys", [
+    {}, {"sample_type": "ddpm_noisy"}, {"sample_type": "heun"}, {"sample_type": "heun", "churn": (2,)},
+    {"sample_type": "heun", "alpha": 0.5}, {"sample_type": "euler"}, {"sample_type": "dpmpp_2m"},
+    {"restart": "3,2,0.3,9"}, {"time_shift": "200,100", "sample_type": "heun"}, {"time_shift": "200,100,code"},
+    {"sample_type": "diffusers:HeunDiscreteScheduler", "skip_type": "trailing"}])
+def test_network_calls_are_counted_where_guidance_acts(keys):
+    config = Config(data={"dataset": "DIGITS", "image_size": 8, "channels": 1}, model={
+        "in_channels": 1, "out_ch": 1, "ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [],
+        "num_classes": 4})
+    diffusion = Diffusion(config, "cpu")
+
+    def calls(**more):
+        sampler, seen = diffusion.sampler(SamplerSettings.model_validate({"timesteps": 6, **keys, **more})), []
+        sampler.denoiser = sampler.denoiser.calling(lambda x, t, labels: seen.append(t) or torch.zeros_like(x))
+        sampler([3])
+        assert sampler.calls == len(seen)
+        return len(seen)
+
+    plain = calls()
+    assert calls(guidance=2.0) == 2 * plain
+    assert plain < calls(guidance=2.0, guidance_interval=(0.5, 5.0)) < 2 * plain
+    if "time_shift" not in keys:                                      # images with times of their own are all guided
+        assert calls(guidance=2.0, guidance_interval=(1e5, 1e6)) == plain
+
+
+def test_a_guide_is_told_no_classes_that_the_network_does_not_have(conditional, trained, tmp_path, capsys):
+    flags = ["--guidance", "2", "--guide_weights", str(conditional / "logs" / "digits" / "ckpt.pth")]
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    for more in ([], ["--dry_run"]):
+        assert sample(tmp_path, *flags, *more)[1] == 2
+        error = capsys.readouterr().err
+        assert "that network is told 10 classes, this one none" in error and error.count("\n") == 1
+    diffusion = Diffusion.from_run(trained / "logs" / "digits", device="cpu")
+    diffusion.guide = Diffusion.from_run(conditional / "logs" / "digits", device="cpu")
+    with pytest.raises(UserError, match="told 10 classes, this one none; give one that is told as many, or none"):
+        next(diffusion.sample([0], timesteps=3, guidance=2.0))
 
 
 def test_a_grid_has_a_row_for_each_class():

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import urllib.error
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from functions.timesteps import sampling_times
 from models import EMA, decay_of
 from models.formats.edm import read_snapshot
 from runners.diffusion import Diffusion
+from runners.sampling.weights import local_weights
 from runners.training.optimizer import make_lr_schedule
 from runners.training.state import TrainingState
 from tests.edm_cases import SNAPSHOT, build, one
@@ -230,11 +233,20 @@ def test_a_file_by_url_without_a_network_is_a_line(tmp_path, monkeypatch, capsys
              "--timesteps", "2", "--weights", "https://host/edm/snapshot.pkl?x=1"]
     assert generate.main(flags) == 2
     message = capsys.readouterr().err
-    target = tmp_path / "hub" / "checkpoints" / "snapshot.pkl"
-    assert "cannot be fetched" in message and str(target) in message
+    target = Path(re.search(r"put it at (\S+)", message)[1])
+    assert "cannot be fetched" in message and target.is_relative_to(tmp_path / "hub") and target.name == "snapshot.pkl"
     target.parent.mkdir(parents=True)
     target.write_bytes(SNAPSHOT.read_bytes())
     assert generate.main(flags) == 0                           # from the cache, without a network
+
+
+def test_each_url_has_its_own_file_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(url.encode()))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    urls = [f"https://{rest}" for rest in ("host/a/ema_10.pt", "host/b/ema_10.pt", "other/a/ema_10.pt",
+                                           "host/a/ema_10.pt?revision=2")]
+    for url in urls + urls:
+        assert local_weights(url).read_text() == url and local_weights(url).name == "ema_10.pt"
 
 
 # ---------------------------------------------------------------------------------------------------- training's parts

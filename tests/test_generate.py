@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import generate
-from configs.sampling import SamplerSettings
+from configs.sampling import SAMPLE_TYPES, SamplerSettings
+from configs.schema import Config
 from functions.denoiser import Denoiser
 from functions.ode import heun_steps
 from functions.rng import parse_seeds
@@ -18,7 +19,7 @@ from runners.conditioning import PROMPT_STRIDE, numbered
 from runners.diffusion import Diffusion
 from runners.evaluation import references
 from runners.evaluation.statistics_files import read_statistics
-from runners.sampling.sampler import form_of
+from runners.sampling.steps import form_of
 from tests.conftest import TINY
 from tests.faults import jobs
 
@@ -175,6 +176,23 @@ def test_a_flow_takes_its_form_from_the_levels_that_are_finite():
     form = form_of(settings, schedule, None, times)
     made = heun_steps(Denoiser(lambda x, t: x, schedule, "flow"), torch.ones(1, 1, 2, 2), times, form=form)
     assert made.isfinite().all()
+
+
+@pytest.mark.parametrize("sample_type", SAMPLE_TYPES)
+@pytest.mark.parametrize("diffusion", [{"schedule": "flow", "prediction": "flow"}, {
+    "prediction": "v_prediction", "zero_terminal_snr": True, "skip_type": "trailing"}], ids=["flow", "v"])
+def test_one_step_from_noise_alone_is_the_estimate_of_the_image(diffusion, sample_type):
+    config = Config(data={"dataset": "DIGITS", "image_size": 8, "channels": 1}, diffusion=diffusion,
+                    model={"in_channels": 1, "out_ch": 1, "ch": 32, "ch_mult": [1], "num_res_blocks": 1,
+                           "attn_resolutions": []})
+    runner, seen = Diffusion(config, "cpu"), []
+    forms = [{}, {"ode_time": "vp"}] if sample_type in ("heun", "euler") else [{}]
+    for form in forms:
+        settings = SamplerSettings(sample_type=sample_type, timesteps=1, **form)
+        batch, = runner.sample([0, 1], settings, callback=lambda index, t, x, x0, eps: seen.append(x0))
+        torch.testing.assert_close(batch.images, runner.codec.decode(seen[-1]))
+        assert runner.sampler(settings).calls == 1
+    assert len(seen) == len(forms)
 
 
 def test_pictures_alone_are_something_to_do(exp):

@@ -21,6 +21,11 @@ def dry_run_sampling(job, device: torch.device) -> None:
     diffusion.amp = distributed.on_rank_zero(lambda: resolve_amp(job.args.amp, device))
     if weights:
         diffusion.load(weights, job.args.model_ema)
+    if job.guide:
+        diffusion.guide = Diffusion(job.guide[0], device)
+        diffusion.guide.load(job.guide[1], job.args.model_ema)
+    if job.classifier:
+        diffusion.classifier = job.classifier.to(device, diffusion.amp)
     told = {"export": job.args.export} if job.args.export else _call(job, diffusion)
     if distributed.rank():
         return
@@ -38,22 +43,21 @@ def dry_run_sampling(job, device: torch.device) -> None:
 def _call(job, diffusion: Diffusion) -> dict[str, str]:
     device, settings, num_images = diffusion.device, job.settings, len(job.seeds)
     diffusion.prompts = prompts_of(job, device)
-    sampler = diffusion.sampler(settings.model_copy(update={"guidance": None, "classifier_scale": None}))
-    noise = SeededNoise([0], device)
+    sampler, noise = diffusion.sampler(settings), SeededNoise([0], device)
+    denoiser = sampler.denoiser.given(sampler.told(sampler.condition([0])))
     for turn in range(distributed.world_size() if device.type == "cpu" else 1):
         if device.type != "cpu" or turn == distributed.rank():
             x = noise.randn((1, *diffusion.codec.shape))
             started = time.perf_counter()
             with torch.no_grad():
-                x0 = sampler.conditioned(sampler.condition([0]))(x, sampler.times[0]).x0
+                x0 = denoiser(x, sampler.times[0]).x0
             x0.sum().item()                          # waits for a GPU
             seconds = time.perf_counter() - started
             diffusion.codec.decode(x0)
         distributed.barrier()
-    calls = sampler.calls * (1 if settings.guidance in (None, 1) else 2)
-    hours = seconds * calls * num_images / distributed.world_size() / 3600
+    hours = seconds * sampler.calls * num_images / distributed.world_size() / 3600
     return {
         "sampler": str(settings),
-        "network calls": f"{calls} for each of {num_images:,} images",
+        "network calls": f"{sampler.calls} for each of {num_images:,} images",
         "time": f"{seconds:.2f} s for one call with one image; at that rate {hours:.1f} h (batches are faster)",
     }

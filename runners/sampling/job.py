@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from math import isclose
 from pathlib import Path
 
-from configs.pipelines import is_pipeline, takes_text, unet_settings
+from configs.pipelines import is_pipeline
 from configs.sampling import FOREIGN
 from configs.schema import load_config
 from functions.rng import LAST_SEED, parse_seeds
@@ -25,7 +25,6 @@ from runners.sampling.sampler import check_gamma, check_settings
 from runners.sampling.weights import configuration_of, epoch_of, local_weights, stored_config
 from runners.training.checkpoint import RunFolder
 from utils.errors import UserError
-from utils.hub import local_folder
 from utils.names import safe_name
 from utils.writable import check_writable
 
@@ -137,7 +136,7 @@ class SamplingJob:
             UserError: None given, or some for a network that takes none.
         """
         args, model = self.args, self.config.model
-        self.prompted = model.arch == "diffusers" and takes_text(unet_settings(local_folder(model.pretrained)))
+        self.prompted = model.prompted
         given = bool(args.prompt or args.prompt_file or args.negative_prompt)
         if given and not self.prompted:
             raise UserError(f"--prompt: the network of {self.weights_name} takes no text")
@@ -176,13 +175,10 @@ class SamplingJob:
 
     def _refuse_guide(self, guide) -> None:
         """UserError where the other network would be shown what it does not know."""
-        ours, theirs = self.config.model.num_labels, guide.model.num_labels
         wrong = [key for key in ("image_size", "channels", "rescaled", "logit_transform")
                  if getattr(guide.data, key) != getattr(self.config.data, key)]
         if not same_chain(make_schedule(self.config.diffusion), make_schedule(guide.diffusion)):
             wrong.append("the chain")
-        if ours and theirs and ours != theirs:
-            wrong.append("the number of classes")
         if wrong:
             raise UserError(f"--guide_weights {self.args.guide_weights} is another kind of network, it differs in "
                             f"{', '.join(wrong)}; it must differ in its weights only, or in its size")
@@ -195,9 +191,9 @@ class SamplingJob:
         """Refuse settings before any work; the samplers would only refuse them on their first step."""
         args, settings, config = self.args, self.settings, self.config
         schedule = make_schedule(config.diffusion)
-        self.times = check_settings(settings, config, make_codec(config), has_guide=bool(self.guide),
-                                    num_classes=self.classifier.num_classes if self.classifier else 0,
-                                    prompted=self.prompted)
+        self.times = check_settings(settings, config, make_codec(config),
+                                    guide_labels=self.guide[0].model.num_labels if self.guide else None,
+                                    num_classes=self.classifier.num_classes if self.classifier else 0)
         if settings.gamma:
             check_gamma(read_gamma(settings.gamma), self.times)
         if args.reconstruct:

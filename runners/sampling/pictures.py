@@ -14,6 +14,7 @@ from functions.ode import ddim_inversion
 from functions.pixels import to_uint8
 from functions.rng import SeededNoise, slerp
 from runners.sampling.sampler import Sampler
+from runners.sampling.steps import count_calls
 from utils.atomic import write_json
 from utils.errors import UserError
 from utils.png import save_png, tile
@@ -68,19 +69,21 @@ def reconstruct(sampler: Sampler, path: str, originals, indices: Sequence[int], 
     Writes ``TARGET_reconstruction.png``, pairs of original and reconstruction, and ``.json`` beside it, whose line is
     also printed: errors for each pixel of images in [0, 1], over all images (``mse`` as in DDIM's table 2) and each.
     """
-    codec, pairs = sampler.codec, []
+    codec, settings, pairs = sampler.codec, sampler.settings, []
+    up = count_calls(settings, sampler.denoiser.schedule, sampler.denoiser.prediction,
+                     lambda denoiser, x: ddim_inversion(denoiser, x, sampler.times))
     for start in range(0, len(indices), batch_size):
         chunk = indices[start:start + batch_size]
         images = torch.from_numpy(np.stack([originals.read(i) for i in chunk])).permute(0, 3, 1, 2)
         x0, condition = codec.encode(images.to(sampler.device)), sampler.condition(chunk)
         latent = ddim_inversion(sampler.conditioned(condition), x0, sampler.times,
-                                eps_scaler=sampler.settings.eps_scaler)
+                                eps_scaler=settings.eps_scaler)
         decoded = sampler.run(latent, SeededNoise(chunk, sampler.device), condition, start=sampler.times[-1])
         pairs.append(torch.stack([codec.decode(x0), decoded], 1))
     pairs = torch.cat(pairs).cpu()                                          # (N, 2, C, H, W) in [0, 1]
     error = (pairs[:, 1] - pairs[:, 0]).flatten(1)                          # (N, C H W)
-    line = {"images": str(path), "indices": list(indices), "sampler": sampler.settings.given(),
-            "network_calls": len(sampler.times) + sampler.calls,
+    line = {"images": str(path), "indices": list(indices), "sampler": settings.given(),
+            "network_calls": up + sampler.calls,
             "mse": error.square().mean().item(), "mean_absolute_error": error.abs().mean().item(),
             "largest_error": error.abs().max().item(), "mse_of_each": error.square().mean(1).tolist()}
     picture = target.with_name(f"{target.name}_reconstruction.png")

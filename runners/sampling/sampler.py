@@ -1,43 +1,35 @@
 """From seeds to images: the one path that generate.py, Python, diagnosis, studies and the FID while training take."""
 
 from collections.abc import Callable, Sequence
-from math import inf
 
 import torch
 from torch import Tensor
 
-from configs.sampling import FOREIGN, SamplerSettings, read_by
+from configs.sampling import SamplerSettings
 from functions.chain import scales_of
 from functions.denoiser import Denoiser
-from functions.denoising import SAMPLERS, network_calls
-from functions.flow_forms import FlowForm
 from functions.guidance import classifier_gradient
-from functions.levels import LEVELS
 from functions.ode import check_churn
 from functions.prediction import make_prediction
-from functions.remedies import REMEDIES, Remedy
 from functions.rng import SeededNoise, derive_seed, parse_seeds
 from functions.schedule import make_schedule
-from functions.timesteps import chain_range, sampling_times
 from runners.conditioning import without
 from runners.sampling.gamma import GammaFile
-from runners.sampling.schedulers import SchedulerChain
+from runners.sampling.steps import calls_of, form_of, remedies_of, steps_of, times_of
 from utils.errors import DivergedError, UserError
 
 LABELS = 1                                                 # stream of an image's own label, beside its noise
-OPTIONS = {"generalized": ["eta"], "ddpm_noisy": ["var_type"], "heun": ["churn"], "euler": ["churn"], "dpmpp_2m": []}
 
 
-def check_settings(settings: SamplerSettings, config, codec, *, has_guide: bool = False, num_classes: int = 0,
-                   prompted: bool | None = None) -> list:
+def check_settings(settings: SamplerSettings, config, codec, *, guide_labels: int | None = None,
+                   num_classes: int = 0) -> list:
     """The times of a chain with these settings, ascending; refuses all that a sampler would refuse on its first step.
 
     Args:
         config: Of the network.
         codec: Its own.
-        has_guide: Whether there is a worse network to guide by.
+        guide_labels: Size of the label set of a worse network to guide by; None: there is none.
         num_classes: Classes of a classifier to guide by; 0: there is none.
-        prompted: Whether the network is told prompts; None: if it is of a kind that may be.
 
     Raises:
         UserError: A setting that is not possible with this network.
@@ -65,68 +57,21 @@ def check_settings(settings: SamplerSettings, config, codec, *, has_guide: bool 
     if settings.classes and not (num_labels or num_classes):
         raise UserError(f"--classes {settings.classes}: this network takes no labels")
     classes_of(settings.classes, num_labels or num_classes)
-    if prompted is None:
-        prompted = model.conditional and not num_labels
-    if settings.guidance is not None and not (num_labels or has_guide or prompted):
+    has_guide = guide_labels is not None
+    if settings.guidance is not None and not (num_labels or has_guide or model.prompted):
         raise UserError(f"--guidance {settings.guidance:g} needs a network with classes or prompts, or a worse one to "
                         "guide by (--guide_weights)")
     if has_guide and settings.guidance is None:
         raise UserError("--guide_weights needs --guidance, such as 2")
+    if guide_labels and guide_labels != (num_labels or num_classes):
+        raise UserError(f"--guide_weights: that network is told {guide_labels} classes, this one "
+                        f"{num_labels or num_classes or 'none'}; give one that is told as many, or none")
     if bool(num_classes) != bool(settings.classifier_scale):
         raise UserError("--classifier needs --classifier_scale, such as 1" if num_classes else
                         f"--classifier_scale {settings.classifier_scale:g} needs --classifier, a file of weights")
     if num_classes and num_labels not in (0, num_classes):
         raise UserError(f"--classifier tells {num_classes} classes apart, the network has {num_labels}")
     return times
-
-
-def times_of(settings: SamplerSettings, schedule, prediction) -> list:
-    """The times of a chain, ascending. ValueError, UserError: settings that it cannot have."""
-    ranged = [key for key in ("sigma_min", "sigma_max", "rho") if getattr(settings, key) is not None]
-    fixed = not str(settings.timesteps).isdigit()
-    if fixed and (ranged or settings.skip_type not in (None, "respace")):
-        raise UserError(f"--timesteps {settings.timesteps} names the steps themselves; it goes with no "
-                        f"--{ranged[0] if ranged else f'skip_type {settings.skip_type}'}")
-    if settings.sample_type.startswith(FOREIGN):
-        if settings.gamma or remedies_of(settings):
-            raise UserError("--dcw, --time_shift, --restart and --gamma correct the steps of this program's samplers, "
-                            f"not those of --sample_type {settings.sample_type}")
-        if ranged:
-            raise UserError(f"--{ranged[0]} is of this program's lists of levels, not of --sample_type "
-                            f"{settings.sample_type}")
-        return SchedulerChain(settings, schedule, prediction).times
-    return sampling_times(schedule, settings.timesteps, settings.skip_type, prediction=prediction,
-                          sigma_min=settings.sigma_min, sigma_max=settings.sigma_max, rho=settings.rho)
-
-
-def form_of(settings: SamplerSettings, schedule, prediction, times: list) -> FlowForm | None:
-    """The form of the flow in which heun and euler make their steps. ValueError: one that the levels cannot have."""
-    spacing = settings.skip_type or schedule.skip_type
-    if spacing in LEVELS:
-        levels = chain_range(schedule, spacing, prediction, settings.sigma_min, settings.sigma_max)
-    else:
-        known = [level for level in map(schedule.level, times) if level < inf]       # noise alone is a step of its own
-        levels = known[0], known[-1]
-    return FlowForm.of(settings.ode_time, settings.ode_scale, settings.alpha, levels)
-
-
-def remedies_of(settings: SamplerSettings) -> list[Remedy]:
-    """What the chain is corrected by, in the order in which it acts."""
-    makers = {
-        "dcw": lambda low, high: REMEDIES["dcw"](low, pixel=True) if high == "pixel" else REMEDIES["dcw"](low, high),
-        "time_shift": REMEDIES["time_shift"],
-        "restart": lambda *intervals: REMEDIES["restart"](intervals, corrector=settings.sample_type == "heun"),
-    }
-    return [makers[name](*getattr(settings, name)) for name in REMEDIES if getattr(settings, name)]
-
-
-def calls_of(settings: SamplerSettings, schedule, prediction, times: list) -> int:
-    """Network calls for each image."""
-    guided = settings.guidance not in (None, 1)
-    if settings.sample_type.startswith(FOREIGN):
-        return SchedulerChain(settings, schedule, prediction).calls() * (1 + guided)
-    extra = sum(remedy.on(schedule, times, prediction.round).calls for remedy in remedies_of(settings))
-    return (network_calls(settings.sample_type, len(times), schedule.alpha(times[-1]) == 0) + extra) * (1 + guided)
 
 
 def classes_of(text: str | None, num_labels: int) -> list[int] | None:
@@ -167,7 +112,7 @@ class Sampler:
         config: Of the network.
         device: Where it computes.
         guide: Denoiser of a worse network, for autoguidance; None: guidance is classifier-free.
-        guide_labels: Whether the guide takes labels.
+        guide_labels: Size of the guide's label set.
         classifier: ``runners.sampling.classifier.Classifier`` to guide by, or None.
         gamma: GammaFile of ``settings.gamma``.
         prompts: Of a text-to-image network: the condition of each seed, and that of no prompt.
@@ -177,24 +122,17 @@ class Sampler:
     """
 
     def __init__(self, denoiser: Denoiser, codec, settings: SamplerSettings, config, device,
-                 guide: Denoiser | None = None, guide_labels: bool = False, *, classifier=None,
+                 guide: Denoiser | None = None, guide_labels: int = 0, *, classifier=None,
                  gamma: GammaFile | None = None, prompts=None):
         self.denoiser, self.codec, self.settings, self.device = denoiser, codec, settings, device
         self.num_labels, self.guide, self.guide_labels = config.model.num_labels, guide, guide_labels
         self.classifier, self.num_classes = classifier, classifier.num_classes if classifier else self.num_labels
         self.prompts = prompts
-        self.times = check_settings(settings, config, codec, has_guide=guide is not None,
+        self.times = check_settings(settings, config, codec, guide_labels=None if guide is None else guide_labels,
                                     num_classes=self.num_classes if classifier else 0)
         self.classes = classes_of(settings.classes, self.num_classes)
-        self.remedies = remedies_of(settings)
-        self.scheduler = None
-        if settings.sample_type.startswith(FOREIGN):
-            self.scheduler = SchedulerChain(settings, denoiser.schedule, denoiser.prediction)
-        self._options = {key: getattr(settings, key) for key in OPTIONS.get(settings.sample_type, ["eta"])}
-        if "ode_time" in read_by(settings.sample_type):
-            self._options["form"] = form_of(settings, denoiser.schedule, denoiser.prediction, self.times)
-        if gamma:
-            self._options["gamma"] = check_gamma(gamma, self.times)
+        self._steps = steps_of(settings, denoiser.schedule, denoiser.prediction, self.times,
+                               gamma and check_gamma(gamma, self.times))
 
     @property
     def calls(self) -> int:
@@ -264,12 +202,7 @@ class Sampler:
 
     def chain(self, denoiser: Denoiser, x: Tensor, noise: SeededNoise, **more) -> Tensor:
         """The sampler's own steps from ``x``, or a scheduler's: what is diffused at the end, (B, C, H, W)."""
-        options = {"eps_scaler": self.settings.eps_scaler, "clip_denoised": self.settings.clip and self.codec.bounded,
-                   **self._options, **more}
-        if self.scheduler is not None:
-            return self.scheduler(denoiser, x, noise, **options)
-        return SAMPLERS[self.settings.sample_type](denoiser, x, self.times, remedies=self.remedies,
-                                                   noise_fn=lambda index: noise.randn(x.shape), **options)
+        return self._steps(denoiser, x, noise, clip_denoised=self.settings.clip and self.codec.bounded, **more)
 
     def told(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the network itself is told: not the labels that are a classifier's alone."""

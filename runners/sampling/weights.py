@@ -1,6 +1,7 @@
 """Files of weights that a request names: where they lie, and the configuration that some of them bring."""
 
 import difflib
+import hashlib
 import re
 import shutil
 import urllib.request
@@ -20,7 +21,8 @@ DECIDE_A_NETWORK = {"model": None, "diffusion": ("prediction", "sigma_data", "be
 
 
 def local_weights(text: str) -> Path:
-    """A path as it is; of a URL the file in torch's cache, fetched if it is not there yet.
+    """A path as it is; of a URL the file in torch's cache, fetched if it is not there yet. Each URL has a folder of its
+    own there: many files of weights are called alike, and their names count for their readers.
 
     Raises:
         UserError: It cannot be fetched; says where a file from elsewhere is to be put.
@@ -28,7 +30,8 @@ def local_weights(text: str) -> Path:
     if not re.match(r"https?://", text):
         return Path(text)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.partition("?")[0].rpartition("/")[2])
-    target = Path(torch.hub.get_dir()) / "checkpoints" / (name or "weights")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    target = Path(torch.hub.get_dir()) / "checkpoints" / digest / (name or "weights")
     if not target.is_file():
         try:
             with urllib.request.urlopen(text, timeout=20) as response:  # noqa: S310

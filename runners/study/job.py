@@ -16,7 +16,8 @@ from functions.schedule import make_schedule
 from models import make_codec
 from runners.evaluation.metrics import find_reference
 from runners.evaluation.references import source_words
-from runners.sampling.sampler import calls_of, check_settings
+from runners.sampling.sampler import check_settings
+from runners.sampling.steps import calls_of
 from runners.study.grid import cells_of, read_cells
 from runners.training.checkpoint import RunFolder, differences
 from utils.errors import ConfigError, UserError

@@ -131,6 +131,13 @@ def refusal(**changes) -> str:
     (dict(data__uniform_dequantization=True), "loss.variational hybrid measures the 256 levels of pixels in [-1, 1]; "
                                               "it needs data.rescaled, and no dequantization"),
     (dict(diffusion__schedule="sigma"), "loss.variational hybrid needs diffusion.schedule discrete"),
+    (dict(diffusion__set_alpha_to_one=False),
+     "loss.variational hybrid needs a chain that ends at the image; set diffusion.set_alpha_to_one to true"),
+    *((dict(diffusion__prediction=name), f"model.learn_sigma: diffusion.prediction {name} reads no variances; use "
+                                         "epsilon, v_prediction or sample") for name in ("edm", "vp", "ve", "iddpm")),
+    (dict(diffusion__beta_schedule="adm_linear", diffusion__num_diffusion_timesteps=20),
+     "diffusion: diffusion.num_diffusion_timesteps 20: the last beta of adm_linear is 20 / T, which must stay below 1; "
+     "give at least 21"),
     (dict(diffusion__schedule="sigma", diffusion__timestep_respacing="50"),
      "diffusion.timestep_respacing 50 is for diffusion.schedule discrete, not for sigma; leave it at null"),
     (dict(diffusion__timestep_respacing="25"), "training.sample_timesteps 50 exceeds the 25 steps of the chain; give 1 "

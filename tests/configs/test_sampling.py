@@ -52,6 +52,6 @@ def test_what_a_flag_says_is_what_settings_read():
 
 
 def test_every_sampler_has_options():
-    from runners.sampling.sampler import OPTIONS
+    from runners.sampling.steps import OPTIONS
 
     assert OPTIONS.keys() == SAMPLERS.keys()

@@ -5,6 +5,7 @@ import torch
 
 from functions.denoiser import Denoiser
 from functions.denoising import SAMPLERS, VAR_TYPES, ddpm_steps, generalized_steps, step_variances
+from functions.remedies import TimeShift
 from functions.schedule import FlowSchedule
 from functions.timesteps import sampling_times
 from tests.functions.gaussian import SCHEDULE, exact
@@ -109,19 +110,41 @@ def test_step_variances_are_those_of_ddpm():
         assert small == pytest.approx(b * SCHEDULE.sigma(j) ** 2 / SCHEDULE.sigma(i) ** 2, rel=1e-10)
 
 
-@pytest.mark.parametrize(("v", "fixed"), [(1.0, "fixedlarge"), (0.0, "fixedsmall")])
-def test_a_learned_variance_at_either_end_is_the_fixed_one(v, fixed):
-    x, net = normal(0, (2, 3, 4, 4)), exact(0.5)
-
+def learned(net, v):
+    """The same network, which also gives v everywhere."""
     class Learned(Denoiser):
         def raw(self, x, t):
             return torch.cat([net.raw(x, t), torch.full_like(x, 2 * v - 1)], 1)
+
+    return Learned(None, SCHEDULE)
+
+
+@pytest.mark.parametrize(("v", "fixed"), [(1.0, "fixedlarge"), (0.0, "fixedsmall")])
+def test_a_learned_variance_at_either_end_is_the_fixed_one(v, fixed):
+    x, net = normal(0, (2, 3, 4, 4)), exact(0.5)
 
     def run(denoiser, var_type):
         return ddpm_steps(denoiser, x, [0, 50, 700, 999], var_type=var_type,
                           noise_fn=lambda i: normal(i + 1, (2, 3, 4, 4)))
 
-    torch.testing.assert_close(run(Learned(None, SCHEDULE), "learned"), run(net, fixed))
+    torch.testing.assert_close(run(learned(net, v), "learned"), run(net, fixed))
+
+
+@pytest.mark.parametrize("var_type", ["fixedlarge", "learned"])
+def test_a_shifted_time_leaves_the_variance_of_the_last_step_to_the_list(var_type):
+    """An image that counts as one of a time above the whole list: guided or not, it differs by the smallest variance
+    of the step before, not by a negative one."""
+    x, told = 3 * normal(0, (2, 3, 4, 4)).double(), []
+
+    def gradient(x, t):
+        told.append(t)
+        return torch.full_like(x, 0.3 * isinstance(t, torch.Tensor))                          # on the last step alone
+
+    plain, guided = (ddpm_steps(learned(exact(0.5), 0.0), x, [20, 60], var_type=var_type, clip_denoised=False,
+                                noise_fn=lambda i: x, remedies=[TimeShift(200, 0)], gradient=each)
+                     for each in (None, gradient))
+    assert len(told) == 2 and (told[1] > 60).all()
+    torch.testing.assert_close(guided - plain, torch.full_like(x, 0.3 * step_variances(SCHEDULE, 60, 20)[0]))
 
 
 def test_a_classifiers_gradient_moves_the_mean_by_the_variance_and_ddims_eps_by_sigma():

@@ -11,7 +11,7 @@ from functions.denoiser import Denoiser
 from functions.denoising import SAMPLERS, ddpm_steps, generalized_steps, network_calls, step_variances
 from functions.ode import euler_steps, heun_steps
 from functions.remedies import DCW, REMEDIES, Remedy, Restart, TimeShift
-from functions.schedule import FlowSchedule, SigmaSchedule
+from functions.schedule import DiscreteSchedule, FlowSchedule, SigmaSchedule
 from functions.timesteps import sampling_times
 from tests.functions.gaussian import SCHEDULE, exact, variance
 
@@ -119,6 +119,15 @@ def test_dcw_takes_the_estimate_of_the_last_call():
     plain = inputs_of(heun_steps, denoiser, x, times)[1][1]
     moved = inputs_of(heun_steps, denoiser, x, times, remedies=[DCW(0.1, pixel=True)])[1][1]
     torch.testing.assert_close(moved, plain + 0.1 * (plain - denoiser(ahead, 1.0).x0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_dcw_corrects_the_last_step_where_it_does_not_end_in_the_estimate(whole):
+    schedule = DiscreteSchedule([0.05] * 50, set_alpha_to_one=whole)
+    x, denoiser = normal(2), exact(0.5, schedule)
+    plain, moved = (generalized_steps(denoiser, x, [40], remedies=each) for each in ([], [DCW(0.1, pixel=True)]))
+    assert torch.equal(moved, plain) == whole
+    torch.testing.assert_close(moved, plain + 0.1 * (plain - denoiser(x, 40).x0), rtol=1e-12, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------------- time shift

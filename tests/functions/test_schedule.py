@@ -132,7 +132,8 @@ def test_a_respaced_chain_keeps_its_end_and_offset():
     assert short.respaced([4, 9]).alpha(-1) == short.alpha(4)
 
 
-@pytest.mark.parametrize("betas", [[], [[0.1]], [0.0, 0.1], [0.1, 1.0, 0.1], [0.1, 1.1], [0.1, float("nan")]])
+@pytest.mark.parametrize("betas", [[], [[0.1]], [0.0, 0.1], [0.1, 1.0, 0.1], [0.1, 1.1], [0.1, float("nan")],
+                                   400 * [0.9]])
 def test_refusals(betas):
     with pytest.raises(ValueError, match="betas"):
         DiscreteSchedule(betas)

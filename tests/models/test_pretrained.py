@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from configs.pipelines import SCHEDULER, diffusion_keys
+from configs.sampling import SamplerSettings
 from configs.schema import load_config, save_config
 from functions.denoiser import Denoiser
 from models import build_model, load_weights, make_codec
 from models.pretrained import LORA_FILE, lora_from_file, lora_to_file
 from models.trained import trained
+from runners.diffusion import Diffusion
+from runners.sampling.sampler import check_settings
 from tests.faults import jobs
+from tests.pipelines import ddpm_pipeline, latent_pipeline
 from utils.atomic import write_json
 from utils.errors import ConfigError, DataError, UserError
 
@@ -148,6 +152,39 @@ def test_settings_that_cannot_be_used_are_refused_in_one_line(sdxl, override, me
         config = load_config(sdxl, [override, *more])
         make_codec(config), build_model(config)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("part", "sizes", "message"), [
+    ("unet", {"in_channels": 9}, "diffused has 4 channels, the U-Net takes 9 and gives 4; networks that are shown"),
+    ("unet", {"out_channels": 5}, "the U-Net takes 4 and gives 5"),
+    ("vae", {"latent_channels": 16}, "diffused has 16 channels")])
+def test_a_unet_of_other_latents_is_refused_before_it_is_loaded(sdxl_copy, part, sizes, message):
+    config = load_config(sdxl_copy)
+    change(sdxl_copy, f"{part}/config.json", **sizes)
+    with pytest.raises(DataError, match=message) as refused:
+        make_codec(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_images_that_a_unet_of_pixels_cannot_take_are_refused(tmp_path):
+    folder = ddpm_pipeline(tmp_path / "ddpm")
+    for override, message in (("data.channels=3", "data.channels 3: the U-Net of .* takes images of 1 channels"),
+                              ("data.image_size=9", "data.image_size 9 cannot be halved 1 times for the U-Net of .*; "
+                                                    "nearest valid: 8 and 10")):
+        with pytest.raises(UserError, match=message):
+            make_codec(load_config(folder, [override]))
+    with pytest.raises(UserError, match="image_size 18 cannot be halved 2 times .*; nearest valid: 16 and 20"):
+        make_codec(load_config(latent_pipeline(tmp_path / "latent"), ["data.image_size=18"]))
+    batch, = Diffusion(load_config(folder, ["data.image_size=[6,10]"]), "cpu").sample([0], timesteps=1)
+    assert batch.images.shape == (1, 1, 6, 10)
+
+
+def test_guidance_of_a_network_without_prompts_is_refused(tmp_path):
+    config = load_config(ddpm_pipeline(tmp_path / "ddpm"))
+    with pytest.raises(UserError, match="--guidance 3 needs a network with classes or prompts"):
+        check_settings(SamplerSettings(timesteps=2, guidance=3.0), config, make_codec(config))        # as studies do
+    with pytest.raises(UserError, match="--guidance 3 needs a network with classes or prompts"):
+        next(Diffusion(config, "cpu").sample([0], timesteps=2, guidance=3.0))
 
 
 def print_loaded():

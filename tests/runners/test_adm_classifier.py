@@ -80,6 +80,23 @@ def test_an_unconditional_network_takes_its_labels_from_the_classifier(classifie
     assert sampler.labels([0, 1]).tolist() == [4, 4] and sampler([0, 1]).shape == (2, 1, 8, 8)
 
 
+def test_a_dry_run_takes_the_labels_of_a_classifier_and_counts_its_networks(classifier_file, adm_file, tmp_path,
+                                                                            capsys):
+    config = load_config(adm_file, ["model.num_classes=0", "training.label_dropout=0"])
+    torch.save(Diffusion(config, "cpu").model.state_dict(), tmp_path / "w.pt")
+    argv = flags(adm_file, tmp_path, "--weights", tmp_path / "w.pt", "--no-fid", "--num_samples", 1, "--timesteps", 4,
+                 "--model.num_classes", 0, "--training.label_dropout", 0, "--classifier", classifier_file,
+                 "--classifier_scale", 1, "--classes", 3)
+    guided = ["--guidance", "2", "--guide_weights", str(tmp_path / "w.pt")]
+    for more, calls in (([], 4), (guided, 8)):
+        assert generate.main([*argv, "--dry_run", *more]) == 0
+        assert f"{calls} for each of 1 images" in capsys.readouterr().out
+        assert generate.main([*argv, *more, "-i", str(tmp_path / f"of{calls}")]) == 0
+    (tmp_path / "bad.pt").write_bytes(b"no weights")
+    for more in ([], ["--dry_run"]):
+        assert generate.main([*argv, "--guidance", "2", "--guide_weights", str(tmp_path / "bad.pt"), *more]) == 3
+
+
 @pytest.mark.parametrize(("more", "message"), [
     (["--classifier", "FILE"], "--classifier needs --classifier_scale, such as 1"),
     (["--classifier_scale", "2"], "--classifier_scale 2 needs --classifier, a file of weights"),
