@@ -203,6 +203,20 @@ def test_a_run_goes_on_another_copy_of_its_base(tuned, sdxl, tmp_path):
     assert np.array_equal(a, b) and (a != c).any()
 
 
+def test_a_pipeline_beside_a_configuration_gives_its_chain_and_is_not_contradicted(sd, tmp_path, capsys):
+    silent = "data: {dataset: CAPTIONS, image_size: 16}\nmodel: {arch: diffusers, pretrained: /elsewhere}\n"
+    base = ["--config", str(tmp_path / "sd.yml"), "--weights", str(sd), "--device", "cpu", "--verbose", "critical",
+            "--timesteps", "2", "--seeds", "0", "--grid", "0", "--prompt", PROMPT, "--exp", str(tmp_path)]
+    (tmp_path / "sd.yml").write_text(silent + "diffusion: {prediction: epsilon}\n")
+    assert generate.main([*base, "-i", str(tmp_path / "images")]) == 2
+    error = capsys.readouterr().err
+    assert "diffusion.prediction 'epsilon', 'v_prediction' there" in error and error.count("\n") == 1
+    (tmp_path / "sd.yml").write_text(silent)
+    assert generate.main([*base, "-i", str(tmp_path / "images")]) == 0
+    made = json.loads((tmp_path / "images" / "manifest.json").read_text())["diffusion"]
+    assert (made["prediction"], made["beta_schedule"]) == ("v_prediction", "scaled_linear")
+
+
 @pytest.mark.parametrize(("more", "code", "message"), [
     ([], 2, "give --prompt or --prompt_file"),
     (["--prompt", "x", "--prompt_file", "y"], 2, "exclude each other"),
