@@ -87,12 +87,28 @@ def load_unet(folder: Path, settings: dict) -> nn.Module:
     _check_supported(folder, settings)
     try:
         check_size(theirs, settings, folder)
-        with quiet_libraries():
-            return theirs.from_pretrained(folder, use_safetensors=True, local_files_only=True).float()
+        return load_whole(theirs, folder).float()
     except DataError:
         raise
     except Exception as error:                # OSError, ValueError, SafetensorError, RuntimeError: whatever files do
         raise DataError(f"{folder}: not loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_whole(kind: type, folder: Path) -> nn.Module:
+    """A network of diffusers or transformers from safetensors files; the libraries make up what these lack.
+
+    Raises:
+        DataError: They lack some of it. Whatever from_pretrained raises.
+    """
+    with quiet_libraries():
+        network, found = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True,
+                                              output_loading_info=True)
+    missing = {name for name in found["missing_keys"] if not name.endswith("position_ids")}      # they count 0, 1, ...
+    lacking = sorted(missing | {name for name, *_ in found["mismatched_keys"]})
+    if lacking:
+        raise DataError(f"{folder}: not loaded: its files lack {len(lacking)} tensors of the network, such as "
+                        f"{lacking[0]}; copy it again")
+    return network
 
 
 def check_size(kind: type, settings: dict, folder: Path) -> None:

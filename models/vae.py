@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from configs.pipelines import vae_factor, vae_folder, vae_settings
-from models.pretrained import check_size
+from models.pretrained import check_size, load_whole
 from utils.errors import DataError, UserError
-from utils.hub import needs_package, quiet_libraries
+from utils.hub import needs_package
 
 
 class VAE:
@@ -60,8 +60,7 @@ class VAE:
                 raise needs_package(error, "model.arch diffusers") from None
             try:
                 check_size(AutoencoderKL, vae_settings(self.folder.parent), self.folder)
-                with quiet_libraries():
-                    vae = AutoencoderKL.from_pretrained(self.folder, use_safetensors=True, local_files_only=True)
+                vae = load_whole(AutoencoderKL, self.folder)
             except DataError:
                 raise
             except Exception as error:        # OSError, ValueError, SafetensorError, RuntimeError: whatever files do

@@ -3,9 +3,11 @@
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from configs.pipelines import SCHEDULER, diffusion_keys
 from configs.sampling import SamplerSettings
@@ -13,6 +15,7 @@ from configs.schema import load_config, save_config
 from functions.denoiser import Denoiser
 from models import build_model, load_weights, make_codec
 from models.pretrained import LORA_FILE, lora_from_file, lora_to_file
+from models.text import TextEncoders
 from models.trained import trained
 from runners.diffusion import Diffusion
 from runners.sampling.sampler import check_settings
@@ -35,6 +38,48 @@ def test_the_scheduler_file_gives_the_chain_and_survives_saving(sdxl, tmp_path):
 def test_a_configuration_that_contradicts_the_scheduler_file_is_refused(sd):
     with pytest.raises(ConfigError, match="contradicts the configuration: diffusion.prediction 'epsilon', 'v_pred"):
         load_config(sd, ["diffusion.prediction=epsilon"])
+
+
+HUB_CONFIG = "data: {dataset: CAPTIONS, image_size: 16}\nmodel: {arch: diffusers, pretrained: owner/model}\n"
+
+
+def hub_with(monkeypatch, folder):
+    """A hub that is never asked for more than it has to give; returns what was asked for."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name, allow_patterns, ignore_patterns, local_files_only):
+        if local_files_only and not asked:
+            raise OSError("not in the cache")
+        if not local_files_only:
+            asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return asked
+
+
+def test_a_model_of_the_hub_gives_its_chain_before_its_weights(sd, tmp_path, monkeypatch):
+    asked = hub_with(monkeypatch, sd)
+    (tmp_path / "hub.yml").write_text(HUB_CONFIG)
+    config = load_config(tmp_path / "hub.yml")
+    assert asked == [["model_index.json", "*/*.json"]]
+    assert (config.diffusion.prediction, config.diffusion.beta_schedule) == ("v_prediction", "scaled_linear")
+    save_config(config, tmp_path / "config.yml")
+    assert load_config(tmp_path / "config.yml") == config and len(asked) == 1
+
+
+def test_a_model_of_the_hub_that_cannot_be_had_is_no_error_of_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **keywords: Path("/nowhere").read_bytes())
+    (tmp_path / "hub.yml").write_text(HUB_CONFIG)
+    assert load_config(tmp_path / "hub.yml").model.pretrained == "owner/model"
+
+
+def test_a_runner_refuses_another_chain_than_that_of_its_pipeline(sd):
+    config = load_config(sd).replace("diffusion.prediction", "epsilon")
+    with pytest.raises(UserError, match="contradicts the configuration: diffusion.prediction 'epsilon', 'v_pred"):
+        Diffusion(config, "cpu")
 
 
 def test_the_network_computes_what_diffusers_computes(sdxl):
@@ -74,8 +119,6 @@ def test_latents_are_those_of_the_autoencoder(sdxl):
 
 
 def test_adapters_alone_are_trained_and_their_file_round_trips(sdxl, tmp_path):
-    from safetensors.torch import save_file
-
     config = load_config(sdxl, ["model.lora_rank=2", "model.lora_alpha=6"])
     model = build_model(config)
     state = trained(model)
@@ -139,6 +182,20 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(sdxl_copy, spoil, m
         config = load_config(sdxl_copy)
         make_codec(config), build_model(config)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("part", "tensor", "load"), [
+    ("unet", "conv_out.weight", lambda folder: build_model(load_config(folder))),
+    ("vae", "decoder.conv_out.weight", lambda folder: make_codec(load_config(folder)).network("cpu")),
+    ("text_encoder", "final_layer_norm.weight", TextEncoders),
+    ("text_encoder_2", "text_projection.weight", TextEncoders)])
+def test_files_that_lack_a_tensor_are_refused(sdxl_copy, part, tensor, load):
+    (file,) = (sdxl_copy / part).glob("*.safetensors")
+    content = load_file(file)
+    name = next(name for name in content if name.endswith(tensor))
+    save_file({"other": content.pop(name), **content}, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=f"{part}: not loaded: its files lack 1 tensors .* such as .*{tensor}"):
+        load(sdxl_copy)
 
 
 @pytest.mark.parametrize(("override", "message"), [
