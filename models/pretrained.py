@@ -6,6 +6,7 @@ LoRA (2106.09685): a frozen layer W x becomes W x + (lora_alpha / lora_rank) B A
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -199,22 +200,40 @@ def lora_to_file(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
             for name, tensor in state.items()}
 
 
-def lora_from_file(state: dict[str, Tensor], scale: float, where: Path) -> dict[str, Tensor]:
+def lora_from_file(state: dict[str, Tensor], metadata: dict[str, str], scale: float, where: Path) -> dict[str, Tensor]:
     """The inverse, for files of diffusers' present and older names.
 
+    Args:
+        metadata: Of the file, where diffusers notes rank and alpha.
+        scale: alpha / rank of the network that takes them.
+
     Raises:
-        DataError: No adapters of a U-Net.
+        DataError: No adapters of a U-Net, or more than those; adapters of another kind.
     """
+    others = [name for name in sorted(state) if not name.startswith("unet.")]
+    if len(others) == len(state):
+        raise DataError(f"{where}: holds no adapters of a U-Net")
+    if others:
+        raise DataError(f"{where}: holds {others[0]}; adapters of a U-Net alone are known here, save them alone")
     names = {".lora.down.": ".lora_A.default.", ".lora.up.": ".lora_B.default.",
              ".lora_A.weight": ".lora_A.default.weight", ".lora_B.weight": ".lora_B.default.weight"}
-    found = {}
+    found, factor = {}, _noted_scale(metadata, where) / scale
     for name, tensor in state.items():
-        if not name.startswith("unet."):
-            continue
         bare = name.removeprefix("unet.")
         for theirs, ours in names.items():
             bare = bare.replace(theirs, ours)
-        found[bare] = tensor / scale if ".lora_B." in bare else tensor
-    if not found:
-        raise DataError(f"{where}: holds no adapters of a U-Net")
+        found[bare] = tensor * factor if ".lora_B." in bare else tensor
     return found
+
+
+def _noted_scale(metadata: dict[str, str], where: Path) -> float:
+    """alpha / rank as diffusers notes it; 1, as diffusers takes it, where a file has no note."""
+    try:
+        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        odd = [key for key in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora") if noted.get(f"unet.{key}")]
+        scale = noted.get("unet.lora_alpha", 1) / noted.get("unet.r", 1)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise DataError(f"{where}: its lora_adapter_metadata are broken") from None
+    if odd:
+        raise DataError(f"{where}: adapters with {', '.join(odd)}, which are not known here")
+    return scale

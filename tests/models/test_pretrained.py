@@ -129,13 +129,52 @@ def test_adapters_alone_are_trained_and_their_file_round_trips(sdxl, tmp_path):
             tensor.normal_(generator=torch.Generator().manual_seed(0))
     file = lora_to_file(state, model.lora_scale)
     assert model.lora_scale == 3
-    back = lora_from_file(file, model.lora_scale, tmp_path)
+    back = lora_from_file(file, {}, model.lora_scale, tmp_path)
     assert back.keys() == state.keys()
     save_file(file, tmp_path / LORA_FILE)
     other = build_model(config)
     assert load_weights(other, tmp_path).format == "lora"
     for name, tensor in trained(other).items():
         torch.testing.assert_close(tensor, state[name])
+
+
+def adapters_of_diffusers(sd, folder, **more):
+    """A file as diffusers' training scripts save it, and what its network makes of some input with these adapters."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet").eval()
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+                                init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet),
+                                              unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(), **more)
+    given = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        return given, unet(*given).sample
+
+
+@pytest.mark.parametrize("alpha", [2, 8])
+def test_adapters_of_diffusers_count_as_much_as_their_file_notes(sd, tmp_path, alpha):
+    given, expected = adapters_of_diffusers(sd, tmp_path)
+    model = build_model(load_config(sd, ["model.lora_rank=2", f"model.lora_alpha={alpha}"])).eval()
+    load_weights(model, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*given), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_that_would_be_used_in_part_or_otherwise_are_refused(sd, tmp_path):
+    model = build_model(load_config(sd, ["model.lora_rank=2"]))
+    adapters_of_diffusers(sd, tmp_path, text_encoder_lora_layers={"q_proj.lora_A.weight": torch.zeros(2, 32)})
+    with pytest.raises(DataError, match="holds text_encoder.q_proj.lora_A.weight; adapters of a U-Net alone"):
+        load_weights(model, tmp_path)
+    for noted, message in (({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": True}, "adapters with use_rslora"),
+                           ({"unet.r": 0, "unet.lora_alpha": 2}, "broken"), ([], "broken"), ("[", "broken")):
+        save_file({"unet.a.lora_A.weight": torch.zeros(1)}, tmp_path / LORA_FILE, metadata={
+            "lora_adapter_metadata": noted if noted == "[" else json.dumps(noted)})
+        with pytest.raises(DataError, match=message):
+            load_weights(model, tmp_path)
 
 
 def test_adapters_are_refused_by_a_network_without_them(sdxl, tmp_path):
