@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs.pipelines import UNETS, known_unet, unet_settings
+from configs.pipelines import UNETS, known_unet, unet_settings, zeros_for_no_prompt
 from models.formats.diffusers import diffusers_folder
 from utils.errors import DataError, UserError
 from utils.files import open_regular
@@ -168,7 +168,7 @@ def _name_of(unet: nn.Module) -> str:
 
 
 def pipeline_fingerprint(folder: Path, parts: Sequence[str]) -> str:
-    """16 hexadecimal digits over the contents of these sub-folders of a pipeline, those that exist."""
+    """16 hexadecimal digits over the contents of these sub-folders of a pipeline, those that exist, and no prompt."""
     digest = hashlib.sha256()
     for part in parts:
         for file in sorted((folder / part).glob("*.*")) if (folder / part).is_dir() else ():
@@ -176,6 +176,8 @@ def pipeline_fingerprint(folder: Path, parts: Sequence[str]) -> str:
             with open_regular(file) as content:
                 while block := content.read(1 << 22):
                     digest.update(block)
+    if not zeros_for_no_prompt(folder):        # published ones say true, and keep their fingerprints
+        digest.update(b"the empty prompt")
     return digest.hexdigest()[:16]
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.pipelines import INDEX, takes_sizes, text_classes, unet_settings
+from configs.pipelines import takes_sizes, text_classes, unet_settings, zeros_for_no_prompt
 from models.pretrained import load_whole
 from utils.errors import DataError
-from utils.files import read_settings
 from utils.hub import needs_package, quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -45,8 +44,8 @@ class TextEncoders:
             raise needs_package(error, "a text-to-image model") from None
         others = {"unet": None, "vae": None, "scheduler": None}
         if self.pooled:
-            zeros = read_settings(self.folder / INDEX).get("force_zeros_for_empty_prompt", True)
-            made, others = StableDiffusionXLPipeline, {**others, "force_zeros_for_empty_prompt": bool(zeros)}
+            zeros = zeros_for_no_prompt(self.folder)
+            made, others = StableDiffusionXLPipeline, {**others, "force_zeros_for_empty_prompt": zeros}
         else:
             made, others = StableDiffusionPipeline, {**others, "safety_checker": None, "feature_extractor": None,
                                                      "image_encoder": None, "requires_safety_checker": False}

@@ -14,7 +14,7 @@ from configs.sampling import SamplerSettings
 from configs.schema import load_config, save_config
 from functions.denoiser import Denoiser
 from models import build_model, load_weights, make_codec
-from models.pretrained import LORA_FILE, lora_from_file, lora_to_file
+from models.pretrained import ENCODERS, LORA_FILE, lora_from_file, lora_to_file, pipeline_fingerprint
 from models.text import TextEncoders
 from models.trained import trained
 from runners.diffusion import Diffusion
@@ -281,6 +281,17 @@ def test_guidance_of_a_network_without_prompts_is_refused(tmp_path):
         check_settings(SamplerSettings(timesteps=2, guidance=3.0), config, make_codec(config))        # as studies do
     with pytest.raises(UserError, match="--guidance 3 needs a network with classes or prompts"):
         next(Diffusion(config, "cpu").sample([0], timesteps=2, guidance=3.0))
+
+
+def test_what_stands_for_no_prompt_is_part_of_a_pipelines_fingerprint(sdxl_copy):
+    found = []
+    for zeros in (True, False):
+        change(sdxl_copy, "model_index.json", force_zeros_for_empty_prompt=zeros)
+        found.append(pipeline_fingerprint(sdxl_copy, ENCODERS))
+    write_json(sdxl_copy / "model_index.json", {})                                  # which means true
+    assert found[0] == pipeline_fingerprint(sdxl_copy, ENCODERS) != found[1]
+    (sdxl_copy / "model_index.json").unlink()
+    assert found[0] == pipeline_fingerprint(sdxl_copy, ENCODERS)
 
 
 def print_loaded():
