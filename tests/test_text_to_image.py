@@ -22,6 +22,7 @@ from functions.rng import SeededNoise
 from models.text import TextEncoders
 from runners.conditioning import TypedPrompts
 from runners.diffusion import Diffusion
+from runners.sampling.prompts import read_prompts
 from tests.faults import jobs
 
 PROMPT = "a red square"
@@ -222,6 +223,7 @@ def test_a_pipeline_beside_a_configuration_gives_its_chain_and_is_not_contradict
     (["--prompt", "x", "--prompt_file", "y"], 2, "exclude each other"),
     (["--prompt_file", "/nowhere.txt"], 3, "/nowhere.txt: cannot be read"),
     (["--prompt", "x", "--clip_denoised"], 2, "there is nothing to clip to"),
+    (["--prompt", "x", "--prompt", "y", "--interpolation", "--seeds", "0"], 2, "of one prompt; 2 are given"),
     (["--prompt", "x", "--classes", "1"], 2, "takes no labels"),
     (["--prompt", "x", "--sample_type", "diffusers:DDIMSheduler"], 2, "did you mean DDIMScheduler"),
 ])
@@ -256,6 +258,11 @@ def test_prompt_files_without_text_are_one_line(sdxl, tmp_path, capsys):
                               str(tmp_path / "prompts")]) == code
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts").write_bytes("a red square\n".encode("utf-8-sig"))
+    assert read_prompts(str(tmp_path / "prompts")) == [PROMPT]
 
 
 def test_a_network_of_pixels_takes_no_prompts(trained, capsys):

@@ -198,6 +198,8 @@ class SamplingJob:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
             raise UserError("--interpolation needs at least two seeds")
+        if args.interpolation and len(self.prompts) > 1:
+            raise UserError(f"--interpolation goes from seed to seed of one prompt; {len(self.prompts)} are given")
         if (args.interpolation or args.sequence) and len(self.seeds) > MOST_ROWS:
             raise UserError(f"--interpolation and --sequence draw a row for each seed: {len(self.seeds):,} asked for, "
                             f"at most {MOST_ROWS}")

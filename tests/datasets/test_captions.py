@@ -79,6 +79,14 @@ def test_bad_shards_name_their_file(captioned, tmp_path):
         open_captioned(tmp_path / "nothing", 3)
 
 
+def test_two_images_of_one_text_in_a_shard_are_refused(captioned, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name in ("000.jpg", "000.png"):
+            archive.add(captioned / "000.jpg", name)
+    with pytest.raises(DataError, match="0.tar/000: 000.jpg and 000.png share its text"):
+        len(open_captioned(tmp_path / "0.tar", 3))
+
+
 def test_grey_pictures_are_refused(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / METADATA).write_text('{"file_name": "a.png", "text": "x"}')
