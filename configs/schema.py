@@ -76,8 +76,8 @@ class Config(Section):
             raise ValueError("training.time_sampler loss_second_moment counts the losses of steps; "
                              f"diffusion.schedule {diffusion.schedule} has none")
         if self.training.label_dropout and not self.model.conditional:
-            raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels; set "
-                             "model.num_classes, or label_dim of EDM's networks")
+            raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels or "
+                             "prompts; set model.num_classes, or label_dim of EDM's networks")
         if self.data.augment and getattr(self.model, "augment_dim", 0) != AUGMENT_DIM:
             raise ValueError(f"data.augment {self.data.augment} needs a network that is told of it: model.arch "
                              f"songunet or dhariwal, with model.augment_dim {AUGMENT_DIM}")

@@ -240,6 +240,9 @@ def test_files_that_lack_a_tensor_are_refused(sdxl_copy, part, tensor, load):
 @pytest.mark.parametrize(("override", "message"), [
     ("data.channels=1", "data.channels 1: the autoencoder"), ("data.image_size=17", "not a multiple of 2"),
     ("model.lora_rank=0", "lora_rank"), ("model.lora_alpha=2", "needs model.lora_rank"),
+    ("data.rescaled=false", "data.rescaled False is for diffusion of pixels"),
+    ("data.uniform_dequantization=true", "data.uniform_dequantization True is for"),
+    ("data.gaussian_dequantization=true", "data.gaussian_dequantization True is for"),
     ("model.lora_targets=[nothing]", "lora_targets nothing"),
     ("model.pretrained=/nowhere", "'/nowhere': no such folder")])
 def test_settings_that_cannot_be_used_are_refused_in_one_line(sdxl, override, message):
@@ -273,6 +276,12 @@ def test_images_that_a_unet_of_pixels_cannot_take_are_refused(tmp_path):
         make_codec(load_config(latent_pipeline(tmp_path / "latent"), ["data.image_size=18"]))
     batch, = Diffusion(load_config(folder, ["data.image_size=[6,10]"]), "cpu").sample([0], timesteps=1)
     assert batch.images.shape == (1, 1, 6, 10)
+
+
+def test_dropout_of_conditions_needs_a_network_with_some(tmp_path, sd):
+    assert load_config(sd, ["training.label_dropout=0.1"]).training.label_dropout == 0.1
+    with pytest.raises(ConfigError, match="label_dropout 0.1 needs a network with labels or prompts"):
+        load_config(ddpm_pipeline(tmp_path / "ddpm"), ["training.label_dropout=0.1"])
 
 
 def test_guidance_of_a_network_without_prompts_is_refused(tmp_path):
