@@ -75,7 +75,9 @@ class DiffusersModel(Network):
 
     @property
     def conditional(self):
-        return True
+        """True also where it is not known, as the model is not on this machine yet."""
+        folder = local_folder(self.pretrained, download=False)
+        return folder is None or takes_text(unet_settings(folder))
 
     @property
     def prompted(self):

@@ -211,6 +211,11 @@ def takes_sizes(unet: dict) -> bool:
     return unet.get("addition_embed_type") == "text_time"
 
 
+def zeros_for_no_prompt(folder: Path) -> bool:
+    """Whether SDXL is shown zeros instead of the empty prompt, as its index says; True where it says nothing."""
+    return not is_pipeline(folder) or bool(read_settings(folder / INDEX).get("force_zeros_for_empty_prompt", True))
+
+
 def vae_folder(folder: Path) -> Path | None:
     """Where the autoencoder lies: ``vae``, or ``vqvae`` as unconditional latent pipelines call it."""
     return next((folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()), None)

@@ -19,7 +19,7 @@ from configs.training import Loss, Optim, Training
 from configs.unread import check_all_are_read
 from utils.atomic import write_text
 from utils.errors import ConfigError
-from utils.hub import local_folder
+from utils.hub import settings_folder
 
 AUGMENT_DIM = 9                              # numbers that tell of data.augment
 
@@ -76,8 +76,8 @@ class Config(Section):
             raise ValueError("training.time_sampler loss_second_moment counts the losses of steps; "
                              f"diffusion.schedule {diffusion.schedule} has none")
         if self.training.label_dropout and not self.model.conditional:
-            raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels; set "
-                             "model.num_classes, or label_dim of EDM's networks")
+            raise ValueError(f"training.label_dropout {self.training.label_dropout} needs a network with labels or "
+                             "prompts; set model.num_classes, or label_dim of EDM's networks")
         if self.data.augment and getattr(self.model, "augment_dim", 0) != AUGMENT_DIM:
             raise ValueError(f"data.augment {self.data.augment} needs a network that is told of it: model.arch "
                              f"songunet or dhariwal, with model.augment_dim {AUGMENT_DIM}")
@@ -120,7 +120,7 @@ class Config(Section):
         return validate(raw, "replace")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), pipeline: Path | None = None) -> Config:
     """Read a YAML file in this project's, SA-DPM's or DDIM's form, or the folder of a diffusers pipeline.
 
     Of a network of diffusers the scheduler's file fills in the ``diffusion`` section, and must not contradict it.
@@ -128,6 +128,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: A file, a name looked up in configs/, or a pipeline folder.
         overrides: ``"training.batch_size=64"``, values parsed as YAML; they win over the file.
+        pipeline: Folder that takes the place of ``model.pretrained``, where the network is one of diffusers.
 
     Raises:
         ConfigError: With the file, the dotted key, what was given and what is allowed.
@@ -138,15 +139,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         path = find_config(path)
         raw = read_config_file(path)
     raw = with_overrides(raw, overrides)
-    return validate(_with_pipeline(convert_ddim_form(raw, path)), str(path))
+    return validate(_with_pipeline(convert_ddim_form(raw, path), pipeline), str(path))
 
 
-def _with_pipeline(raw: dict) -> dict:
-    """The configuration and what the files of ``model.pretrained`` add, where these are on this machine."""
+def _with_pipeline(raw: dict, pipeline: Path | None) -> dict:
+    """The configuration and what the files of ``model.pretrained`` add, where these can be had."""
     model = raw.get("model") or {}
-    if model.get("arch") != "diffusers" or not isinstance(model.get("pretrained"), str):
+    if model.get("arch") != "diffusers":
         return raw
-    folder = local_folder(model["pretrained"], download=False)
+    if pipeline:
+        raw = {**raw, "model": {**model, "pretrained": str(pipeline)}}
+    name = raw["model"].get("pretrained")
+    folder = settings_folder(name) if isinstance(name, str) else None
     return fill_in(raw, folder) if folder else raw
 
 

@@ -153,9 +153,14 @@ class CaptionedShards(_Captioned):
                     if not member.isreg() or PurePosixPath(member.name).name.startswith("."):
                         continue
                     if f".{suffix.lower()}" in SUFFIXES:
+                        if stem in images:
+                            raise DataError(f"{shard}/{stem}: {images[stem].name} and {member.name} share its text; "
+                                            "name each image otherwise")
                         images[stem] = member
                     elif suffix == "txt":
                         texts[stem] = archive.extractfile(member).read(LINE_LIMIT)
+        except DataError:
+            raise
         except Exception as error:            # TarError, OSError, EOFError, ValueError, RecursionError, ...
             raise DataError(f"{shard}: not a whole, uncompressed tar file: {error}") from None
         return [(f"{shard.name}/{member.name}", self._text(shard, stem, texts), number, member.offset_data, member.size)

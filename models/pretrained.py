@@ -6,6 +6,7 @@ LoRA (2106.09685): a frozen layer W x becomes W x + (lora_alpha / lora_rank) B A
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs.pipelines import UNETS, known_unet, unet_settings
+from configs.pipelines import UNETS, known_unet, unet_settings, zeros_for_no_prompt
 from models.formats.diffusers import diffusers_folder
 from utils.errors import DataError, UserError
 from utils.files import open_regular
@@ -87,12 +88,28 @@ def load_unet(folder: Path, settings: dict) -> nn.Module:
     _check_supported(folder, settings)
     try:
         check_size(theirs, settings, folder)
-        with quiet_libraries():
-            return theirs.from_pretrained(folder, use_safetensors=True, local_files_only=True).float()
+        return load_whole(theirs, folder).float()
     except DataError:
         raise
     except Exception as error:                # OSError, ValueError, SafetensorError, RuntimeError: whatever files do
         raise DataError(f"{folder}: not loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_whole(kind: type, folder: Path) -> nn.Module:
+    """A network of diffusers or transformers from safetensors files; the libraries make up what these lack.
+
+    Raises:
+        DataError: They lack some of it. Whatever from_pretrained raises.
+    """
+    with quiet_libraries():
+        network, found = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True,
+                                              output_loading_info=True)
+    missing = {name for name in found["missing_keys"] if not name.endswith("position_ids")}      # they count 0, 1, ...
+    lacking = sorted(missing | {name for name, *_ in found["mismatched_keys"]})
+    if lacking:
+        raise DataError(f"{folder}: not loaded: its files lack {len(lacking)} tensors of the network, such as "
+                        f"{lacking[0]}; copy it again")
+    return network
 
 
 def check_size(kind: type, settings: dict, folder: Path) -> None:
@@ -151,7 +168,7 @@ def _name_of(unet: nn.Module) -> str:
 
 
 def pipeline_fingerprint(folder: Path, parts: Sequence[str]) -> str:
-    """16 hexadecimal digits over the contents of these sub-folders of a pipeline, those that exist."""
+    """16 hexadecimal digits over the contents of these sub-folders of a pipeline, those that exist, and no prompt."""
     digest = hashlib.sha256()
     for part in parts:
         for file in sorted((folder / part).glob("*.*")) if (folder / part).is_dir() else ():
@@ -159,6 +176,8 @@ def pipeline_fingerprint(folder: Path, parts: Sequence[str]) -> str:
             with open_regular(file) as content:
                 while block := content.read(1 << 22):
                     digest.update(block)
+    if not zeros_for_no_prompt(folder):        # published ones say true, and keep their fingerprints
+        digest.update(b"the empty prompt")
     return digest.hexdigest()[:16]
 
 
@@ -183,22 +202,40 @@ def lora_to_file(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
             for name, tensor in state.items()}
 
 
-def lora_from_file(state: dict[str, Tensor], scale: float, where: Path) -> dict[str, Tensor]:
+def lora_from_file(state: dict[str, Tensor], metadata: dict[str, str], scale: float, where: Path) -> dict[str, Tensor]:
     """The inverse, for files of diffusers' present and older names.
 
+    Args:
+        metadata: Of the file, where diffusers notes rank and alpha.
+        scale: alpha / rank of the network that takes them.
+
     Raises:
-        DataError: No adapters of a U-Net.
+        DataError: No adapters of a U-Net, or more than those; adapters of another kind.
     """
+    others = [name for name in sorted(state) if not name.startswith("unet.")]
+    if len(others) == len(state):
+        raise DataError(f"{where}: holds no adapters of a U-Net")
+    if others:
+        raise DataError(f"{where}: holds {others[0]}; adapters of a U-Net alone are known here, save them alone")
     names = {".lora.down.": ".lora_A.default.", ".lora.up.": ".lora_B.default.",
              ".lora_A.weight": ".lora_A.default.weight", ".lora_B.weight": ".lora_B.default.weight"}
-    found = {}
+    found, factor = {}, _noted_scale(metadata, where) / scale
     for name, tensor in state.items():
-        if not name.startswith("unet."):
-            continue
         bare = name.removeprefix("unet.")
         for theirs, ours in names.items():
             bare = bare.replace(theirs, ours)
-        found[bare] = tensor / scale if ".lora_B." in bare else tensor
-    if not found:
-        raise DataError(f"{where}: holds no adapters of a U-Net")
+        found[bare] = tensor * factor if ".lora_B." in bare else tensor
     return found
+
+
+def _noted_scale(metadata: dict[str, str], where: Path) -> float:
+    """alpha / rank as diffusers notes it; 1, as diffusers takes it, where a file has no note."""
+    try:
+        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        odd = [key for key in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora") if noted.get(f"unet.{key}")]
+        scale = noted.get("unet.lora_alpha", 1) / noted.get("unet.r", 1)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise DataError(f"{where}: its lora_adapter_metadata are broken") from None
+    if odd:
+        raise DataError(f"{where}: adapters with {', '.join(odd)}, which are not known here")
+    return scale

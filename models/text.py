@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.pipelines import INDEX, takes_sizes, text_classes, unet_settings
+from configs.pipelines import takes_sizes, text_classes, unet_settings, zeros_for_no_prompt
+from models.pretrained import load_whole
 from utils.errors import DataError
-from utils.files import read_settings
 from utils.hub import needs_package, quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class TextEncoders:
             raise needs_package(error, "a text-to-image model") from None
         others = {"unet": None, "vae": None, "scheduler": None}
         if self.pooled:
-            zeros = read_settings(self.folder / INDEX).get("force_zeros_for_empty_prompt", True)
-            made, others = StableDiffusionXLPipeline, {**others, "force_zeros_for_empty_prompt": bool(zeros)}
+            zeros = zeros_for_no_prompt(self.folder)
+            made, others = StableDiffusionXLPipeline, {**others, "force_zeros_for_empty_prompt": zeros}
         else:
             made, others = StableDiffusionPipeline, {**others, "safety_checker": None, "feature_extractor": None,
                                                      "image_encoder": None, "requires_safety_checker": False}
@@ -53,13 +53,15 @@ class TextEncoders:
             with quiet_libraries():
                 return made(**{part: self._part(getattr(transformers, name), part)
                                for part, name in self.classes.items()}, **others)
+        except DataError:
+            raise
         except Exception as error:            # OSError, ValueError, SafetensorError, ...: whatever files do
             raise DataError(f"{self.folder}: text encoders not loaded: {' '.join(str(error).split())[:300]}") from None
 
     def _part(self, kind: type, part: str):
         """Not by the pipeline's own loader, which executes what the index of a stranger names."""
-        safe = {"use_safetensors": True} if part.startswith("text_encoder") else {}
-        return kind.from_pretrained(self.folder / part, local_files_only=True, **safe)
+        folder = self.folder / part
+        return load_whole(kind, folder) if "encoder" in part else kind.from_pretrained(folder, local_files_only=True)
 
     def _note_long(self, prompt: str) -> None:
         tokenizer = self.pipeline.tokenizer

@@ -6,15 +6,19 @@ shift and scale are the autoencoder's ``shift_factor`` and ``scaling_factor``; o
 ``scaling_factor / latents_std``, where it has those.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from configs.pipelines import vae_factor, vae_folder, vae_settings
-from models.pretrained import check_size
+from models.pretrained import check_size, load_whole
 from utils.errors import DataError, UserError
-from utils.hub import needs_package, quiet_libraries
+from utils.hub import needs_package
+
+# Keys of ``data`` that say how pixels are diffused, and what an autoencoder takes them to be.
+PIXELS_ALONE = {"rescaled": True, "uniform_dequantization": False, "gaussian_dequantization": False}
 
 
 class VAE:
@@ -30,7 +34,8 @@ class VAE:
         factor: Pixels along the side of a latent.
 
     Raises:
-        UserError: Images of a size that the autoencoder cannot halve, or not in colour. DataError: No autoencoder.
+        UserError: Images of a size that the autoencoder cannot halve, or not in colour; a setting that only diffusion
+            of pixels has. DataError: No autoencoder.
     """
 
     bounded = False
@@ -38,6 +43,10 @@ class VAE:
     def __init__(self, folder: Path, data):
         self.folder, settings = vae_folder(folder), vae_settings(folder)
         self.factor = vae_factor(settings)
+        for key, value in PIXELS_ALONE.items():
+            if getattr(data, key) != value:
+                raise UserError(f"data.{key} {getattr(data, key)} is for diffusion of pixels, not of latents; leave it "
+                                f"at {json.dumps(value)}")
         for side in (data.height, data.width):
             if side % self.factor:
                 raise UserError(f"data.image_size {side} is not a multiple of {self.factor}, the pixels of one latent")
@@ -60,8 +69,7 @@ class VAE:
                 raise needs_package(error, "model.arch diffusers") from None
             try:
                 check_size(AutoencoderKL, vae_settings(self.folder.parent), self.folder)
-                with quiet_libraries():
-                    vae = AutoencoderKL.from_pretrained(self.folder, use_safetensors=True, local_files_only=True)
+                vae = load_whole(AutoencoderKL, self.folder)
             except DataError:
                 raise
             except Exception as error:        # OSError, ValueError, SafetensorError, RuntimeError: whatever files do

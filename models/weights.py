@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.ema import combination, combine
 from models.formats import FORMATS, bare_name, is_snapshot
 from models.formats.adm import read_settings
-from models.formats.common import State, is_state, read_safetensors
+from models.formats.common import State, is_state, read_safetensors, safetensors_metadata
 from models.formats.edm import read_snapshot
 from models.formats.edm_settings import about, settings_of
 from models.formats.plain import settings_beside
@@ -81,7 +81,7 @@ def _load_pretrained(model: nn.Module, path: Path) -> WeightsInfo:
     elif model.lora_scale is None:
         raise UserError(f"{lora}: adapters; the configuration of this network has none, set model.lora_rank")
     else:
-        name, state = "lora", lora_from_file(read_safetensors(lora), model.lora_scale, lora)
+        name, state = "lora", lora_from_file(read_safetensors(lora), safetensors_metadata(lora), model.lora_scale, lora)
     _copy_into(model, state, f"{path} ({name})")
     return WeightsInfo(name, "unknown", None, None, weights_fingerprint(state))
 

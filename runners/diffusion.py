@@ -18,6 +18,7 @@ from functions.denoiser import Denoiser
 from functions.rng import check_seeds, seeded, shard_generator
 from functions.schedule import make_schedule
 from models import WeightsInfo, build_model, load_profile, load_weights, make_codec, weights_fingerprint
+from models.pretrained import folder_of
 from runners import distributed
 from runners.conditioning import PROMPT_STRIDE, StoredPrompts, conditions_of
 from runners.latents import open_latent_images
@@ -73,6 +74,8 @@ class Diffusion:
         self.config = config
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.schedule, self.codec = make_schedule(config.diffusion), make_codec(config)
+        if config.model.arch == "diffusers":
+            self._refuse_another_chain(folder_of(config))
         with seeded(config.training.seed):
             self.model = build_model(config)
         self.model.checkpointing = config.training.activation_checkpointing

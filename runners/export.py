@@ -12,7 +12,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from configs.pipelines import takes_text, unet_settings
+from configs.pipelines import PREDICTIONS, takes_text, unet_settings
 from functions.betas import make_betas
 from models.pretrained import LORA_FILE, lora_to_file, plain_unet
 from models.to_diffusers import to_diffusers, unet_keys
@@ -35,24 +35,27 @@ def check_export(job, folder: str) -> None:
     config = job.config
     if config.model.arch == "unet":
         unet_keys(config)
-        _check_pipeline(config)
-    elif config.model.arch != "diffusers":
+    if config.model.arch in ("unet", "diffusers"):
+        _check_chain(config)
+    else:
         arguments_of(config)
 
 
-def _check_pipeline(config) -> None:
-    """What DDIMPipeline takes for granted."""
+def _check_chain(config) -> None:
+    """What pipelines of diffusers take for granted."""
     diffusion, data = config.diffusion, config.data
     for wrong, what in (
             (diffusion.schedule != "discrete", f"diffusion.schedule {diffusion.schedule}: DDIMScheduler has steps"),
+            (diffusion.prediction not in PREDICTIONS,
+             f"diffusion.prediction {diffusion.prediction}: DDIMScheduler knows {', '.join(PREDICTIONS)}"),
             (diffusion.timestep_respacing is not None,
              f"diffusion.timestep_respacing {diffusion.timestep_respacing}: its scheduler tells other times"),
             (diffusion.rescale_timesteps and diffusion.num_steps != 1000,
              f"diffusion.rescale_timesteps with {diffusion.num_steps} steps: its U-Net is told whole steps"),
-            (not data.rescaled or data.logit_transform, "images that are not in [-1, 1] (data.rescaled): its pipeline "
-                                                        "takes them to be")):
+            (not data.rescaled or data.logit_transform, "images that are not in [-1, 1] (data.rescaled): its "
+                                                        "pipelines take them to be")):
         if wrong:
-            raise UserError(f"--export: diffusers' DDIMPipeline does not compute this: {what}")
+            raise UserError(f"--export: diffusers does not compute this: {what}")
 
 
 def export(job, diffusion, folder: str) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +32,15 @@ def open_latent_images(config, codec, root=None, split: str = "train", device="c
         root: The folder that holds data sets.
 
     Raises:
-        UserError: A data set without captions for a network that needs them. DataError: Bad data; no space.
+        UserError: A data set without captions for a network that needs them, or with a transform of its own where
+            crops are asked for. DataError: Bad data; no space.
     """
     data, folder = config.data, local_folder(config.model.pretrained)
     unet = unet_settings(folder)
     images = open_dataset(config, root, split)
+    if not is_cropped(images) and (data.variants > 1 or data.random_crop):
+        raise UserError(f"data.variants {data.variants}, data.random_crop {data.random_crop}: {data.dataset} has a cut "
+                        "of its own, of which there are no others; leave them at 1 and false")
     captions = images.reader.captions if takes_text(unet) else None
     if takes_text(unet) and captions is None:
         raise UserError(f"data.dataset {data.dataset} has no captions, which the network of {folder} needs; use "
@@ -48,6 +53,11 @@ def open_latent_images(config, codec, root=None, split: str = "train", device="c
             encode=encoder.rows, empty=encoder.empty)
     finally:
         codec.release()
+
+
+def is_cropped(images) -> bool:
+    """Whether windows of its images may be chosen; other data sets have a transform of their own."""
+    return images.how == "resize-center-crop"
 
 
 class _Encoder:
@@ -64,10 +74,17 @@ class _Encoder:
             self._text = TextEncoders(self.folder, self.device)
         return self._text
 
-    def rows(self, i: int) -> dict[str, Tensor]:
+    def _windows(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """What is shown of an image, (V, H, W, C), and what SDXL is told about it, (V, 6)."""
         data = self.data
-        windows, ids = crops(self.images.reader.read(i), (data.height, data.width), data.variants, data.random_crop,
-                             data.random_flip, (self.seed, i))
+        if is_cropped(self.images):
+            return crops(self.images.reader.read(i), (data.height, data.width), data.variants, data.random_crop,
+                         data.random_flip, (self.seed, i))
+        pixels = self.images.read(i)
+        return np.stack([pixels, pixels[:, ::-1]] if data.random_flip else [pixels]), None
+
+    def rows(self, i: int) -> dict[str, Tensor]:
+        windows, ids = self._windows(i)
         pixels = torch.from_numpy(windows).permute(0, 3, 1, 2).to(self.device)                # (V, C, H, W)
         rows = {"moments": self.codec.moments(pixels).cpu()}                                  # (V, 2, c, h, w)
         if self.sized:
@@ -84,4 +101,5 @@ def _fingerprint(images, folder: Path, data, seed: int) -> str:
     """16 hexadecimal digits over the images, the files of all encoders, and how images are cut and stored."""
     how = [VERSION, images.fingerprint, data.variants, data.random_crop, data.random_flip, data.latent_dtype,
            seed if data.random_crop else None]
+    how += [] if is_cropped(images) else [images.how]
     return hashlib.sha256(json.dumps([*how, pipeline_fingerprint(folder, ENCODERS)]).encode()).hexdigest()[:16]

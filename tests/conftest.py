@@ -2,11 +2,14 @@
 
 import io
 import lzma
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"               # no test asks the hub; read when its library is imported
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden"

@@ -115,6 +115,7 @@ def test_diffusers_makes_our_images_of_our_noise(tmp_path, extra, capsys, elsewh
     (["--diffusion.schedule", "flow", "--diffusion.prediction", "flow"], "diffusion.schedule flow"),
     (["--data.rescaled", "false"], "not in [-1, 1]"), (["--diffusion.timestep_respacing", "50"], "respacing 50"),
     (["--diffusion.rescale_timesteps", "true", "--diffusion.num_diffusion_timesteps", "100"], "rescale_timesteps"),
+    (["--diffusion.prediction", "edm"], "diffusion.prediction edm: DDIMScheduler knows epsilon, v_prediction, sample"),
 ])
 def test_what_diffusers_does_not_compute_is_one_line(trained, tmp_path, capsys, extra, message):
     base = [*TINY, *extra, "--weights", str(trained / "logs" / "digits" / "ckpt.pth"), "--exp", str(tmp_path)]
@@ -144,6 +145,17 @@ def test_a_pipeline_of_pixels_is_sampled_measured_trained_and_exported_again(tmp
     assert DDIMPipeline.from_pretrained(tmp_path / "exported").scheduler.config.clip_sample is False
     assert generate.main([*common, "--weights", str(tmp_path / "exported"), "--timesteps", "4", "--seeds", "0-1",
                           "--no-fid", "-i", str(tmp_path / "again")]) == 0
+
+
+@pytest.mark.parametrize(("extra", "message"), [(["--data.rescaled", "false"], "not in [-1, 1]"),
+                                                (["--diffusion.timestep_respacing", "50"], "respacing 50")])
+def test_what_diffusers_does_not_compute_of_its_own_networks_is_one_line(tmp_path, capsys, extra, message):
+    from tests.pipelines import ddpm_pipeline
+
+    base = ["--exp", str(tmp_path), "--device", "cpu", "--weights", str(ddpm_pipeline(tmp_path / "ddpm")), *extra]
+    assert generate.main([*base, "--export", str(tmp_path / "exported")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "exported").exists()
 
 
 def test_a_card_says_of_the_training_what_is_known(tmp_path):

@@ -22,6 +22,7 @@ from functions.rng import SeededNoise
 from models.text import TextEncoders
 from runners.conditioning import TypedPrompts
 from runners.diffusion import Diffusion
+from runners.sampling.prompts import read_prompts
 from tests.faults import jobs
 
 PROMPT = "a red square"
@@ -203,11 +204,26 @@ def test_a_run_goes_on_another_copy_of_its_base(tuned, sdxl, tmp_path):
     assert np.array_equal(a, b) and (a != c).any()
 
 
+def test_a_pipeline_beside_a_configuration_gives_its_chain_and_is_not_contradicted(sd, tmp_path, capsys):
+    silent = "data: {dataset: CAPTIONS, image_size: 16}\nmodel: {arch: diffusers, pretrained: /elsewhere}\n"
+    base = ["--config", str(tmp_path / "sd.yml"), "--weights", str(sd), "--device", "cpu", "--verbose", "critical",
+            "--timesteps", "2", "--seeds", "0", "--grid", "0", "--prompt", PROMPT, "--exp", str(tmp_path)]
+    (tmp_path / "sd.yml").write_text(silent + "diffusion: {prediction: epsilon}\n")
+    assert generate.main([*base, "-i", str(tmp_path / "images")]) == 2
+    error = capsys.readouterr().err
+    assert "diffusion.prediction 'epsilon', 'v_prediction' there" in error and error.count("\n") == 1
+    (tmp_path / "sd.yml").write_text(silent)
+    assert generate.main([*base, "-i", str(tmp_path / "images")]) == 0
+    made = json.loads((tmp_path / "images" / "manifest.json").read_text())["diffusion"]
+    assert (made["prediction"], made["beta_schedule"]) == ("v_prediction", "scaled_linear")
+
+
 @pytest.mark.parametrize(("more", "code", "message"), [
     ([], 2, "give --prompt or --prompt_file"),
     (["--prompt", "x", "--prompt_file", "y"], 2, "exclude each other"),
     (["--prompt_file", "/nowhere.txt"], 3, "/nowhere.txt: cannot be read"),
     (["--prompt", "x", "--clip_denoised"], 2, "there is nothing to clip to"),
+    (["--prompt", "x", "--prompt", "y", "--interpolation", "--seeds", "0"], 2, "of one prompt; 2 are given"),
     (["--prompt", "x", "--classes", "1"], 2, "takes no labels"),
     (["--prompt", "x", "--sample_type", "diffusers:DDIMSheduler"], 2, "did you mean DDIMScheduler"),
 ])
@@ -242,6 +258,11 @@ def test_prompt_files_without_text_are_one_line(sdxl, tmp_path, capsys):
                               str(tmp_path / "prompts")]) == code
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts").write_bytes("a red square\n".encode("utf-8-sig"))
+    assert read_prompts(str(tmp_path / "prompts")) == [PROMPT]
 
 
 def test_a_network_of_pixels_takes_no_prompts(trained, capsys):

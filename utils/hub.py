@@ -3,22 +3,25 @@
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import UserError
 
 # What a pipeline folder is read from; never pickles, never code.
 WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+SETTINGS = WANTED[:2]                                        # what says what it is
 UNWANTED = ["*.fp16.*", "*/openvino*", "*/*flax*", "*/*onnx*"]
 HUB_NAME = r"[\w.-]+/[\w.-]+"                                # owner/model
 
 
-def local_folder(name: str, what: str = "model.pretrained", download: bool = True) -> Path | None:
+def local_folder(name: str, what: str = "model.pretrained", download: bool = True,
+                 wanted: list[str] = WANTED) -> Path | None:
     """The folder that ``name`` means: a path, or ``owner/model`` of the hub, from the cache or downloaded.
 
     Args:
         download: False looks only at what is on this machine, and gives None where a hub's model is not.
+        wanted: Files to download.
 
     Raises:
         UserError: No such folder, and no model of the hub that could be had.
@@ -33,10 +36,23 @@ def local_folder(name: str, what: str = "model.pretrained", download: bool = Tru
     except ImportError:
         return _without_hub(name, what, download, "the package huggingface_hub is not installed")
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED,
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=UNWANTED,
                                       local_files_only=not download))
     except Exception as error:                # no network, no such model, no right to it, each in many classes
         return _without_hub(name, what, download, str(error).partition("\n")[0] or type(error).__name__)
+
+
+def settings_folder(name: str) -> Path | None:
+    """The folder that ``name`` means, of a hub's model perhaps without weights; None where that cannot be had.
+
+    Raises:
+        UserError: No such folder.
+    """
+    folder = local_folder(name, download=False)
+    if folder is None or not (folder / "scheduler").is_dir():            # some programs fetch a part of a model alone
+        with suppress(UserError):
+            return local_folder(name, wanted=SETTINGS)
+    return folder
 
 
 def _without_hub(name: str, what: str, download: bool, reason: str) -> None:

@@ -45,6 +45,17 @@ def read_safetensors(path: Path) -> State:
         raise DataError(f"{path}: not loaded, broken or no safetensors file: {error}") from None
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What is noted in a safetensors file beside its tensors. Raises DataError: broken, or of another kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path}: not loaded, broken or no safetensors file: {error}") from None
+
+
 def count(value) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 

@@ -98,11 +98,11 @@ class SamplingJob:
                              Path(args.exp) / "datasets")
         if pipeline:
             stored = self.run.config if self.run.config.exists() and not alone else pipeline
-            config = load_config(args.config or stored, args.overrides)
+            config = load_config(args.config or stored, args.overrides, pipeline)
         else:
             config = configuration_of(self.run, args.config, args.overrides, file)
         if config.model.arch == "diffusers" and (pipeline or not file and not self.run.path.exists()):
-            return self._configure_pipeline(config, pipeline)
+            return self._configure_pipeline(config)
         if file and args.ckpt_id is not None:
             raise UserError(f"--ckpt_id {args.ckpt_id} is of a run, --weights names a file; give one of them")
         try:
@@ -116,10 +116,8 @@ class SamplingJob:
             weights = None
         return config, weights
 
-    def _configure_pipeline(self, config, pipeline: Path | None):
+    def _configure_pipeline(self, config):
         """A pipeline as it is (weights None), or as the base of what the run has trained."""
-        if pipeline:
-            config = config.replace("model.pretrained", str(pipeline))
         if not self.args.doc:
             return config, None
         return config, self.run.weights(epoch_of(config, self.args.ckpt_id), self.args.model_ema)
@@ -200,6 +198,8 @@ class SamplingJob:
             self._check_reconstruction()
         if args.interpolation and len(self.seeds) < 2:
             raise UserError("--interpolation needs at least two seeds")
+        if args.interpolation and len(self.prompts) > 1:
+            raise UserError(f"--interpolation goes from seed to seed of one prompt; {len(self.prompts)} are given")
         if (args.interpolation or args.sequence) and len(self.seeds) > MOST_ROWS:
             raise UserError(f"--interpolation and --sequence draw a row for each seed: {len(self.seeds):,} asked for, "
                             f"at most {MOST_ROWS}")

@@ -18,7 +18,7 @@ def read_prompts(path: str) -> list[str]:
         DataError: No such file, or no text in it. UserError: No prompts in it.
     """
     try:
-        text = read_regular(Path(path), 64 * MIB, "list of prompts").decode()
+        text = read_regular(Path(path), 64 * MIB, "list of prompts").decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:

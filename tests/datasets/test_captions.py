@@ -15,6 +15,7 @@ from PIL import Image
 
 from datasets.captions import METADATA, CaptionedFolder, open_captioned
 from datasets.crops import crops
+from datasets.images import RESAMPLE, resize
 from datasets.latents import LatentStore, choose_variant
 from utils.errors import DataError, UserError
 
@@ -76,6 +77,14 @@ def test_bad_shards_name_their_file(captioned, tmp_path):
         len(open_captioned(tmp_path / "untold", 3))
     with pytest.raises(DataError, match="neither metadata.jsonl nor tar shards"):
         open_captioned(tmp_path / "nothing", 3)
+
+
+def test_two_images_of_one_text_in_a_shard_are_refused(captioned, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name in ("000.jpg", "000.png"):
+            archive.add(captioned / "000.jpg", name)
+    with pytest.raises(DataError, match="0.tar/000: 000.jpg and 000.png share its text"):
+        len(open_captioned(tmp_path / "0.tar", 3))
 
 
 def test_grey_pictures_are_refused(tmp_path):
@@ -275,3 +284,22 @@ def test_data_without_captions_and_stores_that_are_not_kept_are_refused(sdxl, ca
         opened(sdxl, captioned, tmp_path, "data.dataset=FOLDER")
     with pytest.raises(UserError, match="data.cache off"):
         opened(sdxl, captioned, tmp_path, "data.cache=off")
+
+
+def test_latents_are_of_what_the_data_set_makes_of_its_images(noise, write_tree, write_zip, tmp_path):
+    from configs.schema import load_config
+    from models import make_codec
+    from tests.pipelines import latent_pipeline
+
+    folder, pixels = latent_pipeline(tmp_path / "latent"), noise(20, 30, 3)
+    tree = write_tree({"afhq/cat/0.png": pixels})
+    store = opened(folder, tree, tmp_path, "data.dataset=AFHQ", "data.random_flip=true")
+    shown = resize(pixels, (16, 16), "", RESAMPLE["bilinear"])                           # squeezed, not cut
+    both = torch.from_numpy(np.stack([shown, shown[:, ::-1]])).permute(0, 3, 1, 2)
+    exact = make_codec(load_config(folder)).moments(both)
+    torch.testing.assert_close(next(store.batches([torch.tensor([0])]))[0], exact, atol=2e-2, rtol=2e-2)
+    for key in ("data.variants=2", "data.random_crop=true"):
+        with pytest.raises(UserError, match="AFHQ has a cut of its own"):
+            opened(folder, tree, tmp_path, "data.dataset=AFHQ", key)
+    with pytest.raises(DataError, match="the image is 20x30, data.image_size asks for 16x16"):
+        opened(folder, write_zip({"0.png": pixels}), tmp_path, "data.dataset=ZIP")

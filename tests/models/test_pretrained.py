@@ -3,16 +3,19 @@
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from configs.pipelines import SCHEDULER, diffusion_keys
 from configs.sampling import SamplerSettings
 from configs.schema import load_config, save_config
 from functions.denoiser import Denoiser
 from models import build_model, load_weights, make_codec
-from models.pretrained import LORA_FILE, lora_from_file, lora_to_file
+from models.pretrained import ENCODERS, LORA_FILE, lora_from_file, lora_to_file, pipeline_fingerprint
+from models.text import TextEncoders
 from models.trained import trained
 from runners.diffusion import Diffusion
 from runners.sampling.sampler import check_settings
@@ -35,6 +38,48 @@ def test_the_scheduler_file_gives_the_chain_and_survives_saving(sdxl, tmp_path):
 def test_a_configuration_that_contradicts_the_scheduler_file_is_refused(sd):
     with pytest.raises(ConfigError, match="contradicts the configuration: diffusion.prediction 'epsilon', 'v_pred"):
         load_config(sd, ["diffusion.prediction=epsilon"])
+
+
+HUB_CONFIG = "data: {dataset: CAPTIONS, image_size: 16}\nmodel: {arch: diffusers, pretrained: owner/model}\n"
+
+
+def hub_with(monkeypatch, folder):
+    """A hub that is never asked for more than it has to give; returns what was asked for."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name, allow_patterns, ignore_patterns, local_files_only):
+        if local_files_only and not asked:
+            raise OSError("not in the cache")
+        if not local_files_only:
+            asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return asked
+
+
+def test_a_model_of_the_hub_gives_its_chain_before_its_weights(sd, tmp_path, monkeypatch):
+    asked = hub_with(monkeypatch, sd)
+    (tmp_path / "hub.yml").write_text(HUB_CONFIG)
+    config = load_config(tmp_path / "hub.yml")
+    assert asked == [["model_index.json", "*/*.json"]]
+    assert (config.diffusion.prediction, config.diffusion.beta_schedule) == ("v_prediction", "scaled_linear")
+    save_config(config, tmp_path / "config.yml")
+    assert load_config(tmp_path / "config.yml") == config and len(asked) == 1
+
+
+def test_a_model_of_the_hub_that_cannot_be_had_is_no_error_of_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **keywords: Path("/nowhere").read_bytes())
+    (tmp_path / "hub.yml").write_text(HUB_CONFIG)
+    assert load_config(tmp_path / "hub.yml").model.pretrained == "owner/model"
+
+
+def test_a_runner_refuses_another_chain_than_that_of_its_pipeline(sd):
+    config = load_config(sd).replace("diffusion.prediction", "epsilon")
+    with pytest.raises(UserError, match="contradicts the configuration: diffusion.prediction 'epsilon', 'v_pred"):
+        Diffusion(config, "cpu")
 
 
 def test_the_network_computes_what_diffusers_computes(sdxl):
@@ -74,8 +119,6 @@ def test_latents_are_those_of_the_autoencoder(sdxl):
 
 
 def test_adapters_alone_are_trained_and_their_file_round_trips(sdxl, tmp_path):
-    from safetensors.torch import save_file
-
     config = load_config(sdxl, ["model.lora_rank=2", "model.lora_alpha=6"])
     model = build_model(config)
     state = trained(model)
@@ -86,13 +129,52 @@ def test_adapters_alone_are_trained_and_their_file_round_trips(sdxl, tmp_path):
             tensor.normal_(generator=torch.Generator().manual_seed(0))
     file = lora_to_file(state, model.lora_scale)
     assert model.lora_scale == 3
-    back = lora_from_file(file, model.lora_scale, tmp_path)
+    back = lora_from_file(file, {}, model.lora_scale, tmp_path)
     assert back.keys() == state.keys()
     save_file(file, tmp_path / LORA_FILE)
     other = build_model(config)
     assert load_weights(other, tmp_path).format == "lora"
     for name, tensor in trained(other).items():
         torch.testing.assert_close(tensor, state[name])
+
+
+def adapters_of_diffusers(sd, folder, **more):
+    """A file as diffusers' training scripts save it, and what its network makes of some input with these adapters."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet").eval()
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+                                init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet),
+                                              unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(), **more)
+    given = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        return given, unet(*given).sample
+
+
+@pytest.mark.parametrize("alpha", [2, 8])
+def test_adapters_of_diffusers_count_as_much_as_their_file_notes(sd, tmp_path, alpha):
+    given, expected = adapters_of_diffusers(sd, tmp_path)
+    model = build_model(load_config(sd, ["model.lora_rank=2", f"model.lora_alpha={alpha}"])).eval()
+    load_weights(model, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*given), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_that_would_be_used_in_part_or_otherwise_are_refused(sd, tmp_path):
+    model = build_model(load_config(sd, ["model.lora_rank=2"]))
+    adapters_of_diffusers(sd, tmp_path, text_encoder_lora_layers={"q_proj.lora_A.weight": torch.zeros(2, 32)})
+    with pytest.raises(DataError, match="holds text_encoder.q_proj.lora_A.weight; adapters of a U-Net alone"):
+        load_weights(model, tmp_path)
+    for noted, message in (({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": True}, "adapters with use_rslora"),
+                           ({"unet.r": 0, "unet.lora_alpha": 2}, "broken"), ([], "broken"), ("[", "broken")):
+        save_file({"unet.a.lora_A.weight": torch.zeros(1)}, tmp_path / LORA_FILE, metadata={
+            "lora_adapter_metadata": noted if noted == "[" else json.dumps(noted)})
+        with pytest.raises(DataError, match=message):
+            load_weights(model, tmp_path)
 
 
 def test_adapters_are_refused_by_a_network_without_them(sdxl, tmp_path):
@@ -141,9 +223,26 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(sdxl_copy, spoil, m
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("part", "tensor", "load"), [
+    ("unet", "conv_out.weight", lambda folder: build_model(load_config(folder))),
+    ("vae", "decoder.conv_out.weight", lambda folder: make_codec(load_config(folder)).network("cpu")),
+    ("text_encoder", "final_layer_norm.weight", TextEncoders),
+    ("text_encoder_2", "text_projection.weight", TextEncoders)])
+def test_files_that_lack_a_tensor_are_refused(sdxl_copy, part, tensor, load):
+    (file,) = (sdxl_copy / part).glob("*.safetensors")
+    content = load_file(file)
+    name = next(name for name in content if name.endswith(tensor))
+    save_file({"other": content.pop(name), **content}, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=f"{part}: not loaded: its files lack 1 tensors .* such as .*{tensor}"):
+        load(sdxl_copy)
+
+
 @pytest.mark.parametrize(("override", "message"), [
     ("data.channels=1", "data.channels 1: the autoencoder"), ("data.image_size=17", "not a multiple of 2"),
     ("model.lora_rank=0", "lora_rank"), ("model.lora_alpha=2", "needs model.lora_rank"),
+    ("data.rescaled=false", "data.rescaled False is for diffusion of pixels"),
+    ("data.uniform_dequantization=true", "data.uniform_dequantization True is for"),
+    ("data.gaussian_dequantization=true", "data.gaussian_dequantization True is for"),
     ("model.lora_targets=[nothing]", "lora_targets nothing"),
     ("model.pretrained=/nowhere", "'/nowhere': no such folder")])
 def test_settings_that_cannot_be_used_are_refused_in_one_line(sdxl, override, message):
@@ -179,12 +278,29 @@ def test_images_that_a_unet_of_pixels_cannot_take_are_refused(tmp_path):
     assert batch.images.shape == (1, 1, 6, 10)
 
 
+def test_dropout_of_conditions_needs_a_network_with_some(tmp_path, sd):
+    assert load_config(sd, ["training.label_dropout=0.1"]).training.label_dropout == 0.1
+    with pytest.raises(ConfigError, match="label_dropout 0.1 needs a network with labels or prompts"):
+        load_config(ddpm_pipeline(tmp_path / "ddpm"), ["training.label_dropout=0.1"])
+
+
 def test_guidance_of_a_network_without_prompts_is_refused(tmp_path):
     config = load_config(ddpm_pipeline(tmp_path / "ddpm"))
     with pytest.raises(UserError, match="--guidance 3 needs a network with classes or prompts"):
         check_settings(SamplerSettings(timesteps=2, guidance=3.0), config, make_codec(config))        # as studies do
     with pytest.raises(UserError, match="--guidance 3 needs a network with classes or prompts"):
         next(Diffusion(config, "cpu").sample([0], timesteps=2, guidance=3.0))
+
+
+def test_what_stands_for_no_prompt_is_part_of_a_pipelines_fingerprint(sdxl_copy):
+    found = []
+    for zeros in (True, False):
+        change(sdxl_copy, "model_index.json", force_zeros_for_empty_prompt=zeros)
+        found.append(pipeline_fingerprint(sdxl_copy, ENCODERS))
+    write_json(sdxl_copy / "model_index.json", {})                                  # which means true
+    assert found[0] == pipeline_fingerprint(sdxl_copy, ENCODERS) != found[1]
+    (sdxl_copy / "model_index.json").unlink()
+    assert found[0] == pipeline_fingerprint(sdxl_copy, ENCODERS)
 
 
 def print_loaded():
