@@ -97,6 +97,7 @@ def check(args):
 
 
 def work(job, device):
+    from configs.sampling import SamplerSettings
     from runners.compilation import resolve_sampling_compile
     from runners.distributed import on_rank_zero, world_size
     from runners.network import fill_device
@@ -120,8 +121,10 @@ def work(job, device):
     sampler = diffusion.sampler(job.settings)
     share = -(-len(job.seeds) // world_size())
     if job.batch_size == "auto":                                              # the same on all ranks
-        network, one = diffusion.network(), sampler.told(sampler.condition(job.seeds[:1]))
-        job.batch_size = on_rank_zero(lambda: fill_device(network, diffusion.codec.shape, share, one))
+        guided = job.settings.model_dump(include={"guidance", "classifier_scale", "classes"})
+        short = diffusion.sampler(SamplerSettings(timesteps=2, **guided))
+        job.batch_size = on_rank_zero(lambda: fill_device(device, diffusion.codec.shape, share,
+                                                          lambda count: short(range(count))))
     diffusion.compiled = on_rank_zero(lambda: resolve_sampling_compile(args.compile, diffusion, sampler, share,
                                                                        job.batch_size))
     sampler = diffusion.sampler(job.settings)

@@ -64,7 +64,8 @@ class LossSecondMoment:
         Both are on the generator's device.
         """
         p = self.probabilities().to(generator.device if generator is not None else self.losses.device)
-        times = torch.multinomial(p, batch_size, replacement=True, generator=generator)
+        several = max(2, batch_size)                                # for one alone the host would wait for a GPU
+        times = torch.multinomial(p, several, replacement=True, generator=generator)[:batch_size]
         return times, (1 / (len(p) * p[times])).float()
 
     def state_dict(self) -> dict:

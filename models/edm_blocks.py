@@ -105,10 +105,11 @@ class UNetBlock(nn.Module):
         """Self-attention over all pixels, scale d^-1/2. (B, C, H, W) -> (B, C, H, W).
 
         q, k and v are interleaved: channel (head d + c) 3 + j of ``qkv`` is channel c of q, k or v (j = 0, 1, 2). The
-        rows of the weights are sorted rather than the activations, of which there are more.
+        rows of the weights are sorted rather than the activations, of which there are more. A product of rows gives
+        them a last stride of 1, without which CUDA has no fused attention.
         """
-        weight, bias = (_sorted_rows(tensor, self.heads) for tensor in (self.qkv.weight, self.qkv.bias))
-        qkv = F.conv2d(h, weight, bias).flatten(2).mT                                        # (B, HW, 3C)
+        weight, bias = (_sorted_rows(tensor, self.heads) for tensor in (self.qkv.weight.flatten(1), self.qkv.bias))
+        qkv = F.linear(h.flatten(2).mT, weight, bias)                                        # (B, HW, 3C)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)               # (B, heads, HW, d) each
         h_out = F.scaled_dot_product_attention(q, k, v)
         return h_out.transpose(1, 2).flatten(2).mT.unflatten(2, h.shape[2:])

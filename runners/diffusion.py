@@ -18,6 +18,7 @@ from functions.denoiser import Denoiser
 from functions.rng import check_seeds, seeded, shard_generator
 from functions.schedule import make_schedule
 from models import WeightsInfo, build_model, load_profile, load_weights, make_codec, weights_fingerprint
+from models.precision import forbid_tf32
 from models.pretrained import folder_of
 from runners import distributed
 from runners.conditioning import PROMPT_STRIDE, StoredPrompts, conditions_of
@@ -73,6 +74,8 @@ class Diffusion:
     def __init__(self, config: Config, device=None):
         self.config = config
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda":
+            forbid_tf32()                            # neither in what autocast leaves in float32, nor in an autoencoder
         self.schedule, self.codec = make_schedule(config.diffusion), make_codec(config)
         if config.model.arch == "diffusers":
             self._refuse_another_chain(folder_of(config))

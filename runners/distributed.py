@@ -105,11 +105,16 @@ def pick_device(name: str, world: World) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda was given, but this machine has no usable CUDA GPU; use --device cpu or auto")
-    of_a_task = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]             # of 1, a100:1
-    if of_a_task == "1" and torch.cuda.device_count() == 1:
-        return torch.device("cuda", 0)                   # Slurm shows each task its own GPU only
+    if torch.cuda.device_count() == 1 and _sees_its_own_gpu(os.environ):
+        return torch.device("cuda", 0)
     check_gpus(world.local_rank + 1)
     return torch.device("cuda", world.local_rank)
+
+
+def _sees_its_own_gpu(env: Mapping[str, str]) -> bool:
+    """Whether srun, or a line under mpirun, shows this rank one GPU alone. All ranks of torchrun see the same ones."""
+    of_a_task, visible = env.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2], env.get("CUDA_VISIBLE_DEVICES")
+    return of_a_task == "1" or bool(visible) and "," not in visible and "TORCHELASTIC_RUN_ID" not in env
 
 
 def check_gpus(processes: int) -> None:

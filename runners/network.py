@@ -4,6 +4,7 @@ import logging
 import shutil
 import sysconfig
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from math import inf
@@ -86,20 +87,19 @@ def missing_for_triton() -> str | None:
     return None
 
 
-def fill_device(network: "Network", shape: tuple[int, int, int], share: int, condition: dict | None = None) -> int:
-    """Images of one network call of sampling, for ``--batch_size auto``; says in the log why.
+def fill_device(device: torch.device, shape: tuple[int, int, int], share: int, make: Callable[[int], object]) -> int:
+    """Images of one batch of sampling, for ``--batch_size auto``; says in the log why.
 
-    On a GPU as many as fit, by the memory that calls with few images take. A CPU gains nothing from more than keep
-    its cores busy, so there it is CPU_PIXELS together.
+    On a GPU as many as fit, by the memory that few images take. A CPU gains nothing from more than keep its cores
+    busy, so there it is CPU_PIXELS together.
 
     Args:
-        network: As sampling calls it, not compiled.
-        shape: (C, H, W).
+        shape: (C, H, W) of what the network is called with.
         share: Images that this process has to make; more are never chosen.
-        condition: That of one image.
+        make: Makes so many images as sampling does, with whatever guides it, not compiled; a few steps will do.
     """
-    if network.device.type == "cuda":
-        each, free = memory_of_an_image(network, shape, condition or {})
+    if device.type == "cuda":
+        each, free = memory_of_an_image(device, make)
         fitting = min(GPU_BATCH, GPU_PIXELS // (shape[1] * shape[2]), int(GPU_SHARE * free / each))
         reason = f"{each / 2**20:.0f} MiB for each image, {free / 2**30:.1f} GiB free"
     else:
@@ -115,15 +115,12 @@ def power_of_two(limit: int) -> int:
 
 
 @torch.no_grad()
-def memory_of_an_image(network: "Network", shape: tuple[int, int, int], condition: dict) -> tuple[float, int]:
-    """Bytes at the peak of a network call for each further image, and bytes that are free on this GPU."""
-    device = network.device
-
+def memory_of_an_image(device: torch.device, make: Callable[[int], object]) -> tuple[float, int]:
+    """Bytes at the peak of ``make`` for each further image, and bytes that are free on this GPU."""
     def peak_of(count: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        rows = {name: row.expand(count, *row.shape[1:]) for name, row in condition.items()}
-        network(torch.zeros(count, *shape, device=device), torch.zeros(count, device=device), **rows)
+        make(count)
         return torch.cuda.max_memory_allocated(device) - before
 
     each = inf                                   # not even two fit
@@ -175,9 +172,11 @@ class Network:
                  compiled: bool = False, ddp: bool = False, accumulate: int = 1, frozen: bool = False):
         self.device, self.amp, self.memory_format = device, amp, _memory_format_of(model)
         self.compiled, self.to_be_cast = compiled, frozen and amp is not None
+        if compiled and ddp and getattr(model, "checkpointing", False):
+            torch._dynamo.config.optimize_ddp = False        # torch 2.6 cannot split a graph of checkpointed stages
         self.module = self._compile(model) if compiled and not self.to_be_cast else model
         if device.type == "cuda":
-            forbid_tf32()                            # also of what autocast leaves in float32
+            forbid_tf32()                            # for a network that comes without a Diffusion, too
         if ddp:
             # Of the 1x1 kernels in attention, whose two layouts are the same bytes.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")

@@ -50,6 +50,12 @@ def test_draws_follow_the_probabilities_and_weights_keep_the_mean():
     assert abs((weight * value[t]).mean() - value.mean()) < 5 * (weight * value[t]).std() / n**0.5
 
 
+def test_one_image_has_the_first_of_two_draws():
+    """A single draw is made by another kernel, for which the host waits."""
+    draws = [filled().draw(count, torch.Generator().manual_seed(5))[0] for count in (1, 2)]
+    assert draws[0].tolist() == draws[1][:1].tolist()
+
+
 def test_until_every_time_has_its_losses_draws_are_uniform():
     sampler = LossSecondMoment(3, history=2)
     sampler.update(torch.tensor([0, 0, 0, 1, 1, 2]), torch.rand(6))

@@ -171,7 +171,8 @@ def test_ddp_with_one_process(network, device, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"amp": torch.bfloat16, "frozen": True}], ids=["fp32", "bf16"])
 def test_batch_size_auto_fits(network, device, options):
     called = on(network, device, **options)
-    size = fill_device(called, (3, 64, 64), 10**6)
+    size = fill_device(device, (3, 64, 64), 10**6, lambda count: called(torch.zeros(count, 3, 64, 64, device=device),
+                                                                        torch.zeros(count, device=device)))
     assert size & (size - 1) == 0
     with torch.no_grad():
         called(torch.zeros(size, 3, 64, 64, device=device), torch.zeros(size, device=device))

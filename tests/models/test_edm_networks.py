@@ -99,6 +99,17 @@ def test_without_augmentation_every_weight_has_a_gradient(kind):
     assert torch.equal(network(x, t, labels), network(x, t, labels, torch.zeros_like(augment)))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_rows_of_attention_have_the_stride_of_fused_kernels(monkeypatch, layout):
+    """After a group norm in either layout: CUDA's returns the plain one."""
+    block, seen = next(block for block in alive("ddpmpp").modules() if getattr(block, "has_attention", False)), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr("models.edm_blocks.F.scaled_dot_product_attention",
+                        lambda *rows: seen.extend(rows) or attend(*rows))
+    block.attend(torch.randn(2, block.qkv.in_channels, 4, 4).to(memory_format=layout))
+    assert [row.stride(-1) for row in seen] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_format_and_checkpointing_change_nothing(kind):
     model, (x, t, labels, augment) = alive(kind, dropout=0.0), inputs()

@@ -130,6 +130,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "a100:11")
     with pytest.raises(UserError):
         distributed.pick_device("cuda", World(1, 2, 1))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")                     # a line under mpirun, or srun --gpu-bind
+    assert distributed.pick_device("cuda", World(1, 2, 1)) == torch.device("cuda", 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")                      # torchrun's ranks share what is visible
+    with pytest.raises(UserError):
+        distributed.pick_device("cuda", World(1, 2, 1))
 
 
 def test_all_ranks_that_were_killed_are_named():

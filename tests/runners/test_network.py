@@ -20,19 +20,19 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize("shape, share, size", [
     ((3, 32, 32), 50000, 64), ((3, 256, 256), 50000, 1), ((3, 512, 512), 50000, 1), ((1, 8, 8), 7, 7)])
 def test_batch_size_auto_on_a_cpu(shape, share, size):
-    assert fill_device(Network(torch.nn.Identity(), CPU), shape, share) == size
+    assert fill_device(CPU, shape, share, None) == size
 
 
 @pytest.mark.parametrize("each, side, size", [(1e6, 32, 2048), (100e6, 32, 128), (200e9, 32, 1), (1e6, 256, 32)])
 def test_batch_size_auto_fits_into_the_free_memory_of_a_gpu(each, side, size, monkeypatch):
     monkeypatch.setattr(network, "memory_of_an_image", lambda *args: (each, 30_000_000_000))
-    assert fill_device(Network(torch.nn.Identity(), CUDA), (3, side, side), 50000) == size
+    assert fill_device(CUDA, (3, side, side), 50000, None) == size
 
 
 class FakeGPU:
-    """A GPU's allocator, and a network of which a call takes 10 MB for each image; the first leaves 100 MB behind."""
+    """A GPU's allocator, and a sampler that takes 10 MB for each image; the first call leaves 100 MB behind."""
 
-    device, kept, peak = CPU, 0, 0
+    kept, peak = 0, 0
 
     def __init__(self, size, monkeypatch):
         self.size = size
@@ -49,8 +49,8 @@ class FakeGPU:
     def mem_get_info(self, device):
         return self.size - self.kept, self.size
 
-    def __call__(self, x, t):
-        self.kept, self.peak = 100, 100 + 10 * len(x)
+    def __call__(self, count):
+        self.kept, self.peak = 100, 100 + 10 * count
         if self.peak > self.size:
             raise torch.OutOfMemoryError
 
@@ -58,7 +58,7 @@ class FakeGPU:
 @pytest.mark.parametrize("size, each, free", [(1000, 10, 900), (125, 10, 25), (115, math.inf, 15)])
 def test_memory_of_an_image_is_not_that_of_the_first_call(size, each, free, monkeypatch):
     """Twelve images fit, or two, or no two."""
-    assert network.memory_of_an_image(FakeGPU(size, monkeypatch), (3, 8, 8), {}) == (each, free)
+    assert network.memory_of_an_image(CPU, FakeGPU(size, monkeypatch)) == (each, free)
 
 
 def test_batch_size_auto_makes_the_same_images(trained, tmp_path):
