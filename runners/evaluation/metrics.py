@@ -71,7 +71,7 @@ def _fid(measured, reference, evaluation) -> dict:
     found = {"fid": _distance(measured["pool"], reference.mean, reference.cov, reference.count)}
     if evaluation.interval:
         interval = frechet_interval(measured["pool"].features, reference.mean, root=reference.root)
-        found["fid_interval_95"] = list(interval)
+        found["fid_interval_95"] = interval and list(interval)
     return found
 
 
@@ -126,7 +126,6 @@ METRICS = {
     "digits_fd": Metric(digits_distance, spaces=("digits",), require=require_digits),
     "digits_unsure": Metric(digits_unsure, minimum=1, spaces=("digits",), require=require_digits),
 }
-INTERVAL_MINIMUM = 4
 
 
 def needs(metrics: Collection[str]) -> dict:
@@ -142,7 +141,7 @@ class Evaluation:
         net: From ``load_inception``; its preprocessing and weights must be the reference's.
         metrics: Names in ``METRICS``.
         interval: Give FID a 95% interval: of the expectation of the FID of so many images, see
-            ``functions.fid_interval``.
+            ``functions.fid_interval``; null where there is none.
 
     Raises:
         UserError: Unknown metric, a reference made with other weights or preprocessing, or one without what a metric
@@ -169,10 +168,9 @@ class Evaluation:
         """
         measured, _ = self.collector.gather()
         count = next(iter(measured.values())).stats.count
-        for name, minimum in [*((name, METRICS[name].minimum) for name in self.metrics),
-                              *([("the interval", INTERVAL_MINIMUM)] if self.interval else [])]:
-            if count < minimum:
-                raise UserError(f"{count} image(s) given, {name} needs at least {minimum}")
+        for name in self.metrics:
+            if count < METRICS[name].minimum:
+                raise UserError(f"{count} image(s) given, {name} needs at least {METRICS[name].minimum}")
         if count < self.net.dim and {"fid", "sfid"} & set(self.metrics) and rank() == 0:
             log.warning("%d images are fewer than %d dimensions: the covariance is singular and FID biased upwards",
                         count, self.net.dim)
