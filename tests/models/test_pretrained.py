@@ -14,6 +14,7 @@ from functions.denoiser import Denoiser
 from models import build_model, load_weights, make_codec
 from models.pretrained import LORA_FILE, lora_from_file, lora_to_file
 from models.trained import trained
+from runners.diagnosis.likelihood import check_likelihood
 from runners.diffusion import Diffusion
 from runners.sampling.sampler import check_settings
 from tests.faults import jobs
@@ -177,6 +178,17 @@ def test_images_that_a_unet_of_pixels_cannot_take_are_refused(tmp_path):
         make_codec(load_config(latent_pipeline(tmp_path / "latent"), ["data.image_size=18"]))
     batch, = Diffusion(load_config(folder, ["data.image_size=[6,10]"]), "cpu").sample([0], timesteps=1)
     assert batch.images.shape == (1, 1, 6, 10)
+
+
+def test_latents_have_no_bound_in_bits(tmp_path):
+    """Neither to measure nor to train by; the pixels of a pipeline have one."""
+    latents, pixels = latent_pipeline(tmp_path / "latent"), ddpm_pipeline(tmp_path / "ddpm")
+    with pytest.raises(UserError, match="nll measures the 256 levels of pixels; .*latent diffuses an autoencoder's"):
+        check_likelihood(load_config(latents))
+    bound = ["loss.variational=kl", "loss.lamda=0", "loss.num_consecutive_steps=0", "loss.reduce=mean"]
+    with pytest.raises(ConfigError, match="loss.variational kl .* autoencoder's latents, which have none: set it to"):
+        load_config(latents, bound)
+    check_likelihood(load_config(pixels, bound))
 
 
 def test_guidance_of_a_network_without_prompts_is_refused(tmp_path):
