@@ -8,6 +8,7 @@
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,10 +107,13 @@ def _require_spatial(reference, net) -> None:
                         "does not hold; make it with fid.py ref")
 
 
-def _require_features(reference, net) -> None:
+def _require_features(reference, net, name: str = "kid", least: int = 2) -> None:
     if reference.features is None:
         raise UserError(f"kid and pr need the features of the reference, which {reference.name} does not hold; "
                         "make it with fid.py ref --cache_features")
+    if len(reference.features) < least:
+        raise UserError(f"reference {reference.name} holds the features of {len(reference.features)} image(s); {name} "
+                        f"needs at least {least}")
 
 
 def _require_classifier(reference, net) -> None:
@@ -122,7 +126,7 @@ METRICS = {
     "kid": Metric(_kid, minimum=4, features="both", require=_require_features),
     "is": Metric(_inception_score, minimum=10, features="own", require=_require_classifier),
     "is_blocks": Metric(_inception_score_of_blocks, features="own", require=_require_classifier),
-    "pr": Metric(_precision_recall, minimum=4, features="both", require=_require_features),
+    "pr": Metric(_precision_recall, minimum=4, features="both", require=partial(_require_features, name="pr", least=4)),
     "digits_fd": Metric(digits_distance, spaces=("digits",), require=require_digits),
     "digits_unsure": Metric(digits_unsure, minimum=1, spaces=("digits",), require=require_digits),
 }

@@ -220,6 +220,8 @@ def test_what_an_evaluation_refuses(net):
                              (["sfid"], "mu_s, sigma_s")):
         with pytest.raises(UserError, match=message):
             Evaluation(plain, net, metrics)
+    with pytest.raises(UserError, match=r"reference .* holds the features of 3 image\(s\); pr needs at least 4"):
+        Evaluation(reference_of(pixels(3), net), net, ["fid", "kid", "pr"])
     for key, value in (("weights", "others"), ("preprocess", "tf1")):
         with pytest.raises(UserError, match=f"made with {key} '{value}' instead of"):
             Evaluation(reference_of(pixels(30), net, provenance={key: value}), net)
