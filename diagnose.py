@@ -81,7 +81,7 @@ class Job:
         from runners.sampling.weights import local_weights
         from utils.writable import check_writable
 
-        self.args, self.notes = args, []
+        self.args, self.notes, self.left_out = args, [], []
         if args.seed < 0:
             raise UserError(f"--seed {args.seed} must be at least 0")
         if not (args.doc or args.config or args.weights):
@@ -99,6 +99,9 @@ class Job:
         if args.command == "gamma" and args.guidance is not None:
             raise UserError("gamma is a property of the network alone: no --guidance")
         self.settings = sampler_settings(args)
+        if args.command == "all" and self.settings.guidance not in (None, 1):
+            self.left_out.append("gamma")
+            self.notes.append("gamma is left out: it is a property of the network alone, without --guidance")
         steps = [check_settings(self.settings, config, make_codec(config)) for config, _ in self.runs.values()]
         if args.command in ("exposure", "all") and any(each != steps[0] for each in steps):
             raise UserError(f"{args.command}: these runs have chains of other times, which do not go into one table; "
@@ -242,7 +245,7 @@ def work(job, device):
     args, verdicts = job.args, {}
     for note in job.notes:
         on_rank_zero(lambda note=note: print(note))
-    commands = list(MEASURES) if args.command == "all" else [args.command]
+    commands = [name for name in MEASURES if name not in job.left_out] if args.command == "all" else [args.command]
     found = {command: ({}, {}) for command in commands}                         # rows and details by run
     for name, (config, weights) in job.runs.items():
         diffusion = Diffusion(config, device)

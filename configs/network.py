@@ -46,6 +46,11 @@ class Network(Section, ABC):
         return False
 
     @property
+    def latent(self) -> bool:
+        """Whether it diffuses an autoencoder's latents instead of pixels."""
+        return False
+
+    @property
     def learns_variance(self) -> bool:
         """Whether the output has a second half that says how large the variance of a step is."""
         return False

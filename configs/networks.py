@@ -7,7 +7,7 @@ from pydantic import Field
 from configs.base import AsTuple, Count, Counts, Fraction, Natural, Positive
 from configs.network import Network, check_channels, check_halvings
 from configs.networks_edm import DhariwalUNetModel, SongUNetModel
-from configs.pipelines import takes_text, unet_settings
+from configs.pipelines import takes_text, unet_settings, vae_settings
 from utils.hub import local_folder
 
 
@@ -83,6 +83,11 @@ class DiffusersModel(Network):
     def prompted(self):
         """Raises UserError, DataError: no such folder, or no U-Net in it."""
         return takes_text(unet_settings(local_folder(self.pretrained)))
+
+    @property
+    def latent(self):
+        """Raises UserError, DataError: as ``prompted``."""
+        return vae_settings(local_folder(self.pretrained)) is not None
 
     @property
     def width(self):

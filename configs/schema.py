@@ -105,6 +105,9 @@ class Config(Section):
         if not data.rescaled or data.uniform_dequantization or data.gaussian_dequantization:
             raise ValueError(f"loss.variational {kind} measures the 256 levels of pixels in [-1, 1]; it needs "
                              "data.rescaled, and no dequantization")
+        if self.model.latent:
+            raise ValueError(f"loss.variational {kind} measures the 256 levels of pixels; {self.model.pretrained} "
+                             "diffuses an autoencoder's latents, which have none: set it to none")
 
     def replace(self, key: str, value) -> "Config":
         """A checked copy with another value of one dotted key, such as ``config.replace("loss.lamda", 0.5)``.

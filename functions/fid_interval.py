@@ -42,6 +42,7 @@ NODES = 96                   # of the integrals over log s, whose error falls as
 MARGIN = 12.0                # in log s, beyond the roots of the eigenvalues: what is left out is e^-12 of the rest
 BLOCK = 4096                 # rows at a time
 LEAST_FREEDOM = 4.0
+LEAST_IMAGES = 10            # below, what is subtracted often exceeds J where both sets are alike
 
 
 class Spread(NamedTuple):
@@ -51,19 +52,24 @@ class Spread(NamedTuple):
 
 
 def frechet_interval(features, mu, sigma=None, *, root: Tensor | None = None,
-                     level: float = 0.95) -> tuple[float, float]:
+                     level: float = 0.95) -> tuple[float, float] | None:
     """Interval for the expectation of the Frechet distance of so many features to N(mu, sigma), about the one observed.
 
     Args:
-        features: (n, D), n at least 4.
+        features: (n, D).
         mu, sigma: Reference, (D,) and (D, D), held fixed.
         root: ``covariance_root(sigma)`` instead of ``sigma``, for many intervals to one reference.
         level: Coverage.
 
     Returns:
-        Lower and upper end.
+        Lower and upper end. None: there are fewer than ten features, or they show no spread, be it that they are all
+        the same or that nothing is left of J.
     """
+    if len(features) < LEAST_IMAGES:
+        return None
     spread = frechet_spread(features, mu, sigma, root=root)
+    if spread.error <= 1e-9 * spread.distance:             # rounding
+        return None
     reach = student((1 + level) / 2, spread.freedom) * spread.error
     return spread.distance - reach, spread.distance + reach
 
@@ -75,7 +81,9 @@ def student(probability: float, freedom: float) -> float:
 
 
 def frechet_spread(features, mu, sigma=None, *, root: Tensor | None = None) -> Spread:
-    """The Frechet distance of ``features`` to N(mu, sigma) and its standard error; arguments as ``frechet_interval``.
+    """The Frechet distance of ``features`` to N(mu, sigma) and its standard error, 0 where nothing is left of J.
+
+    Arguments as ``frechet_interval``.
 
     Raises:
         ValueError: Fewer than four features.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import diagnose
 import generate
 import train_ddp
 from configs.sampling import SamplerSettings
@@ -71,6 +72,15 @@ def test_guidance_of_one_is_none_and_of_two_extrapolates(conditional):
     for name in plain:
         assert np.array_equal(plain[name], same[name]) and np.array_equal(plain[name], outside[name])
     assert any(not np.array_equal(plain[name], more[name]) for name in plain)
+
+
+def test_all_measures_of_a_guided_chain_but_gamma_which_is_of_the_network_alone(conditional, capsys):
+    flags = ["--exp", str(conditional), "--doc", "digits", "--device", "cpu", "--timesteps", "2", "--num_images", "4"]
+    assert diagnose.main(["all", *flags, "--guidance", "2"]) == 0
+    out = capsys.readouterr().out
+    made = {path.name.partition("-DDIM")[0] for path in (conditional / "diagnose" / "digits").iterdir()}
+    assert made == {"eps-norm", "exposure", "gap", "spectrum", "snr", "energy", "all"}
+    assert "gamma is left out" in out and "generate.py" not in out
 
 
 def test_autoguidance_takes_its_configuration_from_beside_the_weights(conditional, tmp_path):

@@ -163,6 +163,29 @@ def test_chains_are_those_of_generate(exp):
     torch.testing.assert_close(found, torch.stack(seen[::-1]).double(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"ode_time": "ve"}, {"dcw": (0.1, "pixel")}])
+def test_what_is_measured_at_the_end_is_the_sample(exp, monkeypatch, settings):
+    """Not the last estimate, which is another where the last step does not end in it."""
+    from configs.sampling import SamplerSettings
+    from datasets.packed import open_images
+    from functions.spectrum import radial_power
+    from runners.diagnosis.measures import Diagnosis
+    from runners.diagnosis.trajectories import Trajectories
+    from runners.diffusion import Diffusion
+
+    diffusion = Diffusion.from_run(exp / "logs" / "digits", device="cpu")
+    settings = SamplerSettings(timesteps=4, sample_type="heun", **settings)
+    diagnosis = Diagnosis(diffusion, open_images(diffusion.config, exp / "datasets"), settings, num_images=3)
+    *_, bias = diagnosis.exposure([None])
+    power = [row["sampling"] for row in Trajectories(diagnosis).spectra() if row["quantity"] == "image"]
+    decode, seen = diffusion.codec.decode, []
+    monkeypatch.setattr(diffusion.codec, "decode", lambda x: seen.append(x) or decode(x))
+    list(diffusion.sample([0, 1, 2], settings))
+    sample, = seen
+    assert bias["s"] == -1 and bias["var_chain"] == pytest.approx(sample.double().var(0).mean().item(), rel=1e-5)
+    assert power == pytest.approx(radial_power(sample).mean(0).tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize(("measure", "flags", "message"), [
     ("eps-norm", ["--doc", "absent"], "config.yml does not exist"),
     ("eps-norm", ["--doc", "digits", "digits"], "names a run twice"),

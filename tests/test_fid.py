@@ -195,6 +195,16 @@ def test_no_result_vanishes_behind_another_of_the_same_name():
     assert [row.values for row in rows(moved)] == [(1.0, 2.0)]                    # one run, wherever it lay
 
 
+def test_equal_numbers_of_steps_may_be_other_samplers():
+    """Sections and DDIM's strides have times of their own; plain numbers are one run, whatever their type."""
+    specs = {45: 9.0, "45": 8.0, "10,15,20": 5.0, "15,15,15": 7.0, "ddim45": 6.0, "ddim9": 4.0, 9: 3.0}
+    found = rows([entry(spec, f"{n}-{n}", value) for n, (spec, value) in enumerate(specs.items())])
+    assert {(row.run.get("timesteps"), row.steps, row.values) for row in found} == {
+        (None, 9, (3.0,)), (None, 45, (9.0, 8.0)), ("10,15,20", 45, (5.0,)), ("15,15,15", 45, (7.0,)),
+        ("ddimN", 9, (4.0,)), ("ddimN", 45, (6.0,))}
+    assert "| cifar10/model_500_ema.pth | 10,15,20 | 45 | FID-50k | 1 | 5.0000 | 5.0000 |" in table(found)
+
+
 def test_what_must_not_be_compared_gets_its_own_panel(tmp_path, monkeypatch):
     """FID-16 and FID-32, and two references: three panels; the legend has names, no fingerprints."""
     from matplotlib.figure import Figure

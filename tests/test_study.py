@@ -1,5 +1,6 @@
 """study.py: the grid is trained and measured once, a stopped study goes on, what would mix results is refused."""
 
+import json
 import re
 import signal
 from functools import partial
@@ -12,6 +13,8 @@ import yaml
 import runners.study.runner
 import study
 from configs.schema import load_config, save_config
+from functions.schedule import make_schedule
+from functions.timesteps import sampling_times
 from runners.diffusion import Diffusion
 from runners.evaluation import references
 from runners.study.grid import read_cells
@@ -309,10 +312,11 @@ def test_a_run_that_has_passed_a_place_cannot_be_measured_there(start, capsys):
 
 
 def test_remedies_are_keys_of_a_sampler_and_of_a_run(start):
-    """Gamma is measured for each network; an epsilon scaling can be fitted beside it."""
+    """Gamma is measured for each network at the sampler's own times; an epsilon scaling can be fitted beside it."""
     samplers = [{"timesteps": [3], "dcw": [0.05, 0.01], "time_shift": "100,200"},
                 {"timesteps": [3], "restart": [[3, 2, 0.3, 2.0]]},
-                {"timesteps": [3], "var_type": "analytic", "gamma": "measure", "eps_scaler": "fit"}]
+                {"timesteps": [3], "var_type": "analytic", "gamma": "measure", "eps_scaler": "fit", "skip_type": "edm",
+                 "sigma_min": 0.1, "sigma_max": 20, "rho": 3}]
     runs = {"base": {"loss.lamda": 0}, "SS": {"loss.scheduled_sampling": {"steps": 1, "ramp": 0.0}}}
     assert start(samplers=samplers, runs=runs, images_seen=[8]) == 0
     cells = list(read_cells(start.folder / "cells").values())
@@ -322,5 +326,7 @@ def test_remedies_are_keys_of_a_sampler_and_of_a_run(start):
     assert len({cell["sampler"]["gamma"] for cell in analytic}) == 2 and all(cell["fit"]["b"] for cell in analytic)
     advised_against = sum(cell["fit"]["no_correction"] for cell in analytic)
     assert (start.folder / "report.md").read_text().count(" (no correction)") == advised_against > 0
-    assert len(list((start.folder / "gamma").glob("*.json"))) == 2
+    times = [json.loads(path.read_text())["times"] for path in (start.folder / "gamma").glob("*.json")]
+    schedule = make_schedule(load_config("digits.yml").diffusion)
+    assert times == [sampling_times(schedule, 3, "edm", sigma_min=0.1, sigma_max=20, rho=3)] * 2
     assert start(samplers=samplers, runs=runs, images_seen=[8]) == 0                             # nothing is left to do

@@ -1,7 +1,6 @@
 """What each command of diagnose.py measures on one run."""
 
 from functools import cached_property
-from pathlib import Path
 
 from runners.diagnosis.likelihood import likelihood, write_published
 from runners.diagnosis.measures import Diagnosis, fid_of_scalings
@@ -105,7 +104,7 @@ def nll(run: Measured):
     finished of a long measurement is kept: the same command goes on.
     """
     beside = run.job.result("nll", "json").with_suffix("")
-    beside = beside.with_name(f"{beside.name}-{Path(run.name).name}")
+    beside = beside.with_name(f"{beside.name}-{run.name.replace('/', '-')}")
     rows, summary = likelihood(run.diagnosis, beside)
     run.say(f"{summary['bits_per_dim']:.4f} bits/dim  (standard error {summary['standard_error']:.2g}, "
             f"{summary['num_images']} images, {len(rows)} steps; of these {summary['prior_bits']:.2g} in the prior)")

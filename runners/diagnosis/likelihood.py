@@ -30,6 +30,9 @@ def check_likelihood(config) -> None:
         raise UserError("nll needs a chain of steps that starts from N(0, 1): diffusion.schedule discrete")
     if not data.rescaled or data.uniform_dequantization or data.gaussian_dequantization:
         raise UserError("nll measures the 256 levels of pixels in [-1, 1]; it needs data.rescaled, no dequantization")
+    if config.model.latent:
+        raise UserError(f"nll measures the 256 levels of pixels; {config.model.pretrained} diffuses an autoencoder's "
+                        "latents, which have none")
 
 
 def likelihood(diagnosis: Diagnosis, beside: Path) -> tuple[list[dict], dict]:

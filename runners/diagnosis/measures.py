@@ -156,17 +156,12 @@ class Diagnosis:
                 for start in starts for s in visited if (start, s) in bias.share.sums]
 
     def _record_chain(self, bias: ExposureBias, start: int | None, places: list[int], real: Tensor) -> None:
-        last = None
-
         def visit(index, t, x, x0, eps):
-            nonlocal last
             if self.steps[-1 - index] != start:            # where it starts it is q itself, unless that is pure noise
                 bias.add(start, self.steps[-1 - index], x, real)
-            last = x0
 
         begin = self.latent(places) if start is None else self.diffused(real, places, start)
-        self.sampler.run(*begin, visit, start)
-        bias.add(start, self.schedule.end, last, real)     # the last step returns its estimate where alpha ends at 1
+        bias.add(start, self.schedule.end, self.sampler.encoded(*begin, visit, start), real)
 
     def gaps(self) -> list[dict]:
         """||mean d_i|| and the accumulated ||G_j||, i the step and j the next lower, of chains from q(x_highest | x0).

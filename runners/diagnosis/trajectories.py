@@ -69,17 +69,10 @@ class Trajectories:
                 chain.look(schedule.alpha(link.i) * x0 + schedule.sigma(link.i) * noise.randn(x0.shape), link)
 
     def _sampling(self, moments: Moments) -> None:
-        diagnosis, last = self.diagnosis, None
-        record = self._record(moments, "sampling")
-
-        def visit(index, t, x, x0, eps):
-            nonlocal last
-            record(index, t, x, x0, eps)
-            last = x0                                      # the last step returns its estimate where alpha ends at 1
-
+        diagnosis, record = self.diagnosis, self._record(moments, "sampling")
         for _, places in tqdm(diagnosis.share, "sampling", unit="batch", leave=False, disable=distributed.rank() > 0):
-            diagnosis.sampler.run(*diagnosis.latent(places), visit)
-            for radius, values in enumerate(radial_power(last).unbind(1)):
+            sample = diagnosis.sampler.encoded(*diagnosis.latent(places), record)
+            for radius, values in enumerate(radial_power(sample).unbind(1)):
                 moments.add(("sampling", "radial", radius), values)
 
     # --------------------------------------------------------------------------------------------------------- tables

@@ -29,8 +29,8 @@ class Row:
     """One run at one number of steps.
 
     Attributes:
-        run: The settings by name, without the steps.
-        steps: Of the sampler; None where the images were not sampled here.
+        run: The settings by name, without the steps where they are a plain number.
+        steps: Of the sampler, in all; None where the images were not sampled here.
         values: FID of each seed range, in the order of the logs.
     """
 
@@ -88,7 +88,10 @@ def rows(entries: Sequence[dict]) -> list[Row]:
     groups = defaultdict(dict)
     for entry in entries:
         sampler = dict(entry.get("sampler") or {})
-        steps = count_steps(sampler.pop("timesteps", None))
+        spec = sampler.pop("timesteps", None)
+        steps = count_steps(spec)
+        if steps is not None and not str(spec).isdecimal():     # ddim50 or 10,15,20: other times than 50 or 45 have
+            sampler["timesteps"] = re.sub(r"^ddim\d+$", "ddimN", str(spec))
         origin = next((entry[key] for key in ("weights_fingerprint", "images", "weights") if entry.get(key)), None)
         named = {**entry, "origin": origin}
         run = {key: named[key] for key in IDENTITY if named.get(key) is not None} | sampler

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from functions.fid_interval import LEAST_IMAGES
 from runners.distributed import rank, world_size
 from runners.evaluation.outputs import check_output
 from utils.errors import UserError
@@ -29,7 +30,10 @@ def summary(results: dict) -> str:
     lines = [f"{results['name'] if key == 'fid' else key:20} {value:.6g}" for key, value in results.items()
              if isinstance(value, float)]
     if "fid_interval_95" in results:
-        lines.append("{:20} {:.6g} to {:.6g}".format("95% interval", *results["fid_interval_95"]))
+        interval = results["fid_interval_95"]
+        words = "{:.6g} to {:.6g}".format(*interval) if interval else \
+            f"none: it needs {LEAST_IMAGES} images or more, whose features differ"
+        lines.append(f"{'95% interval':20} {words}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def _fid(measured, reference, evaluation) -> dict:
     found = {"fid": _distance(measured["pool"], reference.mean, reference.cov, reference.count)}
     if evaluation.interval:
         interval = frechet_interval(measured["pool"].features, reference.mean, root=reference.root)
-        found["fid_interval_95"] = list(interval)
+        found["fid_interval_95"] = interval and list(interval)
     return found
 
 
@@ -106,10 +107,13 @@ def _require_spatial(reference, net) -> None:
                         "does not hold; make it with fid.py ref")
 
 
-def _require_features(reference, net) -> None:
+def _require_features(reference, net, name: str = "kid", least: int = 2) -> None:
     if reference.features is None:
         raise UserError(f"kid and pr need the features of the reference, which {reference.name} does not hold; "
                         "make it with fid.py ref --cache_features")
+    if len(reference.features) < least:
+        raise UserError(f"reference {reference.name} holds the features of {len(reference.features)} image(s); {name} "
+                        f"needs at least {least}")
 
 
 def _require_classifier(reference, net) -> None:
@@ -122,11 +126,10 @@ METRICS = {
     "kid": Metric(_kid, minimum=4, features="both", require=_require_features),
     "is": Metric(_inception_score, minimum=10, features="own", require=_require_classifier),
     "is_blocks": Metric(_inception_score_of_blocks, features="own", require=_require_classifier),
-    "pr": Metric(_precision_recall, minimum=4, features="both", require=_require_features),
+    "pr": Metric(_precision_recall, minimum=4, features="both", require=partial(_require_features, name="pr", least=4)),
     "digits_fd": Metric(digits_distance, spaces=("digits",), require=require_digits),
     "digits_unsure": Metric(digits_unsure, minimum=1, spaces=("digits",), require=require_digits),
 }
-INTERVAL_MINIMUM = 4
 
 
 def needs(metrics: Collection[str]) -> dict:
@@ -142,7 +145,7 @@ class Evaluation:
         net: From ``load_inception``; its preprocessing and weights must be the reference's.
         metrics: Names in ``METRICS``.
         interval: Give FID a 95% interval: of the expectation of the FID of so many images, see
-            ``functions.fid_interval``.
+            ``functions.fid_interval``; null where there is none.
 
     Raises:
         UserError: Unknown metric, a reference made with other weights or preprocessing, or one without what a metric
@@ -169,10 +172,9 @@ class Evaluation:
         """
         measured, _ = self.collector.gather()
         count = next(iter(measured.values())).stats.count
-        for name, minimum in [*((name, METRICS[name].minimum) for name in self.metrics),
-                              *([("the interval", INTERVAL_MINIMUM)] if self.interval else [])]:
-            if count < minimum:
-                raise UserError(f"{count} image(s) given, {name} needs at least {minimum}")
+        for name in self.metrics:
+            if count < METRICS[name].minimum:
+                raise UserError(f"{count} image(s) given, {name} needs at least {METRICS[name].minimum}")
         if count < self.net.dim and {"fid", "sfid"} & set(self.metrics) and rank() == 0:
             log.warning("%d images are fewer than %d dimensions: the covariance is singular and FID biased upwards",
                         count, self.net.dim)

@@ -168,7 +168,12 @@ class Sampler:
 
     def run(self, x: Tensor, noise: SeededNoise, condition: dict[str, Tensor] | None = None,
             callback: Callable | None = None, start=None, watch: Callable | None = None) -> Tensor:
-        """The chain from ``x``, to images in [0, 1], (B, C, H, W).
+        """The chain from ``x``, to images in [0, 1], (B, C, H, W); arguments as ``encoded``."""
+        return self.codec.decode(self.encoded(x, noise, condition, callback, start, watch))
+
+    def encoded(self, x: Tensor, noise: SeededNoise, condition: dict[str, Tensor] | None = None,
+                callback: Callable | None = None, start=None, watch: Callable | None = None) -> Tensor:
+        """The chain from ``x`` to its end, in the range of what is diffused, (B, C, H, W).
 
         Args:
             x: A standard normal draw; with ``start`` a draw of q(x_start | x_0), (B, C, H, W).
@@ -192,7 +197,7 @@ class Sampler:
             raise DivergedError(f"the chain gave numbers that are not finite for {len(seeds)} image(s), seeds "
                                 f"{', '.join(map(str, seeds[:8]))}{', ...' if len(seeds) > 8 else ''}; are these "
                                 "weights trained, and the sampler's settings meant so?")
-        return self.codec.decode(x.float())
+        return x.float()
 
     def _gradient(self, labels: Tensor | None) -> dict:
         """The classifier's, where there is one."""

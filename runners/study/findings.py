@@ -9,7 +9,8 @@ from utils.errors import DataError, UserError
 
 # Numbers of a cell: their names for readers; and of those that a report may be about, digits behind the point.
 TITLES = {"fid": "FID", "precision": "precision", "recall": "recall", "kid": "KID",
-          "inception_score": "Inception Score", "sfid": "sFID", "digits_fd": "digits FD",
+          "inception_score": "Inception Score", "inception_score_blocks": "Inception Score of blocks", "sfid": "sFID",
+          "digits_fd": "digits FD",
           "digits_unsure": "unsure digits"}
 DIGITS = {"fid": 1, "sfid": 1, "kid": 4, "digits_fd": 3, "digits_unsure": 3}
 
@@ -47,6 +48,11 @@ class Findings:
             key = cell.label, cell.settings["timesteps"], cell.images_seen
             self.values.setdefault(key, {}).setdefault(cell.run, []).append((cell, entry))
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether what the report is about has an interval somewhere."""
+        return any(entry.get(f"{self.headline}_interval_95") for _, entry in self.cells)
+
     def by_seed(self, key: tuple, run: str) -> dict[int, float]:
         """What the report is about, by seed of training."""
         return {cell.seed: entry[self.headline] for cell, entry in self.values.get(key, {}).get(run, [])}
@@ -65,9 +71,9 @@ class Findings:
         if len(found) > 1:
             error = standard_error(found)
             return Value(mean, mean - error, mean + error, f"{self.number(mean)} ± {self.number(error)}")
-        low, high = self.values[key][run][0][1].get(f"{self.headline}_interval_95", [mean, mean])
+        low, high = self.values[key][run][0][1].get(f"{self.headline}_interval_95") or [mean, mean]
         words = f" ({self.number(low)} to {self.number(high)})" if low < high else ""
-        return Value(mean, low, high, self.number(mean) + words)
+        return Value(mean, min(low, mean), max(high, mean), self.number(mean) + words)
 
     def number(self, value: float, sign: str = "") -> str:
         return f"{value:{sign}.{self.digits}f}"

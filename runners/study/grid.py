@@ -105,8 +105,8 @@ def read_cells(folder: Path) -> dict[str, dict]:
 
 # What a report reads of a line: numbers that must be there, and those that may be.
 NUMBERS = {"seconds", "sampling_seconds", "network_calls"}
-OTHER_NUMBERS = {"reference_count", "fid", "precision", "recall", "kid", "inception_score", "sfid", "digits_fd",
-                 "digits_unsure"}
+OTHER_NUMBERS = {"reference_count", "fid", "precision", "recall", "kid", "inception_score", "inception_score_blocks",
+                 "sfid", "digits_fd", "digits_unsure"}
 
 
 def _cell_of(entry: dict) -> Cell | None:
@@ -115,7 +115,7 @@ def _cell_of(entry: dict) -> Cell | None:
         cell = Cell(**entry["study"])
     except (KeyError, TypeError):
         return None
-    fit, interval = entry.get("fit"), entry.get("fid_interval_95", (0, 0))
+    fit, interval = entry.get("fit"), entry.get("fid_interval_95") or (0, 0)
     values = [*(entry.get(key) for key in NUMBERS), *(entry.get(key, 0) for key in OTHER_NUMBERS),
               *(interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None,)),
               fit.get("b") if isinstance(fit, dict) else fit or 0, cell.seed, cell.images_seen]

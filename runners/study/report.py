@@ -35,14 +35,16 @@ def write_report(job: StudyJob) -> list[Path]:
 def introduction(findings: Findings) -> list:
     job, (_, entry) = findings.job, findings.cells[0]
     spread = "Behind ±: the standard error of the mean over them." if len(job.study.seeds) > 1 else \
-        "In brackets: the 95% interval for so many images of the same weights." if job.study.interval else ""
+        "In brackets: the 95% interval for so many images of the same weights." * findings.has_intervals
     reference = f"{entry['reference_count']:,} " if entry.get("reference_count") else ""
+    against = {"digits_fd": ", against the 1,797 real digits", "digits_unsure": ""}.get(
+        findings.headline, f", against {reference}training images")
     seeds = ", ".join(map(str, job.study.seeds))
     return [Text(
         f"{len(findings.cells)} of {len(job.all_cells)} cells are measured. All runs share data, data order and the "
         f"seeds of weights and noise ({seeds}), and differ in the keys of the first table. {findings.name} is of "
-        f"{job.study.num_images} images, {SEEDS[job.study.image_seeds]}, against {reference}training images: "
-        f"comparable within this report only. {spread} Bold is the lowest of a row, which says nothing where the "
+        f"{job.study.num_images} images, {SEEDS[job.study.image_seeds]}{against}: comparable "
+        f"within this report only. {spread} Bold is the lowest of a row, which says nothing where the "
         f"spreads overlap. Made with study.py from {job.study.config}.")]
 
 
@@ -146,18 +148,18 @@ def grids_part(findings: Findings) -> list:
 
 def cells_part(findings: Findings) -> list:
     measures = [key for key in TITLES if key != findings.headline and any(key in e for _, e in findings.cells)]
-    header = ["run", "seed", "images seen", "sampler", "steps", "calls", findings.name, "95% interval",
-              *(TITLES[key] for key in measures), "sampling s", "cell s"]
+    header = ["run", "seed", "images seen", "sampler", "steps", "calls", findings.name,
+              *(TITLES[key] for key in measures), "95% interval of FID", "sampling s", "cell s"]
     rows = []
     for cell, entry in findings.cells:
         fit = entry.get("fit") or {}
         fitted = f", B = {fit['b']:.4f}" + " (no correction)" * bool(fit.get("no_correction")) if fit else ""
-        low, high = entry.get("fid_interval_95", ["", ""])
+        low, high = entry.get("fid_interval_95") or [0, 0]
         rows.append([cell.run, str(cell.seed), f"{cell.images_seen:,}", cell.label + fitted,
                      str(cell.settings["timesteps"]), str(entry["network_calls"]),
                      f"{entry[findings.headline]:.{findings.digits + 1}f}",
-                     f"{low:.2f} to {high:.2f}" if low else "",
                      *(f"{entry[key]:.4g}" if key in entry else "" for key in measures),
+                     f"{low:.2f} to {high:.2f}" if low < high else "",
                      f"{entry['sampling_seconds']:.0f}", f"{entry['seconds']:.0f}"])
     return [Heading("All cells"), Table(header, rows)]
 

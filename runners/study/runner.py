@@ -28,6 +28,7 @@ from utils.errors import Interrupted, UserError
 from utils.locks import exclusive
 
 log = logging.getLogger(__name__)
+TIMES = "timesteps", "skip_type", "sigma_min", "sigma_max", "rho"              # what decides a chain's times
 
 
 class StudyRunner:
@@ -195,7 +196,7 @@ class StudyRunner:
         gamma = fit = None
         if cell.measures_gamma:
             path = self.job.folder / "gamma" / f"{cell.file_name}.json"
-            plain = SamplerSettings(timesteps=cell.settings["timesteps"], skip_type=cell.settings.get("skip_type"))
+            plain = SamplerSettings(**{key: cell.settings[key] for key in TIMES if key in cell.settings})
             rows = Trajectories(diagnosis(plain)).gammas()
             distributed.on_rank_zero(lambda: write_gamma(path, rows, diffusion, {"run": cell.doc}))
             gamma = str(path)

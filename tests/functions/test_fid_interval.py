@@ -77,12 +77,22 @@ def test_students_quantiles(freedom):
         assert student(probability, freedom) == pytest.approx(stats.t.ppf(probability, freedom), rel=0.02)
 
 
+def test_no_interval_where_nothing_is_left_of_the_jackknife(monkeypatch):
+    """An interval of no width would say that the FID is known exactly."""
+    mu, sigma = torch.zeros(DIM), torch.diag(SCALES ** 2)
+    assert frechet_interval(draw(9, 0, 0.4), mu, sigma) is None and frechet_interval(draw(10, 0, 0.4), mu, sigma)
+    monkeypatch.setattr(fid_interval, "_excess", lambda *args: 1e6)
+    assert frechet_spread(draw(10, 0, 0.4), mu, sigma).error == 0
+    assert frechet_interval(draw(10, 0, 0.4), mu, sigma) is None
+
+
 def test_odd_sets():
     mu, sigma = torch.zeros(DIM), torch.diag(SCALES ** 2)
     with pytest.raises(ValueError, match="at least 4"):
         frechet_spread(draw(3, 0), mu, sigma)
     value, error, _ = frechet_spread(torch.ones(10, DIM), mu, sigma)           # one picture ten times
     assert value == pytest.approx(float(DIM + (SCALES ** 2).sum()), rel=1e-6) and error == pytest.approx(0, abs=1e-5)
+    assert frechet_interval(torch.ones(10, DIM), mu, sigma) is None
     flat = torch.zeros(DIM, DIM)
     flat[0, 0] = 1                                                         # a reference on a line
     assert covariance_root(flat).shape == (DIM, 1) and np.isfinite(frechet_spread(draw(30, 0), mu, flat)).all()

@@ -17,6 +17,7 @@ from models import build_model, load_weights, make_codec
 from models.pretrained import ENCODERS, LORA_FILE, lora_from_file, lora_to_file, pipeline_fingerprint
 from models.text import TextEncoders
 from models.trained import trained
+from runners.diagnosis.likelihood import check_likelihood
 from runners.diffusion import Diffusion
 from runners.sampling.sampler import check_settings
 from tests.faults import jobs
@@ -282,6 +283,17 @@ def test_dropout_of_conditions_needs_a_network_with_some(tmp_path, sd):
     assert load_config(sd, ["training.label_dropout=0.1"]).training.label_dropout == 0.1
     with pytest.raises(ConfigError, match="label_dropout 0.1 needs a network with labels or prompts"):
         load_config(ddpm_pipeline(tmp_path / "ddpm"), ["training.label_dropout=0.1"])
+
+
+def test_latents_have_no_bound_in_bits(tmp_path):
+    """Neither to measure nor to train by; the pixels of a pipeline have one."""
+    latents, pixels = latent_pipeline(tmp_path / "latent"), ddpm_pipeline(tmp_path / "ddpm")
+    with pytest.raises(UserError, match="nll measures the 256 levels of pixels; .*latent diffuses an autoencoder's"):
+        check_likelihood(load_config(latents))
+    bound = ["loss.variational=kl", "loss.lamda=0", "loss.num_consecutive_steps=0", "loss.reduce=mean"]
+    with pytest.raises(ConfigError, match="loss.variational kl .* autoencoder's latents, which have none: set it to"):
+        load_config(latents, bound)
+    check_likelihood(load_config(pixels, bound))
 
 
 def test_guidance_of_a_network_without_prompts_is_refused(tmp_path):

@@ -43,6 +43,14 @@ def test_likelihood_is_over_all_steps_with_learned_variances(own, adm_file, caps
     assert not list(path.parent.glob("*.parts"))
 
 
+def test_runs_of_the_same_last_name_have_files_of_their_own(own, adm_file):
+    for name in ("a", "b"):
+        shutil.copytree(own / "logs" / "small", own / "logs" / name / "small")
+    assert nll(own, adm_file, "--npz", "--timesteps", "2", "--doc", "a/small", "b/small") == 0
+    folders = sorted(path.parent.name for path in (own / "diagnose").rglob("vb_terms.npz"))
+    assert [name[-8:] for name in folders] == ["-a-small", "-b-small"]
+
+
 def test_likelihood_does_not_depend_on_processes(own, adm_file):
     assert nll(own, adm_file) == 0
     _, rows, note = results(own)

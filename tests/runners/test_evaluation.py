@@ -25,6 +25,7 @@ from runners.evaluation.metrics import (
     make_reference,
     needs,
     save_features,
+    summary,
 )
 from tests.conftest import load_kept
 from tests.faults import jobs
@@ -219,6 +220,8 @@ def test_what_an_evaluation_refuses(net):
                              (["sfid"], "mu_s, sigma_s")):
         with pytest.raises(UserError, match=message):
             Evaluation(plain, net, metrics)
+    with pytest.raises(UserError, match=r"reference .* holds the features of 3 image\(s\); pr needs at least 4"):
+        Evaluation(reference_of(pixels(3), net), net, ["fid", "kid", "pr"])
     for key, value in (("weights", "others"), ("preprocess", "tf1")):
         with pytest.raises(UserError, match=f"made with {key} '{value}' instead of"):
             Evaluation(reference_of(pixels(30), net, provenance={key: value}), net)
@@ -238,8 +241,8 @@ def test_interval_and_the_warning_for_few_images(net, caplog):
     assert "singular" in caplog.text
     few = Evaluation(reference_of(pixels(60), net), net, interval=True)
     few.update(images_of(pixels(3, seed=1)), range(3))
-    with pytest.raises(UserError, match="the interval needs at least 4"):
-        few.results()
+    assert few.results()["fid_interval_95"] is None
+    assert "95% interval         none: it needs 10 images or more, whose features differ" in summary(few.results())
 
 
 def test_sfid_is_the_distance_of_the_spatial_features(net, tmp_path):

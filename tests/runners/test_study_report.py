@@ -21,15 +21,17 @@ from utils.errors import DataError
 
 
 def report_of(exp, value, **changes) -> str:
-    """Of numbers that are put in, ``value(cell)``."""
+    """Of numbers that are put in, ``value(cell)``: of the first metric, or {name: number}."""
     study = {**TINY, "seeds": [1, 2, 3], "images_seen": [8, 16], "metrics": ["digits_fd"], **changes}
     (exp / "tiny.yml").write_text(yaml.safe_dump(study, sort_keys=False))
     job = StudyJob(exp / "tiny.yml", exp)
-    assert job.runs == [(run, seed) for seed in (1, 2, 3) for run in study["runs"]]      # cut short: whole comparisons
+    assert job.runs == [(run, seed) for seed in study["seeds"] for run in study["runs"]]  # cut short: whole comparisons
     (job.folder / "cells").mkdir(parents=True)
     for cell in job.all_cells:
         with (job.folder / "cells" / f"{cell.doc}.jsonl").open("a") as file:
-            file.write(json.dumps({"study": asdict(cell), "digits_fd": value(cell), "network_calls": 2,
+            found = value(cell)
+            numbers = found if isinstance(found, dict) else {study["metrics"][0]: found}
+            file.write(json.dumps({"study": asdict(cell), **numbers, "network_calls": 2, "reference_count": 40,
                                    "reference_fingerprint": "", "sampling_seconds": 1.0, "seconds": 1.0}) + "\n")
     return write_report(job)[0].read_text()
 
@@ -60,6 +62,26 @@ def test_several_seeds_are_compared_in_pairs(tmp_path):
 def test_a_report_says_where_all_cells_share_their_images(tmp_path):
     text = report_of(tmp_path, lambda cell: cell.seed, image_seeds="shared")
     assert "All training seeds share the seeds of their images" in text and "the same seeds in every cell" in text
+
+
+def test_the_interval_of_one_seed_is_told_where_there_is_one(tmp_path):
+    """None, null, ends that rounding has put on one side of the FID: no bar, and no word of it."""
+    intervals = {"a": {}, "b": {"fid_interval_95": None}, "c": {"fid_interval_95": [100 + 5e-14] * 2},
+                 "d": {"fid_interval_95": [99.0, 101.0]}}
+    text = report_of(tmp_path, lambda cell: {"fid": 100.0, **intervals[cell.run]}, seeds=[1], metrics=["fid"],
+                     runs={name: {} for name in "abcd"}, samplers=[{"timesteps": [2, 3]}])
+    assert "| DDIM | 2 | **100.0** | **100.0** | **100.0** | **100.0 (99.0 to 101.0)** |" in text
+    cells = text.split("## All cells")[1]
+    assert cells.count("100.00 |  |") == 6 and "100.00 | 99.00 to 101.00 |" in cells
+    assert "In brackets: the 95% interval" in text and "against 40 training images" in text
+
+
+def test_an_interval_is_the_fids_and_the_digits_are_their_own_reference(tmp_path):
+    numbers = {"digits_fd": 7.0, "fid": 3.0, "fid_interval_95": [2.0, 4.0], "inception_score_blocks": 5.5}
+    text = report_of(tmp_path, lambda cell: numbers, seeds=[1], metrics=["digits_fd", "fid", "is_blocks"],
+                     samplers=[{"timesteps": [2]}])
+    assert "against the 1,797 real digits: comparable within" in text and "In brackets" not in text
+    assert "| FID | Inception Score of blocks | 95% interval of FID |" in text and "| 3 | 5.5 | 2.00 to 4.00 |" in text
 
 
 def test_equal_network_calls_are_counted_against_those_of_the_first_run(tmp_path):
