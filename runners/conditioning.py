@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 PROMPT_STRIDE = 2**32                                # seeds are smaller
-BY_SYNSET = ("adm", "edm", "edm-state")              # formats of weights whose programs number ImageNet's alphabetically
+BY_SYNSET = ("adm", "edm", "edm-state")              # formats of weights of programs that number ImageNet so
 
 
 def numbered(num_prompts: int, seeds: Seeds | range) -> Seeds | range:
@@ -112,9 +112,9 @@ def hide(condition: dict[str, Tensor], hidden: Tensor | None, prompts: Prompts |
 
 @lru_cache
 def warn_of_numbering(name: str) -> None:
-    log.warning("%s numbers its classes as map_clsloc.txt does (0: n02119789, kit fox), published networks number synsets "
-                "alphabetically (0: n01440764, tench): these weights may be told wrong classes; give ImageNet as a tree "
-                "or zip of synset folders, with data.labels folders", name)
+    log.warning("%s numbers its classes as map_clsloc.txt does (0: n02119789, kit fox), published networks number "
+                "synsets alphabetically (0: n01440764, tench): these weights are told wrong classes; give ImageNet as "
+                "a tree or zip of synset folders, with data.labels folders", name)
 
 
 def conditions_of(images, num_labels: int, device, weights=None) -> Callable[[Tensor], dict[str, Tensor]]:
