@@ -67,6 +67,8 @@ class Loss(Section):
         if self.input_perturbation_probability < 1 and self.input_perturbation == 0:
             raise ValueError(f"input_perturbation_probability {self.input_perturbation_probability:g} needs "
                              "input_perturbation, such as 0.1")
+        if self.perturbation_target and self.input_perturbation == 0:
+            raise ValueError(f"perturbation_target {self.perturbation_target} needs input_perturbation, such as 0.1")
         if self.scheduled_sampling and self.slow_flow:
             raise ValueError("scheduled_sampling and slow_flow both decide on the input of a time; use one of them")
         if self.slow_flow and self.variational != "none":
