@@ -27,7 +27,7 @@ TRANSFORMS = ("none", "center-crop", "center-crop-wide", "celeba")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 a wrong request, 3 bad data, 130 or 143 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if {arg.partition("=")[0] for arg in argv[:1]} & {"--source", "--dest"}:             # EDM's call has no subcommand
+    if argv and argv[0].startswith("--") and argv[0] != "--help":                        # EDM's call has no subcommand
         argv.insert(0, "convert")
 
     def job():

@@ -70,6 +70,9 @@ def check(args):
 
     config, run = configure(args)
     check_training(config, args)
+    if (args.num_consecutive_steps or 0) > 1 and args.lamda is None and config.loss.lamda == 0:
+        raise UserError(f"--num_consecutive_steps {args.num_consecutive_steps} without effect: loss.lamda is 0, the "
+                        "plain loss; give --lamda as well, such as --lamda 1 (SA-DPM's default)")
     if args.keep_optimizer and not args.init_from:
         raise UserError("--keep_optimizer needs --init_from: the run whose moments are taken over")
     if args.force and not mode(args)["resume"]:

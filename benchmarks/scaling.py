@@ -106,11 +106,12 @@ def sdxl_needs(rank: int = 64) -> dict[str, tuple[int, int]]:
 
 
 def shipped() -> dict[str, Path]:
-    """Configurations by name; of other families without those that differ by their loss alone."""
+    """Configurations by name, but those of pretrained networks; of families without those that differ by their loss."""
     folder = ROOT / "configs"
     files = [*sorted(folder.glob("*.yml")), *sorted(folder.glob("adm/*.yml")), *sorted(folder.glob("edm/*.yml"))]
     names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
-    return {name: path for name, path in names.items() if "/" not in name or not name.endswith("_ip")}
+    return {name: path for name, path in names.items() if ("/" not in name or not name.endswith("_ip"))
+            and load_config(path).model.arch != "diffusers"}
 
 
 def model() -> None:

@@ -77,11 +77,17 @@ def convert(command: str) -> str:
     """
     processes, script, given = _parse(command)
     flags = {name: default for name, (_, default) in FLAGS.items()} | given
+    if re.match("classifier_train|super_res_", script):
+        raise UserError(f"{script}.py has no counterpart here, which trains no classifiers and has no upsamplers; "
+                        "converted are image_train, image_sample, classifier_sample and image_nll")
     kind = next((kind for word, kind in SCRIPTS.items() if word in script), None)
     kind = kind or ("sample" if not script and SAMPLING & given.keys() else "train")
     if "eps_scaler" in given and kind == "train":
         raise UserError("--eps_scaler in a training command: ADM-ES takes it as gamma of the input perturbation there, "
                         "and divides by it too; train with --input_pertub, scale when sampling")
+    if kind == "nll" and flags["eps_scaler"] not in (None, 0, 1):
+        raise UserError(f"--eps_scaler {flags['eps_scaler']:g} in a likelihood: diagnose.py nll measures the network "
+                        "as it is; leave it out")
     trains = kind == "train"
     if "input_pertub" in given:
         flags["log_interval"] = given.get("log_interval", 100)              # DDPM-IP's own default

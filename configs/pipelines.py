@@ -49,9 +49,10 @@ def diffusion_keys(folder: Path) -> dict:
         if given not in known:
             raise DataError(f"{file}: {key} {given!r} is not known here; known: {', '.join(sorted(known))}")
     start, end = (0.00085, 0.012) if name in STABLE_BETAS else (1e-4, 0.02)         # where the file does not say
+    ends = {"beta_start": settings.get("beta_start", start), "beta_end": settings.get("beta_end", end)}
     keys = {
         "schedule": "discrete", "prediction": prediction, "beta_schedule": BETA_SCHEDULES[schedule],
-        "beta_start": settings.get("beta_start", start), "beta_end": settings.get("beta_end", end),
+        **(ends if BETA_SCHEDULES[schedule] != "cosine" else {}),                   # which reads neither
         "num_diffusion_timesteps": settings.get("num_train_timesteps", 1000), "betas": settings.get("trained_betas"),
         "zero_terminal_snr": settings.get("rescale_betas_zero_snr", False),
         "set_alpha_to_one": settings.get("set_alpha_to_one", name != "PNDMScheduler"),
@@ -70,7 +71,7 @@ def contradictions(diffusion: dict, folder: Path) -> list[str]:
     stored = diffusion_keys(folder)
     unread = {"beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps"} if stored["betas"] else set()
     return [f"diffusion.{key} {diffusion[key]!r}, {stored[key]!r} there" for key in DECIDE_A_CHAIN
-            if key in diffusion and key not in unread and diffusion[key] != stored[key]]
+            if key in diffusion.keys() & stored.keys() and key not in unread and diffusion[key] != stored[key]]
 
 
 def fill_in(raw: dict, folder: Path) -> dict:

@@ -16,7 +16,7 @@ from configs.pipelines import fill_in, is_pipeline, pipeline_configuration
 from configs.reading import OLD_AVERAGE, convert_ddim_form, drop_other_form, find_config, parse_yaml, read_config_file
 from configs.sections import PRECONDITIONED, Data, DiffusionSection, Sampling
 from configs.training import Loss, Optim, Training
-from configs.unread import check_all_are_read
+from configs.unread import check_all_are_read, pass_over_betas
 from utils.atomic import write_text
 from utils.errors import ConfigError
 from utils.hub import settings_folder
@@ -120,6 +120,7 @@ class Config(Section):
         if not name or section not in raw:
             raise ConfigError(f"key {key!r} is not of the form section.key; sections: {', '.join(raw)}")
         raw[section][name] = value
+        pass_over_betas(raw, {key})
         return validate(raw, "replace")
 
 
@@ -167,6 +168,7 @@ def with_overrides(raw: dict, overrides: Sequence[str]) -> dict:
         if not (section and dot and name and given):
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
         raw.setdefault(section, {})[name] = parse_yaml(text, f"--{key} {text}")
+    pass_over_betas(raw, {override.partition("=")[0] for override in overrides})
     return raw
 
 

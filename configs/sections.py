@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from configs.base import AsTuple, Count, Fraction, Natural, Positive, Section, Side
 
+NAMED_FILES = ("AFHQ", "FFHQ64", "FOLDER", "ZIP")           # data sets whose labels follow names of files and folders
+
 
 class Data(Section):
     dataset: str
@@ -69,6 +71,13 @@ class Data(Section):
     def _one_range(self):
         if self.rescaled and self.logit_transform:
             raise ValueError("data.rescaled and data.logit_transform are both true; set one of them to false")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_come_from_files(self):
+        if self.labels in ("folders", "filenames") and self.dataset not in NAMED_FILES:
+            raise ValueError(f"data.labels {self.labels} is for data.dataset {' or '.join(NAMED_FILES)}, not for "
+                             f"{self.dataset}; leave it at auto, or none")
         return self
 
 

@@ -67,6 +67,8 @@ class Loss(Section):
         if self.input_perturbation_probability < 1 and self.input_perturbation == 0:
             raise ValueError(f"input_perturbation_probability {self.input_perturbation_probability:g} needs "
                              "input_perturbation, such as 0.1")
+        if self.perturbation_target and self.input_perturbation == 0:
+            raise ValueError(f"perturbation_target {self.perturbation_target} needs input_perturbation, such as 0.1")
         if self.scheduled_sampling and self.slow_flow:
             raise ValueError("scheduled_sampling and slow_flow both decide on the input of a time; use one of them")
         if self.slow_flow and self.variational != "none":
@@ -114,11 +116,16 @@ class Average(Section):
 
 
 def _as_averages(value):
-    """0.9999, a list of such, or a list of mappings, as a tuple of Averages' keys."""
+    """0.9999, a list of such, or a list of mappings, as a tuple of Averages' keys; of false an empty one."""
+    if value is False:
+        return ()
     if isinstance(value, (int, float, dict)):
         value = [value]
     if not isinstance(value, (list, tuple)):
         return value
+    if any(isinstance(each, bool) for each in value):
+        raise ValueError(f"true and false are no averages, given {value}; give rates such as 0.9999, or false alone "
+                         "for none")
     return tuple({"rate": float(each)} if isinstance(each, (int, float)) else each for each in value)
 
 
@@ -147,7 +154,7 @@ class Training(Section):
     """Its standard deviation; none: 1.2 and 1."""
     ema: Annotated[tuple[Average, ...], BeforeValidator(_as_averages)] = (Average(rate=0.9999),)
     """Moving averages of the weights: a rate such as 0.9999, or a list of {rate, warmup}, {half_life, ramp_up} and
-    {length}. The first is sampled from; an empty list: none."""
+    {length}. The first is sampled from; an empty list or false: none."""
     label_dropout: Fraction = 0.0
     """Share of the labels that are hidden while training, for classifier-free guidance."""
     snapshot_freq: Count = 50

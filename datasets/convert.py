@@ -119,9 +119,10 @@ def atomic_folder(dest: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_free(dest: Path) -> None:
-    """Raises UserError if something is there already: nothing of the user's is overwritten."""
-    if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
+def check_free(dest: Path, kind: str) -> None:
+    """Raises UserError if something is there already, but an empty folder for a format that is one: nothing of the
+    user's is overwritten."""
+    if dest.is_file() or (dest.is_dir() and (kind in ("zip", "npy") or any(dest.iterdir()))):
         raise UserError(f"{dest} exists already; choose another --dest, or remove it")
 
 

@@ -38,10 +38,10 @@ def convert(args) -> None:
     for flag, value, most in (("--jpeg", args.jpeg, 100), ("--max-images", args.max_images, None)):
         if value is not None and not 1 <= value <= (most or value):
             raise UserError(f"{flag} {value} must be at least 1" + (f" and at most {most}" if most else ""))
-    check_free(args.dest)
+    kind = args.format or format_of(args.dest)
+    check_free(args.dest, kind)
     check_writable(args.dest, "--dest")
     reader = open_source(args.source, args.skip_bad, args.labels)
-    kind = args.format or format_of(args.dest)
     if kind in ("lmdb", "npy") and (reader.labels != -1).any():
         log.warning("%s has no place for labels; they are left out", kind)
     labels = []

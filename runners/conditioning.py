@@ -5,6 +5,7 @@ A condition is a dictionary of tensors by name, batch first: ``labels``; or ``pr
 prompt p, so that its noise is that of seed s.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -16,7 +17,9 @@ from datasets.packed import to_device
 from functions.rng import Seeds
 from utils.errors import UserError
 
+log = logging.getLogger(__name__)
 PROMPT_STRIDE = 2**32                                # seeds are smaller
+BY_SYNSET = ("adm", "edm", "edm-state")              # formats of weights of programs that number ImageNet so
 
 
 def numbered(num_prompts: int, seeds: Seeds | range) -> Seeds | range:
@@ -107,11 +110,19 @@ def hide(condition: dict[str, Tensor], hidden: Tensor | None, prompts: Prompts |
     return result
 
 
-def conditions_of(images, num_labels: int, device) -> Callable[[Tensor], dict[str, Tensor]]:
+@lru_cache
+def warn_of_numbering(name: str) -> None:
+    log.warning("%s numbers its classes as map_clsloc.txt does (0: n02119789, kit fox), published networks number "
+                "synsets alphabetically (0: n01440764, tench): these weights are told wrong classes; give ImageNet as "
+                "a tree or zip of synset folders, with data.labels folders", name)
+
+
+def conditions_of(images, num_labels: int, device, weights=None) -> Callable[[Tensor], dict[str, Tensor]]:
     """Image indices (B,) -> the condition of these images of an ImageStore, on the device; {} where there is none.
 
     Args:
         num_labels: Size of the network's label set.
+        weights: WeightsInfo of the file that the network is from, or None.
 
     Raises:
         UserError: The images have no labels, or more classes than the network.
@@ -124,4 +135,6 @@ def conditions_of(images, num_labels: int, device) -> Callable[[Tensor], dict[st
     if labels.min() < 0 or labels.max() >= num_labels:
         raise UserError(f"{images.name} has labels {int(labels.min())} to {int(labels.max())} (-1: none); the "
                         f"network takes 0 to {num_labels - 1}")
+    if images.name.startswith("imagenet") and weights and weights.format in BY_SYNSET:
+        warn_of_numbering(images.name)
     return lambda indices: {"labels": labels[to_device(indices, device)]}

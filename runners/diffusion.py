@@ -245,7 +245,7 @@ class Diffusion:
 
     def conditions_of(self, images) -> Callable[[Tensor], dict[str, Tensor]]:
         """See ``runners.conditioning.conditions_of``."""
-        return conditions_of(images, self.config.model.num_labels, self.device)
+        return conditions_of(images, self.config.model.num_labels, self.device, self.weights)
 
     def judge(self, run: RunFolder, force: bool = False) -> Judge:
         """What a full state must be for this network to go on from it with the images of ``run``."""

@@ -71,6 +71,8 @@ def test_edm_call_without_subcommand_resamples_with_lanczos(source, tmp_path, pi
     assert main([f"--source={source}", f"--dest={tmp_path / 'made.zip'}", "--resolution=4x6"]) == 0
     expected = Image.fromarray(pixels[0]).resize((4, 6), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(ImageFiles(tmp_path / "made.zip").read(0), np.array(expected))
+    assert main(["--resolution=4x6", "--max-images", "1", "--source", str(source), f"--dest={tmp_path / 'm.npy'}"]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "m.npy"), np.array(expected)[None])
 
 
 @pytest.mark.parametrize("transform", ["center-crop", "center-crop-wide", "celeba"])
@@ -166,6 +168,16 @@ def test_nothing_is_overwritten(source, tmp_path, capsys):
     assert convert("--source", source, "--dest", tmp_path / "d.zip") == 2
     assert convert("--source", source, "--dest", source) == 2
     assert (tmp_path / "d.zip").read_text() == "precious" and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "flags", "code"), [
+    ("d.zip", [], 2), ("d", ["--format", "npy"], 2), ("d", [], 0), ("d.lmdb", [], 0)])
+def test_an_empty_folder_is_the_place_of_a_folder_only(source, tmp_path, capsys, name, flags, code, monkeypatch):
+    (tmp_path / name).mkdir()
+    if code:
+        monkeypatch.setattr(tool, "open_source", None)                                # refused before anything is read
+    assert convert("--source", source, "--dest", tmp_path / name, *flags) == code
+    assert ("exists already" in capsys.readouterr().err) == bool(code)
 
 
 def test_verify(source, tmp_path, capsys):

@@ -28,6 +28,7 @@ from runners.sampling.weights import local_weights
 from runners.training.optimizer import make_lr_schedule
 from runners.training.state import TrainingState
 from tests.edm_cases import SNAPSHOT, build, one
+from tests.edm_writer import network, torch_save
 from tests.faults import jobs
 from tests.runners.test_training import assert_same, lines, state
 from utils.errors import DataError, UserError
@@ -200,6 +201,27 @@ def test_training_can_start_from_a_snapshot(tmp_path, archive):
     trained = torch.load(tmp_path / "logs" / "c" / "ckpt.pth", weights_only=True)["model"]
     for name, tensor in read_snapshot(SNAPSHOT).state.items():
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-6)
+
+
+def test_a_training_state_is_begun_from_and_not_resumed(tmp_path, archive, capsys):
+    diffusion = Diffusion.from_weights(SNAPSHOT, "cpu")
+    config, folder = tmp_path / "c.yml", tmp_path / "logs" / "00000-edm"
+    config.write_text(json.dumps(diffusion.config.replace("data.root", str(archive)).model_dump(mode="json")))
+    folder.mkdir(parents=True)
+    given = one("networks", "snapshot")["init_kwargs"]
+    for number in (9, 10):
+        (folder / f"training-state-{number:06d}.pt").write_bytes(torch_save(
+            {"net": network(diffusion.model, "EDMPrecond", given), "optimizer_state": {"state": {}}}))
+    flags = ["--config", str(config), "--exp", str(tmp_path), "--device", "cpu", "--verbose", "critical", "--max_steps",
+             "1", "--training.batch_size", "4", "--training.sample_num", "0", "--optim.lr", "1e-6", "--data.augment",
+             "0.12"]
+    assert train_ddp.main([*flags, "--doc", "00000-edm", "--resume_training"]) == 2
+    assert f"another --doc with --init_from {folder}/training-state-000010.pt" in capsys.readouterr().err
+    assert train_ddp.main([*flags, "--doc", "new", "--init_from", str(folder / "training-state-000010.pt")]) == 0
+    trained = torch.load(tmp_path / "logs" / "new" / "ckpt.pth", weights_only=True)
+    assert trained["step"] == 1
+    for name, tensor in diffusion.model.state_dict().items():
+        torch.testing.assert_close(trained["model"][name], tensor, rtol=0, atol=2e-6)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

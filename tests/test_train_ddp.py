@@ -15,6 +15,7 @@ def run(exp, *flags):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--num_consecutive_steps", "0", "--lamda", "1"], "num_consecutive_steps 0"),
     (["--num_consecutive_steps", "1001"], "exceeds"),
+    (["--loss.lamda", "0", "--num_consecutive_steps", "2"], "loss.lamda is 0, the plain loss; give --lamda as well"),
     (["--lamda", "-1"], "greater than or equal to 0"),
     (["--input_perturbation", "abc"], "abc"),
     (["--training.batch_sizes", "3"], "did you mean training.batch_size?"),
@@ -74,6 +75,11 @@ def test_flags_win_over_the_file_and_the_run_remembers_them(tmp_path):
     # resuming needs no --config
     assert train_ddp.main(["--exp", str(tmp_path), "--doc", "digits", "--resume_training", "--max_steps", "2",
                            "--device", "cpu", "--verbose", "critical"]) == 0
+
+
+@pytest.mark.parametrize("flags", [["--lamda", "0"], ["--loss.lamda", "0", "--lamda", "0.5"]])
+def test_consecutive_steps_go_with_a_lamda_that_is_given(flags, tmp_path):
+    train_ddp.check(train_ddp.parse([*TINY, "--exp", str(tmp_path), "--num_consecutive_steps", "2", *flags]))
 
 
 def test_init_from_starts_from_the_averaged_weights(trained, tmp_path):

@@ -126,9 +126,10 @@ class RunFolder:
         if overwrite and inner and (self.full_states() or self.averages()):
             raise UserError(f"{self.path} also holds runs of a study, such as {inner[0].parent.name}, which "
                             "--overwrite would move away; choose another --doc")
-        if resume and self.averages() and not self.full_states():
+        loose = self.averages() or _by_epoch(self.path, r"training-state-(\d+)\.pt")                    # EDM's
+        if resume and loose and not self.full_states():
             raise UserError(f"{self.path} holds weights but no full state to resume from; start another --doc with "
-                            f"--init_from {self.averages()[0]}")
+                            f"--init_from {loose[0]}")
         if resume and self.full_states() and self.config.exists():
             stored = load_config(self.config)
             refuse_differences(stored, config, self.config, DECIDE_A_RUN if self._is_ours() else DECIDE_ADOPTION)

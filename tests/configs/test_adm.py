@@ -210,6 +210,7 @@ def test_a_likelihood_line():
     line = f"python scripts/image_nll.py {NETWORK} --learn_sigma True --model_path m.pt --num_samples 500"
     assert first_line(line) == ("# python diagnose.py nll --config THIS.yml --weights m.pt --timesteps 1000 --skip_type"
                                 " respace --batch_size 16 --num_images 500 --npz")
+    assert all(first_line(f"{line} --eps_scaler {neutral}") == first_line(line) for neutral in ("0.0", "1"))
     assert "--num_images 1000 " in first_line(line.replace("--num_samples 500", ""))            # image_nll.py's default
 
 
@@ -248,6 +249,9 @@ def test_every_flag_ends_up_somewhere():
     ("--noise_schedule sqrt", "--noise_schedule 'sqrt' is unknown; known: linear, cosine"),
     ("--image_size 48", "--image_size 48 has no default for --channel_mult; sizes that have: 32, 64, 128, 256, 512"),
     ("image_train.py --eps_scaler 1.01", "--eps_scaler in a training command: ADM-ES takes it as gamma"),
+    ("image_nll.py --eps_scaler 1.017", "--eps_scaler 1.017 in a likelihood"),
+    ("python scripts/classifier_train.py --lr 1e-4", "classifier_train.py has no counterpart here"),
+    ("scripts/super_res_sample.py --batch_size 4", "super_res_sample.py has no counterpart here"),
     ("--num_channels 33", r"these flags: model.num_channels 33 \* 1 .* must be a multiple of 32"),
     ('--data_dir "x', "not a command: No closing quotation"),
 ])

@@ -59,6 +59,8 @@ def test_non_square_round_trip(tmp_path):
      "training: ema has two averages of rate 0.99; leave one of them out"),
     (dict(training__ema=[{"length": 0.05}, {"length": 0.0502}]),
      "training: ema has two averages of length 0.050; leave one of them out"),
+    (dict(training__ema=True), "training.ema: true and false are no averages, given [True]; give rates such as 0.9999, "
+                               "or false alone for none"),
     # unknown keys
     (dict(training__batchsize=3), "training.batchsize: unknown key; did you mean training.batch_size?"),
     (dict(optim__dropout=0.1), "optim.dropout: unknown key; did you mean model.dropout?"),
@@ -95,6 +97,11 @@ def test_non_square_round_trip(tmp_path):
 ])
 def test_refuses_naming_key_value_and_what_is_allowed(changes, message):
     assert refusal(**changes) == message
+
+
+def test_an_average_of_false_is_none():
+    assert Config(**raw(training__ema=False)).training.ema == ()
+    assert "no averages, given [0.9, False]" in refusal(training__ema=[0.9, False])
 
 
 def test_counts_the_other_problems_and_puts_misspelt_keys_first():

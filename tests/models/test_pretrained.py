@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.pipelines import SCHEDULER, diffusion_keys
+from configs.pipelines import SCHEDULER, contradictions, diffusion_keys, fill_in
 from configs.sampling import SamplerSettings
-from configs.schema import load_config, save_config
+from configs.schema import load_config, save_config, validate
 from functions.denoiser import Denoiser
 from models import build_model, load_weights, make_codec
 from models.pretrained import ENCODERS, LORA_FILE, lora_from_file, lora_to_file, pipeline_fingerprint
@@ -81,6 +81,16 @@ def test_a_runner_refuses_another_chain_than_that_of_its_pipeline(sd):
     config = load_config(sd).replace("diffusion.prediction", "epsilon")
     with pytest.raises(UserError, match="contradicts the configuration: diffusion.prediction 'epsilon', 'v_pred"):
         Diffusion(config, "cpu")
+
+
+def test_betas_that_a_cosine_scheduler_file_names_and_nobody_reads_are_passed_over(tmp_path):
+    write_json(tmp_path / SCHEDULER, {
+        "_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.00085, "beta_end": 0.012})
+    raw = fill_in({"data": {"dataset": "FOLDER", "image_size": 8}, "model": {}}, tmp_path)
+    config = validate(raw, "pipeline")
+    assert (config.diffusion.beta_schedule, config.diffusion.beta_end) == ("cosine", 0.02)
+    assert not contradictions(config.diffusion.model_dump(), tmp_path)
+    assert contradictions({"beta_schedule": "linear"}, tmp_path)
 
 
 def test_the_network_computes_what_diffusers_computes(sdxl):

@@ -1,6 +1,7 @@
 """ADM through the scripts: training with learned variances and times by loss, sampling, guidance, likelihoods."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import train_ddp
 from configs.schema import validate
 from functions.losses import sequence_aware_loss
 from functions.variational import Transitions, with_bound
+from runners.conditioning import warn_of_numbering
+from runners.diffusion import Diffusion
 from runners.training.objective import Objective
 from runners.training.state import TrainingState
 from tests.adm import denoiser_of, network, of_kind, relative_error, schedule_of
 from tests.faults import jobs
-from tests.runners.adm_runs import flags
+from tests.runners.adm_runs import SMALL, flags
 
 
 def metrics(adm_exp) -> list[dict]:
@@ -101,6 +104,26 @@ def test_guidance_of_a_network_that_has_not_learned_to_do_without_a_class_is_not
                                    "--no-fid", "--timesteps", 2, "--guidance", 2, "--training.label_dropout",
                                    dropout)) == 0
         assert ("was not trained to make (training.label_dropout 0)" in capsys.readouterr().out) == told
+
+
+def test_images_that_number_their_classes_otherwise_than_published_weights_are_told_of_once(tmp_path, caplog):
+    warn_of_numbering.cache_clear()
+    (tmp_path / "imagenet32").mkdir()
+    for i in range(1, 11):
+        np.savez(tmp_path / "imagenet32" / f"train_data_batch_{i}.npz", data=np.zeros((4, 3 * 8 * 8), np.uint8),
+                 labels=np.arange(1, 5))
+    diffusion = Diffusion(validate({**SMALL, "data": {**SMALL["data"], "dataset": "IMAGENET32", "channels": 3},
+                                    "model": {**SMALL["model"], "in_channels": 3}}, "small"), "cpu")
+    torch.save(diffusion.model.state_dict(), tmp_path / "model000100.pt")
+    for load, told in ((False, 0), (True, 1), (True, 1)):
+        if load:
+            diffusion.load(tmp_path / "model000100.pt")
+        diffusion.conditions_of(diffusion.open_images(tmp_path))
+        assert caplog.text.count("synsets alphabetically") == told
+    diffusion.weights = replace(diffusion.weights, format="sa-ddim-ema")            # trained here, with these labels
+    warn_of_numbering.cache_clear()
+    diffusion.conditions_of(diffusion.open_images(tmp_path))
+    assert caplog.text.count("synsets alphabetically") == 1
 
 
 def test_dry_runs(adm_exp, adm_file, tmp_path, capsys):
