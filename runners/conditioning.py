@@ -113,8 +113,8 @@ def hide(condition: dict[str, Tensor], hidden: Tensor | None, prompts: Prompts |
 @lru_cache
 def warn_of_numbering(name: str) -> None:
     log.warning("%s numbers its classes as map_clsloc.txt does (0: n02119789, kit fox), published networks number "
-                "synsets alphabetically (0: n01440764, tench): these weights are told wrong classes; give ImageNet as "
-                "a tree or zip of synset folders, with data.labels folders", name)
+                "synsets alphabetically (0: n01440764, tench): weights of one are told wrong classes; "
+                "give ImageNet as a tree or zip of synset folders, with data.labels folders", name)
 
 
 def conditions_of(images, num_labels: int, device, weights=None) -> Callable[[Tensor], dict[str, Tensor]]:
