@@ -51,7 +51,8 @@ def test_missing_folder_shows_where_and_what(make_config, refused, tmp_path):
     refused(make_config("ZIP", 8, root=tmp_path / "no.zip"), str(tmp_path / "no.zip"))
     refused(make_config("CELEBAHQ", 8, root=tmp_path / "x"), str(tmp_path / "x/celebahq"), "train.lmdb")
     for name in ("LSUN", "FFHQ", "IMAGENET32", "IMAGENET64", "FFHQ64"):
-        refused(make_config(name, 32, category="tower"), f"{name} not found", "expected: ")
+        category = {"category": "tower"} if name == "LSUN" else {}
+        refused(make_config(name, 32, **category), f"{name} not found", "expected: ")
     with pytest.raises(UserError, match="FOLDER needs data.root"):
         find_dataset(make_config("FOLDER", 8), tmp_path)
     with pytest.raises(UserError, match="data.dataset 'CIFAR' is unknown; known: AFHQ, CAPTIONS, CELEBA"):

@@ -19,7 +19,8 @@ LMDB_FORMATS = {"CELEBAHQ": "celebahq/train.lmdb", "LSUN": "lsun/tower_train_lmd
 def test_lmdb_under_fork(make_config, noise, png, write_lmdb, tmp_path, name, workers, opened_before):
     pixels = noise(8, 4, 4, 3)
     write_lmdb({str(i): png(image) for i, image in enumerate(pixels)}, LMDB_FORMATS[name])
-    config = make_config(name, 4, category="tower", cache="off", num_workers=workers)
+    category = {"category": "tower"} if name == "LSUN" else {}
+    config = make_config(name, 4, **category, cache="off", num_workers=workers)
     store = open_images(config, tmp_path)
     if opened_before:
         store.images.read(0)
