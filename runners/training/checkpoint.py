@@ -122,8 +122,8 @@ class RunFolder:
             raise UserError(f"{self.path} already holds checkpoints; continue with --resume_training, or start anew "
                             "with --overwrite (the old folder is kept under another name); in Python resume=True and "
                             "overwrite=True")
-        inner = sorted(self.path.glob("*/config.yml"))
-        if overwrite and inner and (self.full_states() or self.averages()):
+        inner = overwrite and sorted(self.path.glob("*/config.yml"))
+        if inner and (self.full_states() or self.averages()):
             raise UserError(f"{self.path} also holds runs of a study, such as {inner[0].parent.name}, which "
                             "--overwrite would move away; choose another --doc")
         loose = self.averages() or _by_epoch(self.path, r"training-state-(\d+)\.pt")                    # EDM's
